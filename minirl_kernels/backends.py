@@ -1,0 +1,156 @@
+"""Which implementation runs an op, and why another one cannot.
+
+An op has up to four: `reference` (eager torch, any device), `cpu` (the native module `_C`), `triton` and
+`cuda`. `backend="auto"` follows the device of the tensors; a backend named explicitly never falls back.
+"""
+
+import ctypes
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+_native: ModuleType | None = None
+_native_reason: str | None = None
+
+
+def native() -> ModuleType:
+    """The compiled module `minirl_kernels._C`, loaded once and attached to torch's thread pool.
+
+    Raises RuntimeError with the reason when it is missing or does not load.
+    """
+    global _native, _native_reason
+    if _native is None and _native_reason is None:
+        try:
+            _native = _load_native()
+        except (ImportError, RuntimeError) as error:
+            _native_reason = _why_not_loaded(error)
+    if _native is None:
+        raise RuntimeError(_native_reason)
+    return _native
+
+
+def _load_native() -> ModuleType:
+    module = importlib.import_module("minirl_kernels._C")
+    module.set_parallel_for(_parallel_for_address())
+    module.isa_picked()  # an unusable MINIRL_ISA is reported here, not in the middle of a first op
+    return module
+
+
+def _parallel_for_address() -> int:
+    """Address of torch's C symbol `torch_parallel_for`; 0, which means serial, where torch has none."""
+    try:
+        function = ctypes.CDLL(torch._C.__file__).torch_parallel_for
+    except (OSError, AttributeError):
+        return 0
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def _why_not_loaded(error: Exception) -> str:
+    if getattr(error, "name", None) != "minirl_kernels._C":
+        return f"the native module minirl_kernels._C does not load: {error}"
+    package = Path(__file__).resolve().parent
+    if (package.parent / "csrc").is_dir():
+        return (
+            f"minirl_kernels was imported from its source folder {package}, where no _C is built; install it "
+            "with `pip install -e .`, or run outside the checkout (pytest rather than python -m pytest)"
+        )
+    return (
+        "minirl_kernels was installed without its native module _C (MINIRL_NO_NATIVE=1 at build time); reinstall "
+        "it without that variable, or set MINIRL_NO_NATIVE=1 now too, to run every op by its eager reference"
+    )
+
+
+# torch.compile takes the answer as a constant, so that tracing an op does not trace the probing.
+@torch.compiler.assume_constant_result
+def _missing(backend: str, device_type: str | None) -> str | None:
+    if backend == "cpu":
+        if device_type not in (None, "cpu"):
+            return f"it runs on CPU tensors, these are on {device_type}"
+        try:
+            native()
+        except RuntimeError as error:
+            return str(error)
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+        if device_type is None and not interpreting and not torch.cuda.is_available():
+            return "no GPU is visible (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter)"
+        if device_type not in (None, "cuda") and not (interpreting and device_type == "cpu"):
+            return (
+                f"it runs on CUDA tensors, these are on {device_type} "
+                "(TRITON_INTERPRET=1 runs the kernels on CPU tensors, in Triton's interpreter)"
+            )
+    if backend == "cuda":
+        return "this build has no CUDA C++ kernel"
+    return None
+
+
+def unavailable_reason(backend: str, device: torch.device | None = None) -> str | None:
+    """Why `backend` cannot run on tensors of `device` (None: on any), or None when it can."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+    return _missing(backend, None if device is None else device.type)
+
+
+def available() -> tuple[str, ...]:
+    """The backends that can run here."""
+    return tuple(name for name in BACKENDS if unavailable_reason(name) is None)
+
+
+def resolve(backend: str, device: torch.device, *, op: str, supported: tuple[str, ...]) -> str:
+    """The backend that runs `op` on tensors of `device`; `supported` names those that the op has.
+
+    Raises ValueError for a name that is unknown or that this op does not have, RuntimeError with the reason
+    for one that cannot run here.
+    """
+    if backend == "auto":
+        backend = _default(device.type, supported)
+    if backend not in supported:
+        raise ValueError(f"backend is {backend!r}; {op} must be given one of auto, {', '.join(supported)}")
+    reason = _missing(backend, device.type)
+    if reason is not None:
+        raise RuntimeError(f"{op}: backend {backend!r} is unavailable: {reason}")
+    return backend
+
+
+@torch.compiler.assume_constant_result
+def _default(device_type: str, supported: tuple[str, ...]) -> str:
+    backend = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
+    if backend not in supported:
+        return "reference"
+    if backend == "cpu" and os.environ.get("MINIRL_NO_NATIVE") == "1" and _missing("cpu", None) is not None:
+        return "reference"
+    return backend
+
+
+def status() -> dict:
+    """What can run here: per backend whether and why not, and what is known of the native module."""
+    reasons = {name: unavailable_reason(name) for name in BACKENDS}
+    return {
+        "backends": {name: {"available": why is None, "reason": why} for name, why in reasons.items()},
+        "native": _native_status(reasons["cpu"]),
+    }
+
+
+def _native_status(missing: str | None) -> dict:
+    if missing is not None:
+        return {"built": [], "supported": [], "picked": None, "why": missing, "threads": None}
+    module = native()
+    built, supported, picked = module.isa_built(), module.isa_supported(), module.isa_picked()
+    if os.environ.get("MINIRL_ISA") == picked:
+        why = f"MINIRL_ISA={picked}"
+    elif picked == [name for name in built if name in supported][-1]:
+        why = "the widest built one that this processor supports"
+    else:
+        why = "set_isa"
+    threads = "torch's pool" if _parallel_for_address() else "serial: this torch exports no torch_parallel_for"
+    return {"built": built, "supported": supported, "picked": picked, "why": why, "threads": threads}

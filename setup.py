@@ -1,0 +1,63 @@
+"""Bridge from setuptools to CMake; everything about the native code lives in CMakeLists.txt.
+
+Environment: MINIRL_NO_NATIVE=1 builds no native code, MINIRL_CUDA=ON adds the CUDA C++ kernels,
+CMAKE_ARGS is handed on to CMake.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+ROOT = Path(__file__).resolve().parent
+WITHOUT = "Set MINIRL_NO_NATIVE=1 to install without it (slow: every op then runs its eager reference)."
+
+
+def without_native() -> bool:
+    value = os.environ.get("MINIRL_NO_NATIVE", "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"MINIRL_NO_NATIVE is {value!r}; it must be 1, 0 or unset")
+    return value == "1"
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        if shutil.which("cmake") is None:
+            raise CompileError(f"minirl_kernels._C is built by CMake, and no cmake is on the PATH. {WITHOUT}")
+        import pybind11  # only a build of the extension needs it
+
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        configure = [
+            "cmake",
+            f"-S{ROOT}",
+            f"-B{build}",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DMINIRL_CUDA={os.environ.get('MINIRL_CUDA') or 'OFF'}",
+            *(["-GNinja"] if shutil.which("ninja") else []),
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        ]
+        for command in (configure, ["cmake", "--build", str(build)]):
+            result = subprocess.run(command)
+            if result.returncode != 0:
+                raise CompileError(
+                    f"building minirl_kernels._C failed: `{shlex.join(command)}` ended with "
+                    f"{result.returncode}, for the reason printed above. It needs GCC or Clang with C++17. {WITHOUT}"
+                )
+
+
+setup(
+    packages=find_packages(include=["minirl_kernels", "minirl_kernels.*"]) + find_packages("python"),
+    package_dir={"minirl": "python/minirl"},
+    ext_modules=[] if without_native() else [Extension("minirl_kernels._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
