@@ -1,0 +1,75 @@
+"""What is installed, compiled and picked: `python -m minirl_kernels.env [--json]`."""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from minirl_kernels import backends
+
+DISTRIBUTIONS = ("minirl-kernels", "torch", "triton", "transformers", "numpy")
+
+
+def environment() -> dict:
+    """Versions, processor, threads, GPUs and `backends.status()`, all of it ready for JSON."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in DISTRIBUTIONS}},
+        "system": platform.platform(),
+        "processor": {"name": _processor_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        **backends.status(),
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty or "x86_64" there
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def render(found: dict) -> str:
+    """The same for a person: one fact a line."""
+    processor, native = found["processor"], found["native"]
+    lines = [(name, version or "not installed") for name, version in found["versions"].items()]
+    lines += [
+        ("system", found["system"]),
+        ("processor", f"{processor['name']}, {processor['cores']} cores, torch uses {processor['threads']}"),
+        ("gpus", ", ".join(found["gpus"]) or "none"),
+    ]
+    if native["picked"]:
+        lines += [
+            ("instruction sets", f"built: {', '.join(native['built'])}"),
+            ("", f"supported here: {', '.join(native['supported'])}"),
+            ("", f"picked: {native['picked']} ({native['why']})"),
+            ("native threads", native["threads"]),
+        ]
+    for name, entry in found["backends"].items():
+        lines.append((f"backend {name}", "available" if entry["available"] else f"missing: {entry['reason']}"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m minirl_kernels.env", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    found = environment()
+    print(json.dumps(found, indent=2) if parser.parse_args().json else render(found))
+
+
+if __name__ == "__main__":
+    main()
