@@ -34,6 +34,8 @@ class CMakeBuild(build_ext):
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
+        # An earlier build's cache names tools of pip's build environment of that day, which is gone.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             "cmake",
             f"-S{ROOT}",
