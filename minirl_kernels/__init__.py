@@ -1,0 +1,16 @@
+"""Kernels for training language models by reinforcement learning: MiniRL's policy loss, fused."""
+
+from .config import PolicyLossConfig
+from .ops.fused_policy_loss import fused_policy_loss
+from .ops.policy_loss import PolicyLossMetrics, PolicyLossOutput, group_advantages, policy_loss
+from .ops.token_logprobs import token_logprobs
+
+__all__ = [
+    "PolicyLossConfig",
+    "PolicyLossMetrics",
+    "PolicyLossOutput",
+    "fused_policy_loss",
+    "group_advantages",
+    "policy_loss",
+    "token_logprobs",
+]

@@ -1,0 +1,89 @@
+"""Argument checks that every op shares; each message names the argument, what it was and what it must be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INDEX_DTYPES = (torch.int32, torch.int64)
+
+
+def check_float_matrix(name: str, value: Tensor) -> None:
+    """[..., D] with one or two outer dimensions, float32/bfloat16/float16, contiguous in the last dimension."""
+    _check_tensor(name, value)
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}: it must be float32, bfloat16 or float16")
+    if value.dim() not in (2, 3):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be [T, D] or [B, L, D]")
+    if value.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: its last dimension must not be empty")
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has strides {tuple(value.stride())}: its last dimension must be contiguous (stride 1)"
+        )
+
+
+def check_token_ids(token_ids: Tensor, shape: torch.Size, device: torch.device) -> None:
+    _check_tensor("token_ids", token_ids)
+    if token_ids.dtype not in INDEX_DTYPES:
+        raise TypeError(f"token_ids has dtype {token_ids.dtype}: it must be int32 or int64")
+    check_like("token_ids", token_ids, shape, device)
+
+
+def check_like(name: str, value: Tensor, shape: torch.Size, device: torch.device) -> None:
+    """The same shape and device as the call's first argument."""
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be {tuple(shape)}")
+    check_device(name, value, device)
+
+
+def check_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}: it must be on {device}")
+
+
+def per_token_float(name: str, value, shape: torch.Size, device: torch.device) -> Tensor | None:
+    """A per-token argument as detached float32, or None where it was None."""
+    if value is None:
+        return None
+    _check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} has dtype {value.dtype}: it must be a floating point tensor")
+    check_like(name, value, shape, device)
+    return value.detach().float()
+
+
+def per_token_temperature(temperature, shape: torch.Size, device: torch.device) -> Tensor:
+    """A float or a per-token tensor, as a float32 tensor of `shape` (a float costs no memory: its strides are 0)."""
+    if isinstance(temperature, Tensor):
+        return per_token_float("temperature", temperature, shape, device)
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(
+            f"temperature is {temperature!r}: it must be a number or a tensor of one value per token"
+        )
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature is {temperature}: it must be above 0 and finite")
+    return torch.full((), temperature, dtype=torch.float32, device=device).expand(shape)
+
+
+def check_contents(token_ids: Tensor, vocab_size: int, temperature: Tensor) -> None:
+    """The checks that cost a host sync: ids in range, temperatures above 0. Runs for `check=True`."""
+    bad = (token_ids != IGNORE_INDEX) & ((token_ids < 0) | (token_ids >= vocab_size))
+    if bool(bad.any()):
+        raise ValueError(token_id_message(bad.flatten().nonzero()[0].item(), token_ids, vocab_size))
+    if not bool((temperature > 0).all()):
+        raise ValueError(f"temperature has the value {temperature.min().item()}: every value must be above 0")
+
+
+def token_id_message(row: int, token_ids: Tensor, vocab_size: int) -> str:
+    return (
+        f"token_ids has the id {token_ids.flatten()[row].item()} at row {row}: "
+        f"an id must be in [0, {vocab_size}), or {IGNORE_INDEX} to be ignored"
+    )
+
+
+def _check_tensor(name, value):
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: it must be a tensor")

@@ -1,0 +1,3 @@
+from .op import fused_policy_loss
+
+__all__ = ["fused_policy_loss"]

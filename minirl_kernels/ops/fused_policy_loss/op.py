@@ -1,0 +1,203 @@
+"""fused_policy_loss: logits in; loss, metrics and the gradient of the logits out, in one sweep over the logits.
+
+The kernels need two numbers per token, c_t = d loss / d log pi(t) and e_t = d loss / d H_t:
+    d loss / d logits = (c_t (onehot_y - p) - e_t p (log p + H)) / temperature
+`ops/policy_loss/reference.py` defines them; kernels evaluate the token-level objectives themselves, between reading
+a row and writing its gradient. Where a token's c_t depends on the other tokens of its response, the same pieces
+run in two phases: log-probabilities, then c_t in torch, then the gradient.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from ...autograd import attach_gradient_once
+from ...backends import resolve
+from ...checks import (
+    IGNORE_INDEX,
+    check_contents,
+    check_float_matrix,
+    check_token_ids,
+    per_token_temperature,
+)
+from ...config import PolicyLossConfig
+from ...library import register
+from ..policy_loss.inputs import PolicyLossInputs, prepare_inputs
+from ..policy_loss.op import PolicyLossOutput, assemble_output, differentiable_loss, loss_of_log_probs
+from ..policy_loss.reference import behaviour_log_probs
+from ..token_logprobs.op import (
+    token_logprobs,
+    token_logprobs_backward,
+    token_logprobs_backward_in_place,
+    token_logprobs_forward,
+)
+
+_BACKENDS = ("reference", "cpu", "triton")
+
+
+def fused_policy_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    old_log_probs: Tensor | None,
+    rollout_log_probs: Tensor | None,
+    advantages: Tensor,
+    loss_mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    num_responses: float | Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    num_groups: float | Tensor | None = None,
+    config: PolicyLossConfig = PolicyLossConfig(),
+    temperature: float | Tensor = 1.0,
+    overwrite_logits: bool = False,
+    check: bool = False,
+    backend: str = "auto",
+) -> PolicyLossOutput:
+    """`policy_loss` straight from logits: the loss and its gradient by the logits, made together.
+
+    logits: [B, L, V] (padded, rows are responses) or [T, V] (packed with cu_seqlens); float32, bfloat16 or float16;
+        any outer strides, last dimension contiguous. logits[t] scores token_ids[t]: nothing is shifted; hand in
+        whole logits with -100 rather than a slice, whose gradient costs a pass.
+    token_ids: [B, L] or [T], int32 or int64; -100 takes the token out of the loss, as loss_mask = 0 does. The rows
+        of such tokens are not read: their log-probability, entropy and gradient are 0. An id out of range raises
+        ValueError on the CPU, gives NaN on the GPU, and raises there too with check=True, which waits for it.
+    temperature: divides the logits; above 0, a number or one float per token.
+    overwrite_logits: put the gradient where the logits were. They are lost to every other reader (autograd notices).
+    The others are those of `policy_loss`. No gradient is made where logits does not require one.
+
+    Returns PolicyLossOutput; entropy is exact over the vocabulary. The gradient is made in the forward, so the
+    first backward consumes it and a second one raises RuntimeError. It has the dtype of the logits before the
+    backward's own factor is applied: in float16, scale with num_responses rather than with a loss scaler.
+    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing; the logits
+    are as they were then.
+    """
+    check_float_matrix("logits", logits)
+    check_token_ids(token_ids, logits.shape[:-1], logits.device)
+    temperature = per_token_temperature(temperature, token_ids.shape, logits.device)
+    backend = resolve(backend, logits.device, op="fused_policy_loss", supported=_BACKENDS)
+    if check:
+        check_contents(token_ids, logits.shape[-1], temperature)
+    inputs = prepare_inputs(
+        token_ids.shape,
+        logits.device,
+        old_log_probs=old_log_probs,
+        rollout_log_probs=rollout_log_probs,
+        advantages=advantages,
+        loss_mask=loss_mask,
+        ignored=token_ids == IGNORE_INDEX,
+        cu_seqlens=cu_seqlens,
+        group_ids=group_ids,
+        ref_log_probs=ref_log_probs,
+        num_responses=num_responses,
+        num_tokens=num_tokens,
+        num_groups=num_groups,
+        config=config,
+    )
+    token_ids = token_ids.masked_fill(~inputs.mask, IGNORE_INDEX).contiguous()
+    rows = (token_ids, temperature.contiguous())
+    if backend == "reference":
+        return differentiable_loss(
+            *token_logprobs(logits, token_ids, temperature=temperature, with_entropy=True, backend=backend),
+            inputs,
+        )
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        log_probs, entropy, _ = token_logprobs_forward(logits.detach(), *rows, True, backend)
+        return loss_of_log_probs(log_probs, entropy, inputs)
+    # the behaviour policy of sequence-level IS sums over the response, so it must be known before the sweep
+    one_sweep = not config.is_sequence_level and (
+        config.rollout_is != "sequence" or old_log_probs is not None
+    )
+    sweep = _one_sweep if one_sweep else _two_phases
+    output, grad_logits = sweep(logits.detach(), *rows, inputs, overwrite_logits, backend)
+    if overwrite_logits:
+        torch.autograd.graph.increment_version(logits)
+    loss = attach_gradient_once(output.loss, logits, grad_logits, "fused_policy_loss")
+    return output._replace(loss=loss)
+
+
+def _one_sweep(logits, token_ids, temperature, inputs: PolicyLossInputs, in_place, backend):
+    config = inputs.config
+    behaviour = None if config.rollout_is is None else behaviour_log_probs(inputs.old_log_probs, inputs)
+    per_token = (inputs.old_log_probs, behaviour, inputs.ref_log_probs if config.kl_coef else None)
+    arguments = (
+        token_ids,
+        temperature,
+        *(None if values is None else values.contiguous() for values in per_token),
+        inputs.advantages.contiguous(),
+        inputs.weights.contiguous(),
+        config.objective,
+        config.clip,
+        1 - config.clip_ratio_low,
+        1 + config.clip_ratio_high,
+        float("inf") if config.rollout_is_threshold is None else config.rollout_is_threshold,
+        config.kl_coef,
+        config.kl_estimator,
+        config.entropy_coef,
+        backend,
+    )
+    if in_place:
+        log_probs, entropy, token_loss, token_grad = fused_policy_loss_in_place(logits, *arguments)
+        grad_logits = logits
+    else:
+        log_probs, entropy, token_loss, token_grad, grad_logits = fused_policy_loss_forward(
+            logits, *arguments
+        )
+    return assemble_output(log_probs, entropy, token_loss, token_grad, inputs), grad_logits
+
+
+def _two_phases(logits, token_ids, temperature, inputs: PolicyLossInputs, in_place, backend):
+    log_probs, entropy, log_z = token_logprobs_forward(logits, token_ids, temperature, True, backend)
+    output = loss_of_log_probs(log_probs, entropy, inputs)
+    entropy_coef = inputs.config.entropy_coef
+    entropy_grad = -entropy_coef * inputs.weights if entropy_coef else None
+    arguments = (token_ids, temperature, log_z, entropy, output.token_grad, entropy_grad, backend)
+    if in_place:
+        token_logprobs_backward_in_place(logits, *arguments)
+        return output, logits
+    return output, token_logprobs_backward(logits, *arguments)
+
+
+def _kernels(backend: str):
+    """The backend's module, imported when first called: Triton may be absent."""
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+
+
+def _forward(logits, *arguments):
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return *_kernels(arguments[-1]).forward_backward(logits, *arguments[:-1], out), out
+
+
+def _forward_in_place(logits, *arguments):
+    return _kernels(arguments[-1]).forward_backward(logits, *arguments[:-1], logits)
+
+
+def _forward_in_place_fake(logits, token_ids, *_):
+    return tuple(logits.new_empty(token_ids.shape, dtype=torch.float32) for _ in range(4))
+
+
+def _forward_fake(logits, token_ids, *_):
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return *_forward_in_place_fake(logits, token_ids), out
+
+
+_ARGUMENTS = (
+    "Tensor token_ids, Tensor temperature, Tensor? old_log_probs, Tensor? behaviour_log_probs, "
+    "Tensor? ref_log_probs, Tensor advantages, Tensor weights, str objective, bool clip, float ratio_low, "
+    "float ratio_high, float threshold, float kl_coef, str kl_estimator, float entropy_coef, str backend"
+)
+_RESULTS = "Tensor log_probs, Tensor entropy, Tensor token_loss, Tensor token_grad"
+fused_policy_loss_forward = register(
+    f"fused_policy_loss(Tensor logits, {_ARGUMENTS}) -> ({_RESULTS}, Tensor grad_logits)",
+    _forward,
+    _forward_fake,
+)
+fused_policy_loss_in_place = register(
+    f"fused_policy_loss_(Tensor(a!) logits, {_ARGUMENTS}) -> ({_RESULTS})",
+    _forward_in_place,
+    _forward_in_place_fake,
+)

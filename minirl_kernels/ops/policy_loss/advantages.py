@@ -1,0 +1,49 @@
+"""Group-relative advantages: the reward of a response against the mean of its prompt's responses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...checks import check_like
+
+
+def group_advantages(rewards: Tensor, group_ids: Tensor, *, norm_by_std: bool = False) -> Tensor:
+    """R - mean over the group, the response itself included (the paper's A-hat); by group std if asked (GRPO).
+
+    rewards: [B] floating point, one per response. group_ids: [B] integers, equal for the responses of one prompt,
+    in any order. norm_by_std: divide by the group's standard deviation (with Bessel's correction, no epsilon).
+    Returns [B] float32; a group of equal rewards gives exactly 0. Waits for the device.
+    Raises ValueError or TypeError for wrong shapes and dtypes, rewards that are not finite, a group of one.
+    """
+    if not rewards.is_floating_point() or rewards.dim() != 1:
+        raise TypeError(
+            f"rewards has dtype {rewards.dtype}, shape {tuple(rewards.shape)}: it must be floats [B]"
+        )
+    if group_ids.is_floating_point() or group_ids.dtype == torch.bool:
+        raise TypeError(f"group_ids has dtype {group_ids.dtype}: it must be integers")
+    check_like("group_ids", group_ids, rewards.shape, rewards.device)
+    if not bool(rewards.isfinite().all()):
+        raise ValueError(f"rewards has the value {rewards[~rewards.isfinite()][0].item()}: it must be finite")
+    labels, group, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
+    if bool((sizes < 2).any()):
+        alone = labels[sizes < 2][0].item()
+        raise ValueError(
+            f"group_ids has one response in group {alone}: a group must have at least 2 to have a mean"
+        )
+    if not rewards.numel():
+        return rewards.float()
+    # one row per group, so that a sum has a fixed order; NaN where a group is shorter than the longest
+    order = torch.argsort(group, stable=True)
+    starts = sizes.cumsum(0) - sizes
+    place = torch.arange(len(group), device=group.device) - starts[group[order]]
+    table = rewards.new_full((len(sizes), int(sizes.max())), torch.nan, dtype=torch.float64)
+    table[group[order], place] = rewards[order].double()
+    table = table - table[:, :1]  # equal rewards are then exactly 0
+    centred = table - table.nanmean(1, keepdim=True)
+    if norm_by_std:
+        std = (centred.square().nansum(1, keepdim=True) / (sizes[:, None] - 1)).sqrt()
+        centred = torch.where(std > 0, centred / std, 0.0)
+    advantages = torch.empty_like(rewards, dtype=torch.float32)
+    advantages[order] = centred[group[order], place].float()
+    return advantages

@@ -1,0 +1,78 @@
+"""How tokens belong to responses: padded [B, L], or packed [T] with cu_seqlens. Nothing else knows the difference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...checks import check_device
+
+
+class Padded:
+    """Rows are responses: tokens [B, L]."""
+
+    def __init__(self, shape: torch.Size):
+        self.shape = shape
+        self.num_responses = shape[0]
+
+    def response_sum(self, values: Tensor) -> Tensor:
+        """[..., B, L] -> [..., B]."""
+        return values.sum(-1)
+
+    def to_tokens(self, per_response: Tensor) -> Tensor:
+        """[B] -> [B, L]."""
+        return per_response[:, None].expand(self.shape)
+
+
+class Packed:
+    """Responses one after another: tokens [T], response i is cu_seqlens[i] .. cu_seqlens[i + 1]."""
+
+    def __init__(self, shape: torch.Size, cu_seqlens: Tensor):
+        self.shape = shape
+        self.num_responses = cu_seqlens.shape[0] - 1
+        self.offsets = cu_seqlens.long()
+        tokens = torch.arange(shape[0], device=cu_seqlens.device)
+        self.response_of_token = torch.searchsorted(self.offsets[1:], tokens, right=True)
+
+    def response_sum(self, values: Tensor) -> Tensor:
+        """[..., T] -> [..., B]; segment_reduce has one writer per response, where index_add has atomics."""
+        sums = torch.segment_reduce(
+            values.movedim(-1, 0).contiguous(), "sum", offsets=self.offsets, axis=0, unsafe=True, initial=0
+        )
+        return sums.movedim(0, -1)
+
+    def to_tokens(self, per_response: Tensor) -> Tensor:
+        """[B] -> [T]."""
+        return per_response[self.response_of_token]
+
+
+def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Padded | Packed:
+    """The layout of per-token arguments of `shape`; raises ValueError where shape and cu_seqlens disagree."""
+    if cu_seqlens is None:
+        if len(shape) != 2:
+            raise ValueError(
+                f"cu_seqlens is None with log_probs of shape {tuple(shape)}: packed tokens [T] need cu_seqlens "
+                "[B + 1], padded ones are [B, L]"
+            )
+        return Padded(shape)
+    if len(shape) != 1:
+        raise ValueError(
+            f"cu_seqlens is given with log_probs of shape {tuple(shape)}: packed tokens must be [T]"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: it must be int32 [B + 1]"
+        )
+    check_device("cu_seqlens", cu_seqlens, device)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_offsets(cu_seqlens, shape[0])
+    return Packed(shape, cu_seqlens)
+
+
+def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> None:
+    ascending = bool((cu_seqlens.diff() >= 0).all())
+    if not ascending or cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens:
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens.tolist()[:8]}…: it must start at 0, never fall, and end at the number of "
+            f"tokens, {num_tokens}"
+        )

@@ -1,0 +1,104 @@
+"""The objectives, once: from log-probabilities to each token's loss and its derivative, in eager torch.
+
+This file defines what is correct. `token_objective` in C++ is `csrc/common/objective.h`, in Triton it stands in
+`ops/fused_policy_loss/triton_kernel.py`; a property test binds the three.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...config import PolicyLossConfig
+from .inputs import PolicyLossInputs
+
+
+def token_losses(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, Tensor]:
+    """(loss, d loss / d log_probs) per token, aggregated: the losses sum to the policy and KL terms of the loss.
+
+    log_probs: float32, of the shape of every other per-token argument. 0 outside the mask, whatever stands there.
+    """
+    config, mask = inputs.config, inputs.mask
+    log_probs = torch.where(mask, log_probs, 0.0)
+    loss, grad = token_objective(log_probs, *log_ratios(log_probs, inputs), inputs.advantages, config)
+    if config.objective == "sequence_is":
+        loss = loss / inputs.lengths  # Eq. 1 has one value per response: each token shows its share
+    if config.kl_coef:
+        kl, kl_grad = kl_penalty(log_probs, inputs.ref_log_probs, config.kl_estimator)
+        loss, grad = loss + config.kl_coef * kl, grad + config.kl_coef * kl_grad
+    return torch.where(mask, inputs.weights * loss, 0.0), torch.where(mask, inputs.weights * grad, 0.0)
+
+
+def log_ratios(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """(log r, log w, log d) as the objective sees them: per token, or its response's at every token; 0 if masked."""
+    config, mask, layout = inputs.config, inputs.mask, inputs.layout
+    log_probs = torch.where(mask, log_probs, 0.0)
+    old_log_probs = (
+        log_probs if inputs.old_log_probs is None else torch.where(mask, inputs.old_log_probs, 0.0)
+    )
+    behaviour = torch.where(mask, behaviour_log_probs(old_log_probs, inputs), 0.0)
+    log_r, log_w, log_d = log_probs - old_log_probs, log_probs - behaviour, old_log_probs - behaviour
+    if config.is_sequence_level:
+        log_r = layout.to_tokens(layout.response_sum(log_r))
+        log_w = log_r + log_d
+    if config.objective == "gspo":
+        log_r = log_r / inputs.lengths
+    return log_r, log_w, log_d
+
+
+def behaviour_log_probs(old_log_probs: Tensor, inputs: PolicyLossInputs) -> Tensor:
+    """log mu as the objective is to see it: old - behaviour is log d at the level of `rollout_is`."""
+    if inputs.config.rollout_is is None:
+        return old_log_probs
+    if inputs.config.rollout_is == "token":
+        return inputs.rollout_log_probs
+    log_d = torch.where(inputs.mask, old_log_probs - inputs.rollout_log_probs, 0.0)
+    return old_log_probs - inputs.layout.to_tokens(inputs.layout.response_sum(log_d))
+
+
+def token_objective(
+    log_probs: Tensor,
+    log_r: Tensor,
+    log_w: Tensor,
+    log_d: Tensor,
+    advantages: Tensor,
+    config: PolicyLossConfig,
+) -> tuple[Tensor, Tensor]:
+    """(loss, d loss / d log_probs) of every token before aggregation: minus the objective of `config.objective`.
+
+    log_r, log_w, log_d: log of pi_theta/pi_old, pi_theta/mu_old and pi_old/mu_old. All arguments share one shape.
+    A zero advantage and a masked ratio give exactly 0, whatever overflows beside them.
+    """
+    r, low, high = log_r.exp(), 1 - config.clip_ratio_low, 1 + config.clip_ratio_high
+    bound = float("inf") if config.rollout_is_threshold is None else config.rollout_is_threshold
+    if config.weighs_by_w:
+        weight = log_w.exp().clamp(max=bound)
+        if config.clip:
+            stopped = ((advantages > 0) & (r > high)) | ((advantages < 0) & (r < low))
+            advantages = torch.where(stopped, 0.0, advantages)
+        grad = _times(-weight, advantages)
+        return (_times(log_probs, grad) if config.objective == "minirl" else grad), grad
+    correction = log_d.exp().clamp(max=bound)
+    if config.objective == "cispo":
+        grad = _times(-correction * (r.clamp(low, high) if config.clip else r), advantages)
+        return _times(log_probs, grad), grad
+    unclipped = _times(correction * r, advantages)
+    if not config.clip:
+        return -unclipped, -unclipped
+    clipped = _times(correction * r.clamp(low, high), advantages)
+    return -torch.minimum(unclipped, clipped), torch.where(unclipped > clipped, 0.0, -unclipped)
+
+
+def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
+    """(estimate, its derivative by log_probs) of KL(pi_theta || pi_ref) per token (Schulman's k1, k2, k3)."""
+    log_ratio = ref_log_probs - log_probs
+    if estimator == "k1":
+        return -log_ratio, torch.ones_like(log_ratio)
+    if estimator == "k2":
+        return 0.5 * log_ratio.square(), -log_ratio
+    return log_ratio.expm1() - log_ratio, -log_ratio.expm1()
+
+
+def _times(weight: Tensor, factor: Tensor) -> Tensor:
+    """weight * factor, with 0 where the factor is 0 even if the weight overflowed."""
+    return torch.where(factor == 0, 0.0, weight * factor)

@@ -1,0 +1,3 @@
+from .op import token_logprobs
+
+__all__ = ["token_logprobs"]

@@ -1,0 +1,145 @@
+"""token_logprobs: log-probability and entropy of each token from its logits, both differentiable.
+
+With x = logits / temperature and p = softmax(x):
+    log_prob = x_y - logsumexp(x)            d log_prob / d logits = (onehot_y - p) / temperature
+    entropy  = logsumexp(x) - sum_j p_j x_j  d entropy  / d logits = -p (log p + entropy) / temperature
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from ...backends import resolve
+from ...checks import check_contents, check_float_matrix, check_token_ids, per_token_temperature
+from ...library import register
+from .reference import token_logprobs_reference
+
+_BACKENDS = ("reference", "cpu", "triton")
+
+
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    with_entropy: bool = False,
+    check: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature) at token_ids and, if asked, the entropy: both float32, in nats.
+
+    logits: [B, L, V] or [T, V]; float32, bfloat16 or float16; any outer strides, last dimension contiguous. -inf is
+        a probability of 0. logits[t] scores token_ids[t]: nothing is shifted.
+    token_ids: [B, L] or [T], int32 or int64; -100 gives 0 and no gradient. An id out of range raises ValueError on
+        the CPU, gives NaN on the GPU, and raises there too with check=True, which waits for the device.
+    temperature: above 0, a number or one float per token.
+    Returns log_probs, or (log_probs, entropy), of token_ids' shape. The logits are read once; the gradient reads
+    them once more and writes once.
+    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    """
+    check_float_matrix("logits", logits)
+    check_token_ids(token_ids, logits.shape[:-1], logits.device)
+    temperature = per_token_temperature(temperature, token_ids.shape, logits.device)
+    backend = resolve(backend, logits.device, op="token_logprobs", supported=_BACKENDS)
+    if check or (backend == "reference" and logits.device.type == "cpu"):
+        check_contents(token_ids, logits.shape[-1], temperature)
+    if backend == "reference":
+        log_probs, entropy = token_logprobs_reference(logits, token_ids, temperature)
+    else:
+        log_probs, entropy = _TokenLogprobs.apply(
+            logits, token_ids.contiguous(), temperature.contiguous(), with_entropy, backend
+        )
+    return (log_probs, entropy) if with_entropy else log_probs
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, token_ids, temperature, with_entropy, backend):
+        log_probs, entropy, log_z = token_logprobs_forward(
+            logits, token_ids, temperature, with_entropy, backend
+        )
+        ctx.save_for_backward(logits, token_ids, temperature, log_z, entropy)
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)
+        return log_probs, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_log_probs, grad_entropy):
+        logits, token_ids, temperature, log_z, entropy = ctx.saved_tensors
+        if grad_log_probs is None and grad_entropy is None:
+            return None, None, None, None, None
+        if grad_log_probs is None:
+            grad_log_probs = torch.zeros_like(log_z)
+        if grad_entropy is not None:
+            grad_entropy = grad_entropy.contiguous()
+        grad_logits = token_logprobs_backward(
+            logits,
+            token_ids,
+            temperature,
+            log_z,
+            entropy,
+            grad_log_probs.contiguous(),
+            grad_entropy,
+            ctx.backend,
+        )
+        return grad_logits, None, None, None, None
+
+
+def _kernels(backend: str):
+    """The backend's module, imported when first called: Triton may be absent."""
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+
+
+def _forward(logits, token_ids, temperature, with_entropy, backend):
+    return _kernels(backend).forward(logits, token_ids, temperature, with_entropy)
+
+
+def _forward_fake(logits, token_ids, temperature, with_entropy, backend):
+    log_probs = logits.new_empty(token_ids.shape, dtype=torch.float32)
+    return (
+        log_probs,
+        log_probs.new_empty(token_ids.shape if with_entropy else (0,)),
+        torch.empty_like(log_probs),
+    )
+
+
+def _backward(logits, token_ids, temperature, log_z, entropy, grad_log_probs, grad_entropy, backend):
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _kernels(backend).backward(
+        logits, token_ids, temperature, log_z, entropy, grad_log_probs, grad_entropy, out
+    )
+    return out
+
+
+def _backward_fake(logits, *_):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _backward_in_place(logits, token_ids, temperature, log_z, entropy, grad_log_probs, grad_entropy, backend):
+    _kernels(backend).backward(
+        logits, token_ids, temperature, log_z, entropy, grad_log_probs, grad_entropy, logits
+    )
+
+
+_BACKWARD_ARGUMENTS = (
+    "Tensor token_ids, Tensor temperature, Tensor log_z, Tensor entropy, Tensor grad_log_probs, "
+    "Tensor? grad_entropy, str backend"
+)
+token_logprobs_forward = register(
+    "token_logprobs(Tensor logits, Tensor token_ids, Tensor temperature, bool with_entropy, str backend)"
+    " -> (Tensor log_probs, Tensor entropy, Tensor log_z)",
+    _forward,
+    _forward_fake,
+)
+token_logprobs_backward = register(
+    f"token_logprobs_backward(Tensor logits, {_BACKWARD_ARGUMENTS}) -> Tensor", _backward, _backward_fake
+)
+token_logprobs_backward_in_place = register(
+    f"token_logprobs_backward_(Tensor(a!) logits, {_BACKWARD_ARGUMENTS}) -> ()",
+    _backward_in_place,
+    lambda *_: None,
+)
