@@ -152,7 +152,5 @@ def _native_status(missing: str | None) -> dict:
         why = "the widest built one that this processor supports"
     else:
         why = "set_isa"
-    threads = (
-        "torch's pool" if _parallel_for_address() else "serial: this torch exports no torch_parallel_for"
-    )
+    threads = "torch's pool" if _parallel_for_address() else "serial: this torch exports no torch_parallel_for"
     return {"built": built, "supported": supported, "picked": picked, "why": why, "threads": threads}

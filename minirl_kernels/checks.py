@@ -60,9 +60,7 @@ def per_token_temperature(temperature, shape: torch.Size, device: torch.device) 
     if isinstance(temperature, Tensor):
         return per_token_float("temperature", temperature, shape, device)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(
-            f"temperature is {temperature!r}: it must be a number or a tensor of one value per token"
-        )
+        raise TypeError(f"temperature is {temperature!r}: it must be a number or a tensor of one value per token")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}: it must be above 0 and finite")
     return torch.full((), temperature, dtype=torch.float32, device=device).expand(shape)

@@ -65,9 +65,7 @@ class PolicyLossConfig:
         _check_number("entropy_coef", self.entropy_coef, "finite", math.isfinite)
         _check_number("kl_coef", self.kl_coef, "finite and at least 0", lambda v: 0 <= v < math.inf)
         if self.rollout_is_threshold is not None:
-            _check_number(
-                "rollout_is_threshold", self.rollout_is_threshold, "above 0, or None", lambda v: v > 0
-            )
+            _check_number("rollout_is_threshold", self.rollout_is_threshold, "above 0, or None", lambda v: v > 0)
         self._check_combination()
 
     def _check_combination(self):

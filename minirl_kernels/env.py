@@ -59,9 +59,7 @@ def render(found: dict) -> str:
             ("native threads", native["threads"]),
         ]
     for name, entry in found["backends"].items():
-        lines.append(
-            (f"backend {name}", "available" if entry["available"] else f"missing: {entry['reason']}")
-        )
+        lines.append((f"backend {name}", "available" if entry["available"] else f"missing: {entry['reason']}"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 

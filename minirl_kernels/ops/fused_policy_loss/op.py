@@ -109,9 +109,7 @@ def fused_policy_loss(
         log_probs, entropy, _ = token_logprobs_forward(logits.detach(), *rows, True, backend)
         return loss_of_log_probs(log_probs, entropy, inputs)
     # the behaviour policy of sequence-level IS sums over the response, so it must be known before the sweep
-    one_sweep = not config.is_sequence_level and (
-        config.rollout_is != "sequence" or old_log_probs is not None
-    )
+    one_sweep = not config.is_sequence_level and (config.rollout_is != "sequence" or old_log_probs is not None)
     sweep = _one_sweep if one_sweep else _two_phases
     output, grad_logits = sweep(logits.detach(), *rows, inputs, overwrite_logits, backend)
     if overwrite_logits:
@@ -144,9 +142,7 @@ def _one_sweep(logits, token_ids, temperature, inputs: PolicyLossInputs, in_plac
         log_probs, entropy, token_loss, token_grad = fused_policy_loss_in_place(logits, *arguments)
         grad_logits = logits
     else:
-        log_probs, entropy, token_loss, token_grad, grad_logits = fused_policy_loss_forward(
-            logits, *arguments
-        )
+        log_probs, entropy, token_loss, token_grad, grad_logits = fused_policy_loss_forward(logits, *arguments)
     return assemble_output(log_probs, entropy, token_loss, token_grad, inputs), grad_logits
 
 

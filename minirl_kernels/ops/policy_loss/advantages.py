@@ -17,9 +17,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, norm_by_std: bool = 
     Raises ValueError or TypeError for wrong shapes and dtypes, rewards that are not finite, a group of one.
     """
     if not rewards.is_floating_point() or rewards.dim() != 1:
-        raise TypeError(
-            f"rewards has dtype {rewards.dtype}, shape {tuple(rewards.shape)}: it must be floats [B]"
-        )
+        raise TypeError(f"rewards has dtype {rewards.dtype}, shape {tuple(rewards.shape)}: it must be floats [B]")
     if group_ids.is_floating_point() or group_ids.dtype == torch.bool:
         raise TypeError(f"group_ids has dtype {group_ids.dtype}: it must be integers")
     check_like("group_ids", group_ids, rewards.shape, rewards.device)
@@ -28,9 +26,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, norm_by_std: bool = 
     labels, group, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
     if bool((sizes < 2).any()):
         alone = labels[sizes < 2][0].item()
-        raise ValueError(
-            f"group_ids has one response in group {alone}: a group must have at least 2 to have a mean"
-        )
+        raise ValueError(f"group_ids has one response in group {alone}: a group must have at least 2 to have a mean")
     if not rewards.numel():
         return rewards.float()
     # one row per group, so that a sum has a fixed order; NaN where a group is shorter than the longest

@@ -38,20 +38,14 @@ def token_weights(
     return weights
 
 
-def _group_denominators(
-    mask: Tensor, layout: Padded | Packed, group_ids: Tensor | None, num_groups
-) -> Tensor:
+def _group_denominators(mask: Tensor, layout: Padded | Packed, group_ids: Tensor | None, num_groups) -> Tensor:
     """[B]: tokens of the response's group, times the number of groups."""
     if group_ids is None:
-        raise ValueError(
-            "group_ids is None with loss_agg_mode='group-token-mean': it must be [B] group numbers"
-        )
+        raise ValueError("group_ids is None with loss_agg_mode='group-token-mean': it must be [B] group numbers")
     check_like("group_ids", group_ids, torch.Size((layout.num_responses,)), mask.device)
     same_group = (group_ids[:, None] == group_ids[None, :]).float()
     groups_here = same_group.sum(1).reciprocal().sum().round()  # each group's members add up to 1
-    return (same_group @ layout.response_sum(mask)).clamp(min=1) * _count(
-        "num_groups", num_groups, groups_here
-    )
+    return (same_group @ layout.response_sum(mask)).clamp(min=1) * _count("num_groups", num_groups, groups_here)
 
 
 def _count(name: str, given, default):
@@ -60,9 +54,7 @@ def _count(name: str, given, default):
         return default
     if isinstance(given, Tensor):
         if given.numel() != 1:
-            raise ValueError(
-                f"{name} has shape {tuple(given.shape)}: it must be a number, or a tensor of one"
-            )
+            raise ValueError(f"{name} has shape {tuple(given.shape)}: it must be a number, or a tensor of one")
         return given.detach().float()
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise TypeError(f"{name} is {given!r}: it must be a number, or a tensor of one")

@@ -57,9 +57,7 @@ def prepare_inputs(
             "must be the log-probabilities that the inference engine sampled with (or config.rollout_is None)"
         )
     if ref_log_probs is None and config.kl_coef:
-        raise ValueError(
-            f"ref_log_probs is None with kl_coef={config.kl_coef}: it must be the reference policy's"
-        )
+        raise ValueError(f"ref_log_probs is None with kl_coef={config.kl_coef}: it must be the reference policy's")
     layout = make_layout(shape, cu_seqlens, device)
     mask = _loss_mask(loss_mask, shape, device)
     if ignored is not None:
@@ -91,9 +89,7 @@ def _loss_mask(loss_mask, shape, device):
     if loss_mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device)
     if not isinstance(loss_mask, Tensor):
-        raise TypeError(
-            f"loss_mask is a {type(loss_mask).__name__}: it must be a tensor, or None for all tokens"
-        )
+        raise TypeError(f"loss_mask is a {type(loss_mask).__name__}: it must be a tensor, or None for all tokens")
     check_like("loss_mask", loss_mask, shape, device)
     return loss_mask != 0
 

@@ -56,9 +56,7 @@ def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.devi
             )
         return Padded(shape)
     if len(shape) != 1:
-        raise ValueError(
-            f"cu_seqlens is given with log_probs of shape {tuple(shape)}: packed tokens must be [T]"
-        )
+        raise ValueError(f"cu_seqlens is given with log_probs of shape {tuple(shape)}: packed tokens must be [T]")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: it must be int32 [B + 1]"

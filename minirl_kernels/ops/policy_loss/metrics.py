@@ -139,9 +139,7 @@ def collect_metrics(log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLos
     first_order_error = (layout.response_sum(log_w).expm1() - layout.response_sum(log_w.expm1())).abs()
     sums["first_order_error"] = first_order_error.sum()
     sums["responses"] = ones.new_full((), layout.num_responses)
-    sums["rollout_responses"] = ones.new_full(
-        (), layout.num_responses * (inputs.rollout_log_probs is not None)
-    )
+    sums["rollout_responses"] = ones.new_full((), layout.num_responses * (inputs.rollout_log_probs is not None))
     maxima = {"log_r": log_r.abs(), "log_d": log_d.abs(), "w": w, "first_order_error": first_order_error}
     return PolicyLossMetrics(
         torch.stack([sums[name] for name in _SUMS]), torch.stack([_maximum(maxima[name]) for name in _MAXIMA])

@@ -79,28 +79,20 @@ def policy_loss(
     if entropy is not None:
         check_like("entropy", entropy, log_probs.shape, log_probs.device)
     elif config.entropy_coef:
-        raise ValueError(
-            f"entropy is None with entropy_coef={config.entropy_coef}: it must be that of pi_theta"
-        )
+        raise ValueError(f"entropy is None with entropy_coef={config.entropy_coef}: it must be that of pi_theta")
     return differentiable_loss(log_probs, entropy, inputs)
 
 
-def differentiable_loss(
-    log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs
-) -> PolicyLossOutput:
+def differentiable_loss(log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs) -> PolicyLossOutput:
     """The whole output, its loss carrying gradient to log_probs and entropy."""
-    output = loss_of_log_probs(
-        log_probs.detach().float(), None if entropy is None else entropy.detach(), inputs
-    )
+    output = loss_of_log_probs(log_probs.detach().float(), None if entropy is None else entropy.detach(), inputs)
     loss = attach_gradient(output.loss, log_probs, output.token_grad)
     if inputs.config.entropy_coef:
         loss = attach_gradient(loss, entropy, -inputs.config.entropy_coef * inputs.weights)
     return output._replace(loss=loss)
 
 
-def loss_of_log_probs(
-    log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs
-) -> PolicyLossOutput:
+def loss_of_log_probs(log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs) -> PolicyLossOutput:
     """The whole output from detached float32 log-probabilities, without gradient; the fused forms call it too."""
     token_loss, token_grad = token_losses(log_probs, inputs)
     return assemble_output(log_probs, entropy, token_loss, token_grad, inputs)

@@ -33,9 +33,7 @@ def log_ratios(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, Ten
     """(log r, log w, log d) as the objective sees them: per token, or its response's at every token; 0 if masked."""
     config, mask, layout = inputs.config, inputs.mask, inputs.layout
     log_probs = torch.where(mask, log_probs, 0.0)
-    old_log_probs = (
-        log_probs if inputs.old_log_probs is None else torch.where(mask, inputs.old_log_probs, 0.0)
-    )
+    old_log_probs = log_probs if inputs.old_log_probs is None else torch.where(mask, inputs.old_log_probs, 0.0)
     behaviour = torch.where(mask, behaviour_log_probs(old_log_probs, inputs), 0.0)
     log_r, log_w, log_d = log_probs - old_log_probs, log_probs - behaviour, old_log_probs - behaviour
     if config.is_sequence_level:

@@ -58,9 +58,7 @@ def token_logprobs(
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, token_ids, temperature, with_entropy, backend):
-        log_probs, entropy, log_z = token_logprobs_forward(
-            logits, token_ids, temperature, with_entropy, backend
-        )
+        log_probs, entropy, log_z = token_logprobs_forward(logits, token_ids, temperature, with_entropy, backend)
         ctx.save_for_backward(logits, token_ids, temperature, log_z, entropy)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
@@ -109,9 +107,7 @@ def _forward_fake(logits, token_ids, temperature, with_entropy, backend):
 
 def _backward(logits, token_ids, temperature, log_z, entropy, grad_log_probs, grad_entropy, backend):
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _kernels(backend).backward(
-        logits, token_ids, temperature, log_z, entropy, grad_log_probs, grad_entropy, out
-    )
+    _kernels(backend).backward(logits, token_ids, temperature, log_z, entropy, grad_log_probs, grad_entropy, out)
     return out
 
 
@@ -120,9 +116,7 @@ def _backward_fake(logits, *_):
 
 
 def _backward_in_place(logits, token_ids, temperature, log_z, entropy, grad_log_probs, grad_entropy, backend):
-    _kernels(backend).backward(
-        logits, token_ids, temperature, log_z, entropy, grad_log_probs, grad_entropy, logits
-    )
+    _kernels(backend).backward(logits, token_ids, temperature, log_z, entropy, grad_log_probs, grad_entropy, logits)
 
 
 _BACKWARD_ARGUMENTS = (

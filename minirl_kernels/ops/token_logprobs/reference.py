@@ -21,6 +21,4 @@ def token_logprobs_reference(logits: Tensor, token_ids: Tensor, temperature: Ten
     # a logit of -inf has p = 0 and adds nothing, where p * log p would be 0 * -inf
     entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
     invalid = ~in_range & ~ignored
-    return tuple(
-        values.masked_fill(ignored, 0.0).masked_fill(invalid, torch.nan) for values in (log_probs, entropy)
-    )
+    return tuple(values.masked_fill(ignored, 0.0).masked_fill(invalid, torch.nan) for values in (log_probs, entropy))
