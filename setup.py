@@ -5,6 +5,7 @@ CMAKE_ARGS is handed on to CMake.
 """
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -33,8 +34,9 @@ class CMakeBuild(build_ext):
         import pybind11  # only a build of the extension needs it
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
-        # An earlier build's cache names tools of pip's build environment of that day, which is gone.
+        # One folder for plain and editable installs, so that a second build compiles only what changed. The
+        # cache in it must go: it names tools of the first build's isolated environment, which is gone.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{platform.machine()}"
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             "cmake",
