@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .library import register
+
 
 def attach_gradient(loss: Tensor, tensor: Tensor, grad: Tensor) -> Tensor:
     """`loss` with d loss / d tensor = grad, added to what gradient it already carries."""
@@ -46,6 +48,14 @@ class _HandOverGradient(torch.autograd.Function):
                 "call it again, or use token_logprobs with policy_loss, where one graph is to be run backward twice"
             )
         grad, ctx.grad = ctx.grad, None
-        if grad.device.type != "cpu" or grad_output.item() != 1:
-            grad.mul_(grad_output)
+        scale_in_place(grad, grad_output)
         return grad_output, grad, None, None
+
+
+def _scale_in_place(tensor, factor):
+    # nearly always 1: a pass over the gradient is worth a look, but no wait for a GPU
+    if tensor.device.type != "cpu" or factor.item() != 1:
+        tensor.mul_(factor)
+
+
+scale_in_place = register("scale_(Tensor(a!) tensor, Tensor factor) -> ()", _scale_in_place, lambda *_: None)

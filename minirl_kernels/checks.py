@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .library import register
+
 IGNORE_INDEX = -100
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -66,13 +68,26 @@ def per_token_temperature(temperature, shape: torch.Size, device: torch.device) 
     return torch.full((), temperature, dtype=torch.float32, device=device).expand(shape)
 
 
-def check_contents(token_ids: Tensor, vocab_size: int, temperature: Tensor) -> None:
-    """The checks that cost a host sync: ids in range, temperatures above 0. Runs for `check=True`."""
+def check_contents(token_ids: Tensor, vocab_size: int, temperature: Tensor) -> Tensor:
+    """The checks that cost a host sync, ids in range and temperatures above 0; returns a copy of token_ids."""
+    return _checked_token_ids(token_ids, vocab_size, temperature)
+
+
+def _check_contents(token_ids, vocab_size, temperature):
     bad = (token_ids != IGNORE_INDEX) & ((token_ids < 0) | (token_ids >= vocab_size))
     if bool(bad.any()):
         raise ValueError(token_id_message(bad.flatten().nonzero()[0].item(), token_ids, vocab_size))
     if not bool((temperature > 0).all()):
         raise ValueError(f"temperature has the value {temperature.min().item()}: every value must be above 0")
+    return token_ids.clone()
+
+
+# an op, so that torch.compile need not trace its branches; what it returns is used, so that it is not dropped either
+_checked_token_ids = register(
+    "checked_token_ids(Tensor token_ids, SymInt vocab_size, Tensor temperature) -> Tensor",
+    _check_contents,
+    lambda token_ids, *_: torch.empty_like(token_ids),
+)
 
 
 def token_id_message(row: int, token_ids: Tensor, vocab_size: int) -> str:

@@ -81,7 +81,7 @@ def fused_policy_loss(
     temperature = per_token_temperature(temperature, token_ids.shape, logits.device)
     backend = resolve(backend, logits.device, op="fused_policy_loss", supported=_BACKENDS)
     if check:
-        check_contents(token_ids, logits.shape[-1], temperature)
+        token_ids = check_contents(token_ids, logits.shape[-1], temperature)
     inputs = prepare_inputs(
         token_ids.shape,
         logits.device,
@@ -106,7 +106,7 @@ def fused_policy_loss(
             inputs,
         )
     if not (logits.requires_grad and torch.is_grad_enabled()):
-        log_probs, entropy, _ = token_logprobs_forward(logits.detach(), *rows, True, backend)
+        log_probs, entropy, *_ = token_logprobs_forward(logits.detach(), *rows, True, backend)
         return loss_of_log_probs(log_probs, entropy, inputs)
     # the behaviour policy of sequence-level IS sums over the response, so it must be known before the sweep
     one_sweep = not config.is_sequence_level and (config.rollout_is != "sequence" or old_log_probs is not None)
@@ -147,11 +147,11 @@ def _one_sweep(logits, token_ids, temperature, inputs: PolicyLossInputs, in_plac
 
 
 def _two_phases(logits, token_ids, temperature, inputs: PolicyLossInputs, in_place, backend):
-    log_probs, entropy, log_z = token_logprobs_forward(logits, token_ids, temperature, True, backend)
+    log_probs, entropy, shift, log_sum = token_logprobs_forward(logits, token_ids, temperature, True, backend)
     output = loss_of_log_probs(log_probs, entropy, inputs)
     entropy_coef = inputs.config.entropy_coef
     entropy_grad = -entropy_coef * inputs.weights if entropy_coef else None
-    arguments = (token_ids, temperature, log_z, entropy, output.token_grad, entropy_grad, backend)
+    arguments = (token_ids, temperature, shift, log_sum, entropy, output.token_grad, entropy_grad, backend)
     if in_place:
         token_logprobs_backward_in_place(logits, *arguments)
         return output, logits

@@ -3,6 +3,9 @@
 With x = logits / temperature and p = softmax(x):
     log_prob = x_y - logsumexp(x)            d log_prob / d logits = (onehot_y - p) / temperature
     entropy  = logsumexp(x) - sum_j p_j x_j  d entropy  / d logits = -p (log p + entropy) / temperature
+
+Between forward and backward a row is kept as two numbers, log p_j = (logits_j - shift) / temperature - log_sum:
+their sum, logsumexp, would lose the digits of a row that is far from 0.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ def token_logprobs(
     temperature = per_token_temperature(temperature, token_ids.shape, logits.device)
     backend = resolve(backend, logits.device, op="token_logprobs", supported=_BACKENDS)
     if check or (backend == "reference" and logits.device.type == "cpu"):
-        check_contents(token_ids, logits.shape[-1], temperature)
+        token_ids = check_contents(token_ids, logits.shape[-1], temperature)
     if backend == "reference":
         log_probs, entropy = token_logprobs_reference(logits, token_ids, temperature)
     else:
@@ -58,8 +61,8 @@ def token_logprobs(
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, token_ids, temperature, with_entropy, backend):
-        log_probs, entropy, log_z = token_logprobs_forward(logits, token_ids, temperature, with_entropy, backend)
-        ctx.save_for_backward(logits, token_ids, temperature, log_z, entropy)
+        log_probs, entropy, *row = token_logprobs_forward(logits, token_ids, temperature, with_entropy, backend)
+        ctx.save_for_backward(logits, token_ids, temperature, *row, entropy)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         return log_probs, entropy
@@ -67,11 +70,11 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_log_probs, grad_entropy):
-        logits, token_ids, temperature, log_z, entropy = ctx.saved_tensors
+        logits, token_ids, temperature, shift, log_sum, entropy = ctx.saved_tensors
         if grad_log_probs is None and grad_entropy is None:
             return None, None, None, None, None
         if grad_log_probs is None:
-            grad_log_probs = torch.zeros_like(log_z)
+            grad_log_probs = torch.zeros_like(log_sum)
         if grad_entropy is not None:
             grad_entropy = grad_entropy.contiguous()
         grad_logits = token_logprobs_backward(
@@ -105,9 +108,11 @@ def _forward_fake(logits, token_ids, temperature, with_entropy, backend):
     )
 
 
-def _backward(logits, token_ids, temperature, log_z, entropy, grad_log_probs, grad_entropy, backend):
+def _backward(logits, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, backend):
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _kernels(backend).backward(logits, token_ids, temperature, log_z, entropy, grad_log_probs, grad_entropy, out)
+    _kernels(backend).backward(
+        logits, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, out
+    )
     return out
 
 
@@ -115,17 +120,19 @@ def _backward_fake(logits, *_):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _backward_in_place(logits, token_ids, temperature, log_z, entropy, grad_log_probs, grad_entropy, backend):
-    _kernels(backend).backward(logits, token_ids, temperature, log_z, entropy, grad_log_probs, grad_entropy, logits)
+def _backward_in_place(logits, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, backend):
+    _kernels(backend).backward(
+        logits, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, logits
+    )
 
 
 _BACKWARD_ARGUMENTS = (
-    "Tensor token_ids, Tensor temperature, Tensor log_z, Tensor entropy, Tensor grad_log_probs, "
+    "Tensor token_ids, Tensor temperature, Tensor shift, Tensor log_sum, Tensor entropy, Tensor grad_log_probs, "
     "Tensor? grad_entropy, str backend"
 )
 token_logprobs_forward = register(
     "token_logprobs(Tensor logits, Tensor token_ids, Tensor temperature, bool with_entropy, str backend)"
-    " -> (Tensor log_probs, Tensor entropy, Tensor log_z)",
+    " -> (Tensor log_probs, Tensor entropy, Tensor shift, Tensor log_sum)",
     _forward,
     _forward_fake,
 )
