@@ -68,8 +68,16 @@ def _why_not_loaded(error: Exception) -> str:
     )
 
 
-# torch.compile takes the answer as a constant, so that tracing an op does not trace the probing.
-@torch.compiler.assume_constant_result
+def _constant_when_compiling(function):
+    """Let torch.compile call `function` and take the answer as a constant, rather than trace the probing.
+
+    As torch.compiler.assume_constant_result does, without loading torch._dynamo (seconds) at import.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@_constant_when_compiling
 def _missing(backend: str, device_type: str | None) -> str | None:
     if backend == "cpu":
         if device_type not in (None, "cpu"):
@@ -122,7 +130,7 @@ def resolve(backend: str, device: torch.device, *, op: str, supported: tuple[str
     return backend
 
 
-@torch.compiler.assume_constant_result
+@_constant_when_compiling
 def _default(device_type: str, supported: tuple[str, ...]) -> str:
     backend = {"cpu": "cpu", "cuda": "triton"}.get(device_type, "reference")
     if backend not in supported:
