@@ -31,7 +31,7 @@ RULES = [
         "the native module is built without torch",
     ),
     (
-        r"^csrc/(common/|cpu/(?!dispatch\.cpp)|parallel\.h)",
+        r"^csrc/(common/|cpu/(?!dispatch)\w+\.cpp)",
         r"#\s*include <\w+>",
         "a kernel table includes C headers only: C++ ones bring weak symbols",
     ),

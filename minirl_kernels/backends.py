@@ -30,7 +30,7 @@ def native() -> ModuleType:
     if _native is None and _native_reason is None:
         try:
             _native = _load_native()
-        except (ImportError, RuntimeError) as error:
+        except (ImportError, RuntimeError, ValueError) as error:
             _native_reason = _why_not_loaded(error)
     if _native is None:
         raise RuntimeError(_native_reason)
