@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import register
-
 
 def attach_gradient(loss: Tensor, tensor: Tensor, grad: Tensor) -> Tensor:
     """`loss` with d loss / d tensor = grad, added to what gradient it already carries."""
@@ -47,15 +45,9 @@ class _HandOverGradient(torch.autograd.Function):
                 f"{ctx.call} made its gradient in the forward, and an earlier backward has consumed that buffer: "
                 "call it again, or use token_logprobs with policy_loss, where one graph is to be run backward twice"
             )
+        if torch.compiler.is_compiling():  # the compiler knows whether anybody else still needs the buffer
+            return grad_output, ctx.grad * grad_output, None, None
         grad, ctx.grad = ctx.grad, None
-        scale_in_place(grad, grad_output)
+        if grad.device.type != "cpu" or grad_output.item() != 1:
+            grad.mul_(grad_output)
         return grad_output, grad, None, None
-
-
-def _scale_in_place(tensor, factor):
-    # nearly always 1: a pass over the gradient is worth a look, but no wait for a GPU
-    if tensor.device.type != "cpu" or factor.item() != 1:
-        tensor.mul_(factor)
-
-
-scale_in_place = register("scale_(Tensor(a!) tensor, Tensor factor) -> ()", _scale_in_place, lambda *_: None)

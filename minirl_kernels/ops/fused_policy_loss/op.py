@@ -111,9 +111,8 @@ def fused_policy_loss(
     # the behaviour policy of sequence-level IS sums over the response, so it must be known before the sweep
     one_sweep = not config.is_sequence_level and (config.rollout_is != "sequence" or old_log_probs is not None)
     sweep = _one_sweep if one_sweep else _two_phases
-    output, grad_logits = sweep(logits.detach(), *rows, inputs, overwrite_logits, backend)
-    if overwrite_logits:
-        torch.autograd.graph.increment_version(logits)
+    with torch.no_grad():
+        output, grad_logits = sweep(logits.detach(), *rows, inputs, overwrite_logits, backend)
     loss = attach_gradient_once(output.loss, logits, grad_logits, "fused_policy_loss")
     return output._replace(loss=loss)
 
