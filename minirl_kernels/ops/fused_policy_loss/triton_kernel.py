@@ -1,0 +1,284 @@
+"""fused_policy_loss on the GPU: one program per token, from its logits to its loss and the gradient of its logits.
+
+A row that fits one tile is read once. A longer one is read twice, less the tile that the first reading ends with and
+the second begins with. They go in opposite directions, so that the second meets first what the caches saw last.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...triton_tiles import (
+    IGNORE_INDEX,
+    LOG2E,
+    SIZES,
+    LaunchConfig,
+    fill_row,
+    gradient_factors,
+    gradient_tile,
+    launch,
+    load_tile,
+    make_config,
+    row_offset,
+    row_strides,
+    softmax_of_row,
+    store_tile,
+    tile_offsets,
+)
+
+
+@triton.jit
+def times(weight, factor):
+    """weight * factor, with 0 where the factor is 0 even if the weight overflowed."""
+    return tl.where(factor == 0, 0.0, weight * factor)
+
+
+@triton.jit
+def at_most(x, bound):
+    return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_least(x, bound):
+    return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def exp_minus_one_minus(x):
+    """exp(x) - 1 - x, by its series where the difference would cancel."""
+    series = 1 / 362880
+    series = series * x + 1 / 40320
+    series = series * x + 1 / 5040
+    series = series * x + 1 / 720
+    series = series * x + 1 / 120
+    series = series * x + 1 / 24
+    series = series * x + 1 / 6
+    series = series * x + 1 / 2
+    return tl.where(tl.abs(x) < 0.5, series * x * x, tl.exp(x) - 1 - x)
+
+
+@triton.jit
+def token_objective(
+    log_prob,
+    log_r,
+    log_w,
+    log_d,
+    advantage,
+    ratio_low,
+    ratio_high,
+    threshold,
+    OBJECTIVE: tl.constexpr,
+    CLIP: tl.constexpr,
+):
+    """(loss, d loss / d log_prob) before aggregation; `ops/policy_loss/reference.py` defines it."""
+    r = tl.exp(log_r)
+    bounded = at_most(at_least(r, ratio_low), ratio_high) if CLIP else r
+    if OBJECTIVE == "minirl" or OBJECTIVE == "reinforce":
+        if CLIP:
+            stopped = ((advantage > 0) & (r > ratio_high)) | ((advantage < 0) & (r < ratio_low))
+            advantage = tl.where(stopped, 0.0, advantage)
+        grad = times(-at_most(tl.exp(log_w), threshold), advantage)
+        loss = times(log_prob, grad) if OBJECTIVE == "minirl" else grad
+    elif OBJECTIVE == "cispo":
+        grad = times(-at_most(tl.exp(log_d), threshold) * bounded, advantage)
+        loss = times(log_prob, grad)
+    else:
+        tl.static_assert(OBJECTIVE == "grpo")
+        correction = at_most(tl.exp(log_d), threshold)
+        unclipped = times(correction * r, advantage)
+        clipped = times(correction * bounded, advantage)
+        loss = -at_most(unclipped, clipped)
+        grad = tl.where(unclipped > clipped, 0.0, -unclipped)
+    return loss, grad
+
+
+@triton.jit
+def kl_penalty(log_prob, ref_log_prob, ESTIMATOR: tl.constexpr):
+    """(estimate of KL(pi_theta || pi_ref), its derivative by log_prob)."""
+    log_ratio = ref_log_prob - log_prob
+    if ESTIMATOR == "k1":
+        kl, grad = -log_ratio, 1.0
+    elif ESTIMATOR == "k2":
+        kl, grad = 0.5 * log_ratio * log_ratio, -log_ratio
+    else:
+        tl.static_assert(ESTIMATOR == "k3")
+        kl = exp_minus_one_minus(log_ratio)
+        grad = -(kl + log_ratio)
+    return kl, grad
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fused_policy_loss_kernel(
+    logits,
+    token_ids,
+    temperature,
+    old_log_probs,
+    behaviour_log_probs,
+    ref_log_probs,
+    advantages,
+    weights,
+    log_probs,
+    entropy,
+    token_loss,
+    token_grad,
+    out,
+    ratio_low,
+    ratio_high,
+    threshold,
+    kl_coef,
+    entropy_coef,
+    L,
+    V,
+    stride_b,
+    stride_l,
+    out_stride_b,
+    out_stride_l,
+    OBJECTIVE: tl.constexpr,
+    CLIP: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    V = V // ALIGN * ALIGN
+    p_out = out + row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN)
+    b_id = tl.load(token_ids + i_t)
+    if (b_id < 0) | (b_id >= V):
+        nothing = tl.where(b_id == IGNORE_INDEX, 0.0, float("nan"))
+        tl.store(log_probs + i_t, nothing)
+        tl.store(entropy + i_t, nothing)
+        tl.store(token_loss + i_t, nothing)
+        tl.store(token_grad + i_t, nothing)
+        fill_row(p_out, nothing, V, LANES, VEC)
+        return
+
+    p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
+    b_temperature = tl.load(temperature + i_t)
+    b_advantage = tl.load(advantages + i_t)
+    b_weight = tl.load(weights + i_t)
+    b_logit = tl.load(p_row + b_id).to(tl.float32)
+    b_shift, b_log_sum, b_entropy, b_x = softmax_of_row(p_row, V, b_temperature, LANES, VEC, ONE_TILE)
+    b_log_prob = tl.div_rn(b_logit - b_shift, b_temperature) - b_log_sum
+
+    b_old = b_log_prob
+    if old_log_probs is not None:
+        b_old = tl.load(old_log_probs + i_t)
+    b_behaviour = b_old
+    if behaviour_log_probs is not None:
+        b_behaviour = tl.load(behaviour_log_probs + i_t)
+    b_loss, b_grad = token_objective(
+        b_log_prob,
+        b_log_prob - b_old,
+        b_log_prob - b_behaviour,
+        b_old - b_behaviour,
+        b_advantage,
+        ratio_low,
+        ratio_high,
+        threshold,
+        OBJECTIVE,
+        CLIP,
+    )
+    if ref_log_probs is not None:
+        b_kl, b_kl_grad = kl_penalty(b_log_prob, tl.load(ref_log_probs + i_t), KL_ESTIMATOR)
+        b_loss += kl_coef * b_kl
+        b_grad += kl_coef * b_kl_grad
+    b_c = b_weight * b_grad
+    b_e = -entropy_coef * b_weight
+    tl.store(log_probs + i_t, b_log_prob)
+    tl.store(entropy + i_t, b_entropy)
+    tl.store(token_loss + i_t, b_weight * b_loss)
+    tl.store(token_grad + i_t, b_c)
+
+    if (b_c == 0) & (b_e == 0):
+        fill_row(p_out, 0.0, V, LANES, VEC)
+        return
+    c = LOG2E / b_temperature
+    k0, k1 = gradient_factors(b_c, b_e, b_log_sum, b_entropy, b_temperature)
+    at_id = b_c / b_temperature
+    i_last = tl.cdiv(V, LANES * VEC) - 1
+    if not ONE_TILE:
+        for i_tile in range(i_last):
+            b_next = load_tile(p_row, tile_offsets(i_tile + 1, LANES, VEC), V, EVICT="evict_first")
+            o_v = tile_offsets(i_tile, LANES, VEC)
+            store_tile(p_out, gradient_tile(b_x, o_v, b_id, b_shift, c, k0, k1, at_id), o_v, V, EVICT="evict_first")
+            b_x = b_next
+    o_v = tile_offsets(i_last, LANES, VEC)
+    store_tile(p_out, gradient_tile(b_x, o_v, b_id, b_shift, c, k0, k1, at_id), o_v, V, EVICT="evict_first")
+
+
+def forward_backward(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    old_log_probs: Tensor | None,
+    behaviour_log_probs: Tensor | None,
+    ref_log_probs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    objective: str,
+    clip: bool,
+    ratio_low: float,
+    ratio_high: float,
+    threshold: float,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log_probs, entropy, token_loss, token_grad); the gradient goes into `out`, which may be `logits` itself."""
+    results = tuple(torch.empty_like(temperature) for _ in range(4))
+    vocab_size = logits.shape[-1]
+    config = launch_config(vocab_size, logits.dtype)
+    length, *strides = row_strides(logits)
+    _, *out_strides = row_strides(out)
+    launch(
+        fused_policy_loss_kernel,
+        (token_ids.numel(),),
+        logits,
+        token_ids,
+        temperature,
+        old_log_probs,
+        behaviour_log_probs,
+        ref_log_probs,
+        advantages,
+        weights,
+        *results,
+        out,
+        ratio_low,
+        ratio_high,
+        threshold,
+        kl_coef,
+        entropy_coef,
+        length,
+        vocab_size,
+        *strides,
+        *out_strides,
+        OBJECTIVE=objective,
+        CLIP=clip,
+        KL_ESTIMATOR=kl_estimator,
+        ONE_TILE=vocab_size <= config.tile,
+        config=config,
+        rows=(logits, out),
+    )
+    return results
+
+
+def launch_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
+    """A row of up to 16,384 logits is one tile, 16 to a thread: what is live at once then stays below 64 registers,
+    which is what 1,024 threads have each. 32 to a thread still fit if they are 16 bits wide and wait packed (on AMD
+    they spill).
+
+    Longer rows: one program of 1,024 threads to a processor keeps the rows in flight few, so that the second reading
+    of a row can come from the second-level cache (132 rows of 304 KB are 40 MB). Two accesses to a thread and tile,
+    with as many again for the next tile, are then in flight.
+    """
+    if vocab_size <= 16384:
+        return make_config(vocab_size, dtype, threads=1024, per_thread=16)
+    if vocab_size <= 32768 and dtype.itemsize == 2 and not torch.version.hip:
+        return make_config(vocab_size, dtype, threads=1024, per_thread=32)
+    return make_config(vocab_size, dtype, threads=1024, per_thread=32 // dtype.itemsize)

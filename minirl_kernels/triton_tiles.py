@@ -1,0 +1,190 @@
+"""What several Triton kernels share: a row in tiles, and the softmax that runs over them.
+
+A tile is [LANES, VEC]: VEC neighbours make one 128-bit access, and each lane keeps a softmax of its own over all the
+tiles of a row, so that threads meet once at the end of a row rather than once per tile.
+
+Names: p_ pointer, i_ index, o_ offsets, m_ mask, b_ values of a block; T tokens, L tokens per batch entry, V logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+IGNORE_INDEX = tl.constexpr(-100)
+# the maximum of nothing: finite, so that a row that begins with -inf subtracts no infinities
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+# 2**-160 is 0 in float32, and 0 * -160 is 0 where 0 * -inf would be NaN
+LOWEST_EXPONENT = tl.constexpr(-160.0)
+# one binary per dtype and alignment: ALIGN says all that a kernel needs to know of these
+SIZES = ["L", "V", "stride_b", "stride_l", "out_stride_b", "out_stride_l"]
+INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def row_offset(i_t, L, stride_b, stride_l, ALIGN: tl.constexpr):
+    """Elements from the start of [B, L, V] to row i_t of its B * L, in 64 bits."""
+    return (i_t // L) * multiple(stride_b, ALIGN) + (i_t % L) * multiple(stride_l, ALIGN)
+
+
+@triton.jit
+def multiple(n, ALIGN: tl.constexpr):
+    """n, which the launcher knows to be a multiple of ALIGN: said so that the compiler knows it too."""
+    return n // ALIGN * ALIGN
+
+
+@triton.jit
+def tile_offsets(i_tile, LANES: tl.constexpr, VEC: tl.constexpr):
+    return i_tile * (LANES * VEC) + tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+
+
+@triton.jit
+def load_tile(p_row, o_v, V, EVICT: tl.constexpr = ""):
+    """A tile as it is stored, -inf beyond V: packed values wait for their turn in half the registers."""
+    return tl.load(p_row + o_v, mask=o_v < V, other=-float("inf"), eviction_policy=EVICT)
+
+
+@triton.jit
+def store_tile(p_row, b_x, o_v, V, EVICT: tl.constexpr = ""):
+    tl.store(p_row + o_v, round_to(b_x, p_row.dtype.element_ty), mask=o_v < V, eviction_policy=EVICT)
+
+
+@triton.jit
+def fill_row(p_row, value, V, LANES: tl.constexpr, VEC: tl.constexpr):
+    b_x = tl.full([LANES, VEC], value, tl.float32)
+    for i_tile in range(tl.cdiv(V, LANES * VEC)):
+        store_tile(p_row, b_x, tile_offsets(i_tile, LANES, VEC), V)
+
+
+@triton.jit
+def round_to(b_x, dtype: tl.constexpr):
+    """float32 to the nearest value of `dtype`, ties to even. The interpreter truncates to bfloat16 instead."""
+    if INTERPRETING and dtype == tl.bfloat16:
+        b_bits = b_x.to(tl.uint32, bitcast=True)
+        b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & 0xFFFF0000
+        b_x = tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)
+    return b_x.to(dtype)
+
+
+@triton.jit
+def exponent(b_x, c):
+    """b_x * c for exp2, never below LOWEST_EXPONENT; NaN stays NaN."""
+    return tl.maximum(b_x * c, LOWEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def softmax_step(b_x, b_shift, b_sum, b_weighted, c):
+    """One more tile in each lane's softmax: the largest logit, sum of 2**y, sum of 2**y * y; y = (x - shift) * c.
+
+    b_x [LANES, VEC]; b_shift, b_sum, b_weighted [LANES]. Online softmax of Milakov and Gimelshein (arXiv 1805.02867).
+    """
+    b_x = b_x.to(tl.float32)
+    b_max = tl.maximum(b_shift, tl.max(b_x, 1))
+    b_y = exponent(b_x - b_max[:, None], c)
+    b_e = tl.exp2(b_y)
+    b_fall = exponent(b_shift - b_max, c)
+    b_keep = tl.exp2(b_fall)
+    b_weighted = (b_weighted + b_sum * b_fall) * b_keep + tl.sum(b_e * b_y, 1)
+    return b_max, b_sum * b_keep + tl.sum(b_e, 1), b_weighted
+
+
+@triton.jit
+def softmax_merge(b_shift, b_sum, b_weighted, c):
+    """The lanes' softmaxes as the row's: three scalars."""
+    shift = tl.max(b_shift, 0)
+    b_fall = exponent(b_shift - shift, c)
+    b_keep = tl.exp2(b_fall)
+    return shift, tl.sum(b_sum * b_keep, 0), tl.sum((b_weighted + b_sum * b_fall) * b_keep, 0)
+
+
+@triton.jit
+def softmax_of_row(p_row, V, temperature, LANES: tl.constexpr, VEC: tl.constexpr, ONE_TILE: tl.constexpr):
+    """(shift, log_sum, entropy, first tile): log p_j = (x_j - shift) / temperature - log_sum.
+
+    The row is read once, a tile ahead, from its end: so the tile that is left on chip for a second reading is full.
+    """
+    c = LOG2E / temperature
+    b_shift = tl.full([LANES], LOWEST, tl.float32)
+    b_sum = tl.zeros([LANES], tl.float32)
+    b_weighted = tl.zeros([LANES], tl.float32)
+    i_last = tl.cdiv(V, LANES * VEC) - 1
+    b_x = load_tile(p_row, tile_offsets(i_last, LANES, VEC), V)
+    if not ONE_TILE:
+        for i in range(i_last):
+            b_next = load_tile(p_row, tile_offsets(i_last - 1 - i, LANES, VEC), V)
+            b_shift, b_sum, b_weighted = softmax_step(b_x, b_shift, b_sum, b_weighted, c)
+            b_x = b_next
+    b_shift, b_sum, b_weighted = softmax_step(b_x, b_shift, b_sum, b_weighted, c)
+    shift, row_sum, weighted = softmax_merge(b_shift, b_sum, b_weighted, c)
+    log_sum = tl.log(row_sum)
+    return shift, log_sum, log_sum - LN2 * (weighted / row_sum), b_x
+
+
+@triton.jit
+def gradient_factors(log_prob_grad, entropy_grad, log_sum, entropy, temperature):
+    """(k0, k1) such that -(c_t p + e_t p (log p + entropy)) / temperature = 2**y (k0 + k1 y), y as in softmax_step."""
+    scale = tl.exp(-log_sum) / temperature
+    return -(log_prob_grad + entropy_grad * (entropy - log_sum)) * scale, -LN2 * entropy_grad * scale
+
+
+@triton.jit
+def gradient_tile(b_x, o_v, b_id, shift, c, k0, k1, at_id):
+    """(c_t (onehot - p) - e_t p (log p + entropy)) / temperature of a tile; at_id is c_t / temperature."""
+    b_y = exponent(b_x.to(tl.float32) - shift, c)
+    return tl.exp2(b_y) * (k0 + k1 * b_y) + tl.where(o_v == b_id, at_id, 0.0)
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one row is cut, from V and dtype alone, so that a token's bits do not depend on its neighbours.
+
+    lanes x vec: elements of a tile; threads: of a program.
+    """
+
+    lanes: int
+    vec: int
+    threads: int
+
+    @property
+    def tile(self) -> int:
+        return self.lanes * self.vec
+
+    @property
+    def num_warps(self) -> int:
+        return max(self.threads // (64 if torch.version.hip else 32), 1)
+
+
+def make_config(vocab_size: int, dtype: torch.dtype, *, threads: int, per_thread: int) -> LaunchConfig:
+    """A tile of `per_thread` logits for each of `threads` threads; a row that needs less has fewer threads."""
+    vec = 16 // dtype.itemsize
+    lanes = min(triton.next_power_of_2(triton.cdiv(vocab_size, vec)), threads * per_thread // vec)
+    # 64 threads are a warp on AMD, and two elsewhere
+    return LaunchConfig(lanes=lanes, vec=vec, threads=max(lanes * vec // per_thread, 64))
+
+
+def row_strides(x: Tensor) -> tuple[int, int, int]:
+    """(L, stride of B, stride of L) of [B, L, V] or [T, V], which is one batch entry."""
+    return x.shape[-2], x.stride(0) if x.dim() == 3 else 0, x.stride(-2)
+
+
+def launch(kernel, grid: tuple[int, ...], *args, config: LaunchConfig, rows: tuple[Tensor, ...], **constants) -> None:
+    """Run `kernel` over tiles of `rows` (tensors of one shape [..., V]) on their device."""
+    if 0 in grid:
+        return
+    # accesses can be 128 bits where every row begins and ends at a multiple of them
+    aligned = all(n % config.vec == 0 for x in rows for n in (x.shape[-1], *row_strides(x)[1:]))
+    with torch.cuda.device_of(rows[0]):
+        kernel[grid](
+            *args,
+            **constants,
+            LANES=config.lanes,
+            VEC=config.vec,
+            ALIGN=config.vec if aligned else 1,
+            num_warps=config.num_warps,
+        )
