@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -48,6 +50,13 @@ class _HandOverGradient(torch.autograd.Function):
         if torch.compiler.is_compiling():  # the compiler knows whether anybody else still needs the buffer
             return grad_output, ctx.grad * grad_output, None, None
         grad, ctx.grad = ctx.grad, None
-        if grad.device.type != "cpu" or grad_output.item() != 1:
-            grad.mul_(grad_output)
+        _scale_in_place(grad, grad_output)
         return grad_output, grad, None, None
+
+
+def _scale_in_place(grad: Tensor, factor: Tensor) -> None:
+    # nearly always 1: a pass over the gradient is worth a look, but no wait for a GPU, whose kernel looks itself
+    if grad.device.type == "cuda":
+        importlib.import_module(".triton_scale", __package__).scale_in_place(grad, factor)
+    elif factor.item() != 1:
+        grad.mul_(factor)
