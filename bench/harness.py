@@ -1,0 +1,144 @@
+"""How everything in bench/ is measured: contenders take turns in one process, so that its noise hits all of them."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MIN_ROUNDS, MAX_ROUNDS = 5, 50
+# A wrong call is off by far more, and eager bfloat16 paths round log-probabilities of about 10 nats to 8 bits.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way of doing the work. `run` is timed and returns its named outputs, which live until the clock stopped."""
+
+    name: str
+    run: Callable[[], dict[str, Tensor]]
+    kind: Literal["ours", "peer", "floor"] = "peer"
+    missing: str | None = None  # why it cannot run here
+
+
+@dataclass(frozen=True)
+class Bar:
+    """`contender` is at least `bound` times as fast as `against`, or takes at most so many times its time or memory."""
+
+    contender: str
+    measure: Literal["speed", "time", "memory"]
+    against: str
+    bound: float
+
+
+def check_agreement(contenders: list[Contender], restore: Callable[[], None], tolerance: float) -> None:
+    """Raise AssertionError unless every output that a contender shares with the first of ours is the same."""
+    outputs = {}
+    for contender in contenders:
+        if contender.missing is None and contender.kind != "floor":
+            restore()
+            # copies: an in-place gradient is gone after the next restore()
+            outputs[contender.name] = {name: value.double().cpu() for name, value in contender.run().items()}
+    ours = outputs[next(contender.name for contender in contenders if contender.kind == "ours")]
+    for contender, theirs in outputs.items():
+        for name, value in theirs.items():
+            error = ((value - ours[name]).norm() / ours[name].norm()).item()
+            assert error <= tolerance, f"{contender}: its {name} is off ours by {error:.2g} (relative, 2-norm)"
+
+
+def measure(benchmark, contenders: list[Contender], restore: Callable[[], None], device, seconds: float) -> list[dict]:
+    """Times and peak memory of every contender, ready for JSON; `restore` runs untimed before every single run."""
+    present = [contender for contender in contenders if contender.missing is None]
+    for contender in present:  # first calls compile, import and fault in what later ones find ready
+        restore()
+        contender.run()
+    start, peaks = time.perf_counter(), {}
+    for contender in present:
+        restore()
+        peaks[contender.name] = peak_memory(contender.run, device)
+    one_round = time.perf_counter() - start
+    rounds = min(max(int(seconds / one_round), MIN_ROUNDS), MAX_ROUNDS)
+    times = _take_turns(benchmark, present, restore, device, rounds)
+    return [
+        {
+            "name": contender.name,
+            "kind": contender.kind,
+            "missing": contender.missing,
+            "peak_bytes": peaks.get(contender.name),
+            "seconds": [round(value, 7) for value in times.get(contender.name, [])],
+        }
+        for contender in contenders
+    ]
+
+
+def _take_turns(benchmark, contenders, restore, device, rounds) -> dict[str, list[float]]:
+    """A B C A B C …: pytest-benchmark's setup hook hands out the next contender, its clock times it."""
+    turns = itertools.cycle(contenders)
+    outputs = []
+
+    def next_turn():
+        outputs.clear()  # freeing the previous gradient is nobody's time
+        restore()
+        synchronize(device)
+        return (next(turn for turn in turns).run,), {}
+
+    def timed(run):
+        outputs.append(run())
+        synchronize(device)
+
+    benchmark.extra_info["turns"] = [contender.name for contender in contenders]
+    benchmark.pedantic(timed, setup=next_turn, rounds=rounds * len(contenders))
+    outputs.clear()
+    times = benchmark.stats.stats.data
+    return {contender.name: times[turn :: len(contenders)] for turn, contender in enumerate(contenders)}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes that one run needs on top of its inputs, its results included; None where it cannot be known.
+
+    On the CPU: growth of the resident set's high-water mark (Linux), which sees native buffers as well as torch's.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        outputs = run()
+        torch.cuda.synchronize(device)
+        del outputs
+        return torch.cuda.max_memory_allocated(device) - before
+    _return_free_heap()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now
+    except OSError:
+        return None
+    before = _high_water_mark()
+    outputs = run()
+    del outputs
+    return _high_water_mark() - before
+
+
+def _return_free_heap() -> None:
+    """Free pages that the C library keeps would hide what a run takes from them (glibc only)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _high_water_mark() -> int:
+    status = Path("/proc/self/status").read_text()
+    kibibytes = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(kibibytes) * 1024
