@@ -134,14 +134,9 @@ def test_status_without_native_module(no_native):
     assert "_C" in native["why"]
 
 
-def test_status_after_set_isa():
-    module = backends.native()
-    picked = module.isa_picked()
-    try:
-        module.set_isa("baseline")
-        assert backends.status()["native"]["picked"] == "baseline"
-    finally:
-        module.set_isa(picked)
+def test_status_after_set_isa(set_isa):
+    set_isa("baseline")
+    assert backends.status()["native"]["picked"] == "baseline"
 
 
 def test_set_isa_names_the_choices():
