@@ -10,27 +10,28 @@ from ...checks import token_id_message
 
 
 def forward(logits: Tensor, token_ids: Tensor, temperature: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
-    """(log_probs, entropy or empty, log_z), each [N] rows in the order of logits' outer dimensions."""
-    rows = token_ids.shape
-    log_probs, log_z = (torch.empty(rows) for _ in range(2))
-    entropy = torch.empty(rows if with_entropy else 0)
+    """(log_probs, entropy or empty, shift, log_sum), each of token_ids' shape."""
+    log_probs, shift, log_sum = (torch.empty(token_ids.shape) for _ in range(3))
+    entropy = torch.empty(token_ids.shape if with_entropy else 0)
     bad_row = native().token_logprobs(
         *logits_arguments(logits),
         *ids_arguments(token_ids),
         temperature.data_ptr(),
         log_probs.data_ptr(),
         entropy.data_ptr() if with_entropy else 0,
-        log_z.data_ptr(),
+        shift.data_ptr(),
+        log_sum.data_ptr(),
     )
     raise_bad_id(bad_row, token_ids, logits)
-    return log_probs, entropy, log_z
+    return log_probs, entropy, shift, log_sum
 
 
 def backward(
     logits: Tensor,
     token_ids: Tensor,
     temperature: Tensor,
-    log_z: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
     entropy: Tensor,
     grad_log_probs: Tensor,
     grad_entropy: Tensor | None,
@@ -41,7 +42,8 @@ def backward(
         *logits_arguments(logits),
         *ids_arguments(token_ids),
         temperature.data_ptr(),
-        log_z.data_ptr(),
+        shift.data_ptr(),
+        log_sum.data_ptr(),
         entropy.data_ptr() if grad_entropy is not None else 0,
         grad_log_probs.data_ptr(),
         grad_entropy.data_ptr() if grad_entropy is not None else 0,

@@ -1,0 +1,131 @@
+// pybind11 module _C: raw pointers and sizes in, nothing of torch. The Python side has checked shapes and dtypes.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/fused_policy_loss.h"
+#include "cpu/isa.h"
+#include "cpu/logits.h"
+#include "cpu/pages.h"
+#include "cpu/token_logprobs.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+minirl::DType dtype_of(const std::string& name) {
+  if (name == "torch.float32") return minirl::DType::kFloat32;
+  if (name == "torch.bfloat16") return minirl::DType::kBFloat16;
+  if (name == "torch.float16") return minirl::DType::kFloat16;
+  throw std::invalid_argument("dtype is " + name + ": it must be torch.float32, torch.bfloat16 or torch.float16");
+}
+
+template <class Enum>
+Enum choice(const char* what, const std::string& name, std::initializer_list<std::pair<const char*, Enum>> choices) {
+  for (const auto& [known, value] : choices)
+    if (name == known) return value;
+  throw std::invalid_argument(std::string(what) + " is '" + name + "', which the kernel does not have");
+}
+
+// First row whose id is neither in the vocabulary nor ignored, or -1; asked before anything is written.
+int64_t first_bad_row(const minirl::Logits& logits) {
+  for (int64_t row = 0; row < logits.batch * logits.length; ++row) {
+    const int64_t id = minirl::id_of_row(logits, row);
+    if (id != minirl::kIgnoreIndex && (id < 0 || id >= logits.vocab_size)) return row;
+  }
+  return -1;
+}
+
+// The arguments that every call over logits begins with.
+#define MINIRL_LOGITS_PARAMETERS                                                                    \
+  Address logits_data, const std::string &dtype, int64_t batch, int64_t length, int64_t vocab_size, \
+      int64_t batch_stride, int64_t length_stride, Address ids, bool wide_ids, Address temperature
+#define MINIRL_LOGITS                                                                                    \
+  minirl::Logits {                                                                                       \
+    pointer<void>(logits_data), dtype_of(dtype), batch, length, vocab_size, batch_stride, length_stride, \
+        pointer<void>(ids), wide_ids, pointer<float>(temperature)                                        \
+  }
+
+template <class Args>
+void run_rows(const minirl::Logits& logits, minirl::Kernel<Args> kernel, const Args& args) {
+  py::gil_scoped_release no_gil;
+  minirl::parallel_rows(logits.batch * logits.length, logits.vocab_size, kernel, args);
+}
+
+int64_t token_logprobs(MINIRL_LOGITS_PARAMETERS, Address log_probs, Address entropy, Address shift, Address log_sum) {
+  const minirl::TokenLogprobs args = {MINIRL_LOGITS, pointer<float>(log_probs), pointer<float>(entropy),
+                                      pointer<float>(shift), pointer<float>(log_sum)};
+  const int64_t bad_row = first_bad_row(args.logits);
+  if (bad_row < 0) run_rows(args.logits, MINIRL_PICK(minirl::token_logprobs, minirl::TokenLogprobs), args);
+  return bad_row;
+}
+
+void token_logprobs_backward(MINIRL_LOGITS_PARAMETERS, Address shift, Address log_sum, Address entropy,
+                             Address log_prob_grad, Address entropy_grad, Address out, int64_t out_batch_stride,
+                             int64_t out_length_stride) {
+  const minirl::TokenLogprobsBackward args = {MINIRL_LOGITS,
+                                              pointer<float>(shift),
+                                              pointer<float>(log_sum),
+                                              pointer<float>(entropy),
+                                              pointer<float>(log_prob_grad),
+                                              pointer<float>(entropy_grad),
+                                              {pointer<void>(out), out_batch_stride, out_length_stride}};
+  run_rows(args.logits, MINIRL_PICK(minirl::token_logprobs_backward, minirl::TokenLogprobsBackward), args);
+}
+
+int64_t fused_policy_loss(MINIRL_LOGITS_PARAMETERS, Address old_log_probs, Address behaviour_log_probs,
+                          Address ref_log_probs, Address advantages, Address weights, const std::string& objective,
+                          bool clip, float ratio_low, float ratio_high, float threshold, float kl_coef,
+                          const std::string& kl_estimator, float entropy_coef, Address log_probs, Address entropy,
+                          Address token_loss, Address token_grad, Address out, int64_t out_batch_stride,
+                          int64_t out_length_stride) {
+  using minirl::KLEstimator;
+  using minirl::Objective;
+  const auto kind = choice<Objective>("objective", objective,
+                                      {{"minirl", Objective::kMiniRL},
+                                       {"reinforce", Objective::kReinforce},
+                                       {"grpo", Objective::kGrpo},
+                                       {"cispo", Objective::kCispo}});
+  const auto estimator = choice<KLEstimator>(
+      "kl_estimator", kl_estimator, {{"k1", KLEstimator::kK1}, {"k2", KLEstimator::kK2}, {"k3", KLEstimator::kK3}});
+  const minirl::FusedPolicyLoss args = {MINIRL_LOGITS,
+                                        pointer<float>(old_log_probs),
+                                        pointer<float>(behaviour_log_probs),
+                                        pointer<float>(ref_log_probs),
+                                        pointer<float>(advantages),
+                                        pointer<float>(weights),
+                                        {kind, clip, ratio_low, ratio_high, threshold, kl_coef, estimator},
+                                        entropy_coef,
+                                        pointer<float>(log_probs),
+                                        pointer<float>(entropy),
+                                        pointer<float>(token_loss),
+                                        pointer<float>(token_grad),
+                                        {pointer<void>(out), out_batch_stride, out_length_stride}};
+  const int64_t bad_row = first_bad_row(args.logits);
+  if (bad_row < 0) run_rows(args.logits, MINIRL_PICK(minirl::fused_policy_loss, minirl::FusedPolicyLoss), args);
+  return bad_row;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.def("set_parallel_for", [](Address address) { minirl::g_parallel_for = (minirl::ParallelFor)address; });
+  module.def("isa_built", minirl::isa_built);
+  module.def("isa_supported", minirl::isa_supported);
+  module.def("isa_picked", minirl::isa_name);
+  module.def("set_isa", minirl::set_isa);
+  module.def("advise_huge_pages", [](Address begin, int64_t bytes) { minirl::advise_huge_pages(begin, bytes); });
+  module.def("token_logprobs", token_logprobs);
+  module.def("token_logprobs_backward", token_logprobs_backward);
+  module.def("fused_policy_loss", fused_policy_loss);
+}
