@@ -123,6 +123,7 @@ def _backward_fake(logits, *_):
 
 
 def _backward_in_place(logits, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, backend):
+    torch.autograd.graph.increment_version(logits)  # whoever saved the logits for a backward learns of it
     _kernels(backend).backward(
         logits, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, logits
     )
