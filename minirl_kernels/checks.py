@@ -12,9 +12,20 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
+def check_tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: it must be a tensor")
+
+
+def check_integers(name: str, value) -> None:
+    check_tensor(name, value)
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} has dtype {value.dtype}: it must be integers")
+
+
 def check_float_matrix(name: str, value: Tensor) -> None:
     """[..., D] with one or two outer dimensions, float32/bfloat16/float16, contiguous in the last dimension."""
-    _check_tensor(name, value)
+    check_tensor(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}: it must be float32, bfloat16 or float16")
     if value.dim() not in (2, 3):
@@ -28,14 +39,15 @@ def check_float_matrix(name: str, value: Tensor) -> None:
 
 
 def check_token_ids(token_ids: Tensor, shape: torch.Size, device: torch.device) -> None:
-    _check_tensor("token_ids", token_ids)
+    check_tensor("token_ids", token_ids)
     if token_ids.dtype not in INDEX_DTYPES:
         raise TypeError(f"token_ids has dtype {token_ids.dtype}: it must be int32 or int64")
     check_like("token_ids", token_ids, shape, device)
 
 
 def check_like(name: str, value: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """The same shape and device as the call's first argument."""
+    """A tensor of the same shape and device as the call's first argument."""
+    check_tensor(name, value)
     if value.shape != shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be {tuple(shape)}")
     check_device(name, value, device)
@@ -50,7 +62,7 @@ def per_token_float(name: str, value, shape: torch.Size, device: torch.device) -
     """A per-token argument as detached float32, or None where it was None."""
     if value is None:
         return None
-    _check_tensor(name, value)
+    check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} has dtype {value.dtype}: it must be a floating point tensor")
     check_like(name, value, shape, device)
@@ -95,8 +107,3 @@ def token_id_message(row: int, token_ids: Tensor, vocab_size: int) -> str:
         f"token_ids has the id {token_ids.flatten()[row].item()} at row {row}: "
         f"an id must be in [0, {vocab_size}), or {IGNORE_INDEX} to be ignored"
     )
-
-
-def _check_tensor(name, value):
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}: it must be a tensor")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import check_like
+from ...checks import check_device, check_integers, check_like
 from ...config import PolicyLossConfig
 from .layout import Packed, Padded
 
@@ -27,10 +27,10 @@ def token_weights(
     mode = config.loss_agg_mode
     mask = mask.float()
     if mode == "token-mean":
-        return mask / _count("num_tokens", num_tokens, layout.response_sum(mask).sum().clamp(min=1))
+        return mask / _count("num_tokens", num_tokens, layout.response_sum(mask).sum().clamp(min=1), mask.device)
     if mode == "group-token-mean":
         return mask / layout.to_tokens(_group_denominators(mask, layout, group_ids, num_groups))
-    weights = mask / _count("num_responses", num_responses, max(layout.num_responses, 1))
+    weights = mask / _count("num_responses", num_responses, max(layout.num_responses, 1), mask.device)
     if mode == "seq-mean-token-mean":
         return weights / layout.to_tokens(layout.response_sum(mask).clamp(min=1))
     if mode == "seq-mean-token-sum-norm":
@@ -42,20 +42,24 @@ def _group_denominators(mask: Tensor, layout: Padded | Packed, group_ids: Tensor
     """[B]: tokens of the response's group, times the number of groups."""
     if group_ids is None:
         raise ValueError("group_ids is None with loss_agg_mode='group-token-mean': it must be [B] group numbers")
+    check_integers("group_ids", group_ids)
     check_like("group_ids", group_ids, torch.Size((layout.num_responses,)), mask.device)
     same_group = (group_ids[:, None] == group_ids[None, :]).float()
     groups_here = same_group.sum(1).reciprocal().sum().round()  # each group's members add up to 1
-    return (same_group @ layout.response_sum(mask)).clamp(min=1) * _count("num_groups", num_groups, groups_here)
+    # a sum rather than a matmul: autocast would round the counts
+    group_tokens = (same_group * layout.response_sum(mask)).sum(1).clamp(min=1)
+    return group_tokens * _count("num_groups", num_groups, groups_here, mask.device)
 
 
-def _count(name: str, given, default):
+def _count(name: str, given, default, device: torch.device):
     """The caller's count of the whole mini-batch, or what this call sees."""
     if given is None:
         return default
     if isinstance(given, Tensor):
         if given.numel() != 1:
             raise ValueError(f"{name} has shape {tuple(given.shape)}: it must be a number, or a tensor of one")
-        return given.detach().float()
+        check_device(name, given, device)
+        return given.detach().float().reshape(())
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise TypeError(f"{name} is {given!r}: it must be a number, or a tensor of one")
     if not given > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import check_device
+from ...checks import check_device, check_tensor
 
 
 class Padded:
@@ -51,12 +51,13 @@ def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.devi
     if cu_seqlens is None:
         if len(shape) != 2:
             raise ValueError(
-                f"cu_seqlens is None with log_probs of shape {tuple(shape)}: packed tokens [T] need cu_seqlens "
-                "[B + 1], padded ones are [B, L]"
+                f"cu_seqlens is None with tokens of shape {tuple(shape)}: it must be int32 [B + 1] where tokens are "
+                "packed, [T]; padded ones are [B, L]"
             )
         return Padded(shape)
     if len(shape) != 1:
-        raise ValueError(f"cu_seqlens is given with log_probs of shape {tuple(shape)}: packed tokens must be [T]")
+        raise ValueError(f"cu_seqlens is given with tokens of shape {tuple(shape)}: packed tokens must be [T]")
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: it must be int32 [B + 1]"
