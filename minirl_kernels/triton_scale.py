@@ -16,7 +16,6 @@ from .triton_tiles import (
     row_offset,
     row_strides,
     store_tile,
-    tile_offsets,
 )
 
 
@@ -28,8 +27,8 @@ def scale_kernel(tensor, factor, L, V, stride_b, stride_l, LANES: tl.constexpr, 
     V = V // ALIGN * ALIGN
     p_row = tensor + row_offset(tl.program_id(0).to(tl.int64), L, stride_b, stride_l, ALIGN)
     for i_tile in range(tl.cdiv(V, LANES * VEC)):
-        o_v = tile_offsets(i_tile, LANES, VEC)
-        store_tile(p_row, load_tile(p_row, o_v, V).to(tl.float32) * b_factor, o_v, V)
+        b_x = load_tile(p_row, i_tile, V, LANES, VEC).to(tl.float32)
+        store_tile(p_row, b_x * b_factor, i_tile, V, LANES, VEC)
 
 
 def scale_in_place(tensor: Tensor, factor: Tensor) -> None:

@@ -40,26 +40,32 @@ def multiple(n, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(i_tile, LANES: tl.constexpr, VEC: tl.constexpr):
-    return i_tile * (LANES * VEC) + tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+def tile_offsets(LANES: tl.constexpr, VEC: tl.constexpr):
+    """Within the tile: a thread's own are then constants apart, which cost neither registers nor instructions."""
+    return tl.arange(0, LANES)[:, None] * VEC + tl.arange(0, VEC)[None, :]
 
 
 @triton.jit
-def load_tile(p_row, o_v, V, EVICT: tl.constexpr = ""):
+def load_tile(p_row, i_tile, V, LANES: tl.constexpr, VEC: tl.constexpr, EVICT: tl.constexpr = ""):
     """A tile as it is stored, -inf beyond V: packed values wait for their turn in half the registers."""
-    return tl.load(p_row + o_v, mask=o_v < V, other=-float("inf"), eviction_policy=EVICT)
+    start = i_tile * (LANES * VEC)
+    o_v = tile_offsets(LANES, VEC)
+    return tl.load(p_row + start + o_v, mask=o_v < V - start, other=-float("inf"), eviction_policy=EVICT)
 
 
 @triton.jit
-def store_tile(p_row, b_x, o_v, V, EVICT: tl.constexpr = ""):
-    tl.store(p_row + o_v, round_to(b_x, p_row.dtype.element_ty), mask=o_v < V, eviction_policy=EVICT)
+def store_tile(p_row, b_x, i_tile, V, LANES: tl.constexpr, VEC: tl.constexpr, EVICT: tl.constexpr = ""):
+    start = i_tile * (LANES * VEC)
+    o_v = tile_offsets(LANES, VEC)
+    b_x = round_to(b_x, p_row.dtype.element_ty)
+    tl.store(p_row + start + o_v, b_x, mask=o_v < V - start, eviction_policy=EVICT)
 
 
 @triton.jit
 def fill_row(p_row, value, V, LANES: tl.constexpr, VEC: tl.constexpr):
     b_x = tl.full([LANES, VEC], value, tl.float32)
     for i_tile in range(tl.cdiv(V, LANES * VEC)):
-        store_tile(p_row, b_x, tile_offsets(i_tile, LANES, VEC), V)
+        store_tile(p_row, b_x, i_tile, V, LANES, VEC)
 
 
 @triton.jit
@@ -114,10 +120,10 @@ def softmax_of_row(p_row, V, temperature, LANES: tl.constexpr, VEC: tl.constexpr
     b_sum = tl.zeros([LANES], tl.float32)
     b_weighted = tl.zeros([LANES], tl.float32)
     i_last = tl.cdiv(V, LANES * VEC) - 1
-    b_x = load_tile(p_row, tile_offsets(i_last, LANES, VEC), V)
+    b_x = load_tile(p_row, i_last, V, LANES, VEC)
     if not ONE_TILE:
         for i in range(i_last):
-            b_next = load_tile(p_row, tile_offsets(i_last - 1 - i, LANES, VEC), V)
+            b_next = load_tile(p_row, i_last - 1 - i, V, LANES, VEC)
             b_shift, b_sum, b_weighted = softmax_step(b_x, b_shift, b_sum, b_weighted, c)
             b_x = b_next
     b_shift, b_sum, b_weighted = softmax_step(b_x, b_shift, b_sum, b_weighted, c)
@@ -134,10 +140,11 @@ def gradient_factors(log_prob_grad, entropy_grad, log_sum, entropy, temperature)
 
 
 @triton.jit
-def gradient_tile(b_x, o_v, b_id, shift, c, k0, k1, at_id):
+def gradient_tile(b_x, i_tile, b_id, shift, c, k0, k1, at_id, LANES: tl.constexpr, VEC: tl.constexpr):
     """(c_t (onehot - p) - e_t p (log p + entropy)) / temperature of a tile; at_id is c_t / temperature."""
     b_y = exponent(b_x.to(tl.float32) - shift, c)
-    return tl.exp2(b_y) * (k0 + k1 * b_y) + tl.where(o_v == b_id, at_id, 0.0)
+    is_id = tile_offsets(LANES, VEC) == b_id - i_tile * (LANES * VEC)
+    return tl.exp2(b_y) * (k0 + k1 * b_y) + tl.where(is_id, at_id, 0.0)
 
 
 @dataclass(frozen=True)
@@ -161,11 +168,16 @@ class LaunchConfig:
 
 
 def make_config(vocab_size: int, dtype: torch.dtype, *, threads: int, per_thread: int) -> LaunchConfig:
-    """A tile of `per_thread` logits for each of `threads` threads; a row that needs less has fewer threads."""
+    """A tile of `per_thread` logits for each of `threads` threads; for a short row fewer, down to AMD's warp."""
+    wanted = triton.next_power_of_2(vocab_size) // per_thread
+    threads = min(max(wanted, 64), threads)
     vec = 16 // dtype.itemsize
-    lanes = min(triton.next_power_of_2(triton.cdiv(vocab_size, vec)), threads * per_thread // vec)
-    # 64 threads are a warp on AMD, and two elsewhere
-    return LaunchConfig(lanes=lanes, vec=vec, threads=max(lanes * vec // per_thread, 64))
+    return LaunchConfig(lanes=threads * per_thread // vec, vec=vec, threads=threads)
+
+
+def is_whole(vocab_size: int, dtype: torch.dtype) -> bool:
+    """Whether a row is a whole number of 128-bit accesses."""
+    return vocab_size * dtype.itemsize % 16 == 0
 
 
 def row_strides(x: Tensor) -> tuple[int, int, int]:

@@ -19,6 +19,7 @@ from ...triton_tiles import (
     fill_row,
     gradient_factors,
     gradient_tile,
+    is_whole,
     launch,
     load_tile,
     make_config,
@@ -26,7 +27,6 @@ from ...triton_tiles import (
     row_strides,
     softmax_of_row,
     store_tile,
-    tile_offsets,
 )
 
 
@@ -159,8 +159,6 @@ def fused_policy_loss_kernel(
 
     p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
     b_temperature = tl.load(temperature + i_t)
-    b_advantage = tl.load(advantages + i_t)
-    b_weight = tl.load(weights + i_t)
     b_logit = tl.load(p_row + b_id).to(tl.float32)
     b_shift, b_log_sum, b_entropy, b_x = softmax_of_row(p_row, V, b_temperature, LANES, VEC, ONE_TILE)
     b_log_prob = tl.div_rn(b_logit - b_shift, b_temperature) - b_log_sum
@@ -176,7 +174,7 @@ def fused_policy_loss_kernel(
         b_log_prob - b_old,
         b_log_prob - b_behaviour,
         b_old - b_behaviour,
-        b_advantage,
+        tl.load(advantages + i_t),
         ratio_low,
         ratio_high,
         threshold,
@@ -187,6 +185,7 @@ def fused_policy_loss_kernel(
         b_kl, b_kl_grad = kl_penalty(b_log_prob, tl.load(ref_log_probs + i_t), KL_ESTIMATOR)
         b_loss += kl_coef * b_kl
         b_grad += kl_coef * b_kl_grad
+    b_weight = tl.load(weights + i_t)
     b_c = b_weight * b_grad
     b_e = -entropy_coef * b_weight
     tl.store(log_probs + i_t, b_log_prob)
@@ -203,12 +202,12 @@ def fused_policy_loss_kernel(
     i_last = tl.cdiv(V, LANES * VEC) - 1
     if not ONE_TILE:
         for i_tile in range(i_last):
-            b_next = load_tile(p_row, tile_offsets(i_tile + 1, LANES, VEC), V, EVICT="evict_first")
-            o_v = tile_offsets(i_tile, LANES, VEC)
-            store_tile(p_out, gradient_tile(b_x, o_v, b_id, b_shift, c, k0, k1, at_id), o_v, V, EVICT="evict_first")
+            b_next = load_tile(p_row, i_tile + 1, V, LANES, VEC, EVICT="evict_first")
+            b_out = gradient_tile(b_x, i_tile, b_id, b_shift, c, k0, k1, at_id, LANES, VEC)
+            store_tile(p_out, b_out, i_tile, V, LANES, VEC, EVICT="evict_first")
             b_x = b_next
-    o_v = tile_offsets(i_last, LANES, VEC)
-    store_tile(p_out, gradient_tile(b_x, o_v, b_id, b_shift, c, k0, k1, at_id), o_v, V, EVICT="evict_first")
+    b_last = gradient_tile(b_x, i_last, b_id, b_shift, c, k0, k1, at_id, LANES, VEC)
+    store_tile(p_out, b_last, i_last, V, LANES, VEC, EVICT="evict_first")
 
 
 def forward_backward(
@@ -269,16 +268,18 @@ def forward_backward(
 
 
 def launch_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
-    """A row of up to 16,384 logits is one tile, 16 to a thread: what is live at once then stays below 64 registers,
-    which is what 1,024 threads have each. 32 to a thread still fit if they are 16 bits wide and wait packed (on AMD
-    they spill).
+    """At most 1,024 threads, so that each has 64 registers, and no more logits to a thread than these hold.
 
-    Longer rows: one program of 1,024 threads to a processor keeps the rows in flight few, so that the second reading
-    of a row can come from the second-level cache (132 rows of 304 KB are 40 MB). Two accesses to a thread and tile,
-    with as many again for the next tile, are then in flight.
+    One tile: 16 to a thread; 32 if they are 16 bits wide, since packed they take half a register (not on AMD, where
+    that spills). Many tiles: 8, because the next tile waits in registers too. Half of each where rows are not whole
+    128-bit accesses: one logit at a time, each has an address and a predicate.
+
+    One program of 1,024 threads to a processor keeps the rows in flight few, so that the second reading of a long row
+    can come from the second-level cache (132 rows of 304 KB are 40 MB).
     """
-    if vocab_size <= 16384:
-        return make_config(vocab_size, dtype, threads=1024, per_thread=16)
-    if vocab_size <= 32768 and dtype.itemsize == 2 and not torch.version.hip:
-        return make_config(vocab_size, dtype, threads=1024, per_thread=32)
-    return make_config(vocab_size, dtype, threads=1024, per_thread=32 // dtype.itemsize)
+    whole = is_whole(vocab_size, dtype)
+    one_tile, many_tiles = (16, 8) if whole else (8, 4)
+    if vocab_size > 1024 * one_tile and whole and dtype.itemsize == 2 and not torch.version.hip:
+        one_tile = 32
+    per_thread = one_tile if vocab_size <= 1024 * one_tile else many_tiles
+    return make_config(vocab_size, dtype, threads=1024, per_thread=per_thread)

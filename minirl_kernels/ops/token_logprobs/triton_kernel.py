@@ -14,6 +14,7 @@ from ...triton_tiles import (
     LaunchConfig,
     gradient_factors,
     gradient_tile,
+    is_whole,
     launch,
     load_tile,
     make_config,
@@ -21,7 +22,6 @@ from ...triton_tiles import (
     row_strides,
     softmax_of_row,
     store_tile,
-    tile_offsets,
 )
 
 
@@ -89,7 +89,7 @@ def token_logprobs_bwd_kernel(
 ):
     i_t = tl.program_id(0).to(tl.int64)
     V = V // ALIGN * ALIGN
-    o_v = tile_offsets(tl.program_id(1), LANES, VEC)
+    i_tile = tl.program_id(1)
     p_out = out + row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN)
     b_id = tl.load(token_ids + i_t)
     b_c = tl.load(grad_log_probs + i_t)
@@ -100,14 +100,16 @@ def token_logprobs_bwd_kernel(
         b_entropy = tl.load(entropy + i_t)
     if (b_id < 0) | (b_id >= V) | ((b_c == 0) & (b_e == 0)):
         nothing = tl.where((b_id == IGNORE_INDEX) | ((b_id >= 0) & (b_id < V)), 0.0, float("nan"))
-        store_tile(p_out, tl.full([LANES, VEC], nothing, tl.float32), o_v, V)
+        store_tile(p_out, tl.full([LANES, VEC], nothing, tl.float32), i_tile, V, LANES, VEC)
         return
     b_temperature = tl.load(temperature + i_t)
     b_log_sum = tl.load(log_sum + i_t)
     k0, k1 = gradient_factors(b_c, b_e, b_log_sum, b_entropy, b_temperature)
-    b_x = load_tile(logits + row_offset(i_t, L, stride_b, stride_l, ALIGN), o_v, V)
-    b_grad = gradient_tile(b_x, o_v, b_id, tl.load(shift + i_t), LOG2E / b_temperature, k0, k1, b_c / b_temperature)
-    store_tile(p_out, b_grad, o_v, V)
+    b_shift = tl.load(shift + i_t)
+    b_x = load_tile(logits + row_offset(i_t, L, stride_b, stride_l, ALIGN), i_tile, V, LANES, VEC)
+    c = LOG2E / b_temperature
+    b_grad = gradient_tile(b_x, i_tile, b_id, b_shift, c, k0, k1, b_c / b_temperature, LANES, VEC)
+    store_tile(p_out, b_grad, i_tile, V, LANES, VEC)
 
 
 def forward(logits: Tensor, token_ids: Tensor, temperature: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
@@ -176,8 +178,10 @@ def backward(
 
 
 def forward_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
-    """512 threads with two accesses each, and as many in flight for the next tile: a few programs fill a processor."""
-    return make_config(vocab_size, dtype, threads=512, per_thread=32 // dtype.itemsize)
+    """512 threads with two accesses each, and as many in flight for the next tile: a few programs fill a processor.
+    One logit at a time, where rows are not whole accesses, takes more registers: half as many then."""
+    per_thread = (32 if is_whole(vocab_size, dtype) else 16) // dtype.itemsize
+    return make_config(vocab_size, dtype, threads=512, per_thread=per_thread)
 
 
 def backward_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:

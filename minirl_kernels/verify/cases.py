@@ -1,0 +1,171 @@
+"""Every Triton kernel of the library and how to call it: the one list that all the checks go through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import triton_scale
+from ..checks import IGNORE_INDEX
+from ..ops.fused_policy_loss import triton_kernel as fused_policy_loss
+from ..ops.token_logprobs import triton_kernel as token_logprobs
+from ..triton_tiles import LaunchConfig
+
+QWEN3_VOCAB, GPT2_VOCAB = 151_936, 50_257
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs that every kernel over rows of logits takes: [T, V], and [T] for the others."""
+
+    logits: Tensor
+    token_ids: Tensor
+    temperature: Tensor
+    values: Tensor  # log-probabilities, advantages, weights, gradients: what is in them does not matter here
+
+    @classmethod
+    def make(cls, vocab_size: int, dtype: torch.dtype, *, padding: int = 0, traps: bool = False) -> Rows:
+        """Four rows, the same every time, `padding` elements apart; with traps, one token of each kind that is not
+        read or not written as others are: one without any gradient, an ignored one, one out of range."""
+        random = torch.Generator().manual_seed(vocab_size)
+        buffer = torch.randn(4, vocab_size + padding, generator=random).to(dtype)
+        token_ids = torch.randint(vocab_size, (4,), generator=random)
+        values = torch.rand(4, generator=random) - 1.5
+        if traps:
+            values[0], token_ids[1], token_ids[2] = 0, IGNORE_INDEX, vocab_size
+        return cls(buffer[:, :vocab_size], token_ids, torch.full((4,), 0.7), values)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """call(rows) launches it once and returns every tensor it writes; config(V, dtype) is its launch configuration.
+
+    reads(config, V): how many times it may read the logits. streams_out: whether it writes a tensor of their size.
+    """
+
+    name: str
+    call: Callable[[Rows], tuple[Tensor, ...]]
+    config: Callable[[int, torch.dtype], LaunchConfig]
+    reads: Callable[[LaunchConfig, int], float]
+    streams_out: bool = True
+
+
+@dataclass(frozen=True)
+class Case:
+    kernel: Kernel
+    vocab_size: int
+    dtype: torch.dtype
+    padding: int = 0
+
+    def rows(self, *, traps: bool = False) -> Rows:
+        return Rows.make(self.vocab_size, self.dtype, padding=self.padding, traps=traps)
+
+    @property
+    def config(self) -> LaunchConfig:
+        return self.kernel.config(self.vocab_size, self.dtype)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether every row begins and ends at a multiple of 128 bits."""
+        return all(n * self.dtype.itemsize % 16 == 0 for n in (self.vocab_size, self.padding))
+
+    def __str__(self) -> str:
+        apart = f", {self.padding} between rows" if self.padding else ""
+        return f"{self.kernel.name}, {str(self.dtype).removeprefix('torch.')}, V = {self.vocab_size:,}{apart}"
+
+
+def _once(config: LaunchConfig, vocab_size: int) -> float:
+    return 1.0
+
+
+def _twice_less_a_tile(config: LaunchConfig, vocab_size: int) -> float:
+    return 2 - min(config.tile / vocab_size, 1)
+
+
+def _token_logprobs_forward(rows: Rows) -> tuple[Tensor, ...]:
+    return token_logprobs.forward(rows.logits, rows.token_ids, rows.temperature, True)
+
+
+def _token_logprobs_backward(rows: Rows) -> tuple[Tensor, ...]:
+    out = torch.empty_like(rows.logits, memory_format=torch.contiguous_format)
+    shift = rows.logits.float().amax(-1)
+    per_token = (rows.temperature, shift, *[rows.values] * 4)
+    token_logprobs.backward(rows.logits, rows.token_ids, *per_token, out)
+    return (out,)
+
+
+def _fused_policy_loss(rows: Rows, out: Tensor) -> tuple[Tensor, ...]:
+    results = fused_policy_loss.forward_backward(
+        rows.logits,
+        rows.token_ids,
+        rows.temperature,
+        *[rows.values] * 5,
+        objective="minirl",
+        clip=True,
+        ratio_low=0.0,
+        ratio_high=float("inf"),
+        threshold=5.0,
+        kl_coef=0.1,
+        kl_estimator="k3",
+        entropy_coef=0.01,
+        out=out,
+    )
+    return *results, out
+
+
+def _fused_policy_loss_apart(rows: Rows) -> tuple[Tensor, ...]:
+    return _fused_policy_loss(rows, torch.empty_like(rows.logits, memory_format=torch.contiguous_format))
+
+
+def _fused_policy_loss_in_place(rows: Rows) -> tuple[Tensor, ...]:
+    return _fused_policy_loss(rows, rows.logits)
+
+
+def _scale(rows: Rows) -> tuple[Tensor, ...]:
+    triton_scale.scale_in_place(rows.logits, rows.temperature[0])
+    return (rows.logits,)
+
+
+KERNELS = (
+    Kernel("token_logprobs", _token_logprobs_forward, token_logprobs.forward_config, _once, streams_out=False),
+    Kernel("token_logprobs_backward", _token_logprobs_backward, token_logprobs.backward_config, _once),
+    Kernel("fused_policy_loss", _fused_policy_loss_apart, fused_policy_loss.launch_config, _twice_less_a_tile),
+    Kernel("scale_in_place", _scale, triton_scale.launch_config, _once),
+)
+# compiled, it is the same kernel
+FUSED_IN_PLACE = Kernel(
+    "fused_policy_loss in place", _fused_policy_loss_in_place, fused_policy_loss.launch_config, _twice_less_a_tile
+)
+
+
+def interpreter_cases() -> Iterator[Case]:
+    """Rows of one tile, of several, of a size that no tile divides, and rows that lie apart."""
+    for kernel in (*KERNELS, FUSED_IN_PLACE):
+        yield Case(kernel, 1_000, torch.float32)
+        yield Case(kernel, 777, torch.bfloat16, padding=15)
+        yield Case(kernel, 20_011, torch.float32)
+        yield Case(kernel, 40_000, torch.bfloat16, padding=8)
+
+
+def compile_cases() -> Iterator[Case]:
+    """Every launch configuration: rows of one tile at the smallest power of two that has it, or at the odd number
+    below, whose rows allow no 128-bit access; rows of many tiles at a real vocabulary, 151,936 or the odd 50,257."""
+    powers = [2**n for n in range(9, 16)]
+    for kernel in KERNELS:
+        for dtype, one_tile, many_tiles in (
+            (torch.bfloat16, powers, QWEN3_VOCAB),
+            (torch.float32, powers, QWEN3_VOCAB),
+            (torch.bfloat16, [power - 1 for power in powers], GPT2_VOCAB),
+            (torch.float32, [], GPT2_VOCAB),
+            (torch.float16, [], QWEN3_VOCAB),
+        ):
+            seen = set()
+            for vocab_size in one_tile:
+                config = kernel.config(vocab_size, dtype)
+                if vocab_size <= config.tile and config not in seen:
+                    seen.add(config)
+                    yield Case(kernel, vocab_size, dtype)
+            yield Case(kernel, many_tiles, dtype)

@@ -1,0 +1,126 @@
+"""A record of what a kernel did in Triton's interpreter: each load and store, by which program, at which addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import triton
+from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+
+
+class Access(NamedTuple):
+    """The active lanes of one load or store of one program."""
+
+    kind: str  # "load", "store" or "atomic"
+    program: int
+    addresses: np.ndarray  # of bytes, uint64
+    size: int  # bytes per lane
+
+
+@dataclass
+class Launch:
+    """One launch of one kernel. Programs are numbered with the last grid axis fastest."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    tensors: dict[str, Tensor]  # the arguments that are tensors, by name
+    accesses: list[Access] = field(default_factory=list)
+
+    def addresses(self, *kinds: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(address, program, size) of every lane of those kinds of access."""
+        chosen = [access for access in self.accesses if access.kind in kinds]
+        lanes = [len(access.addresses) for access in chosen]
+        return (
+            np.concatenate([access.addresses for access in chosen] or [np.empty(0, np.uint64)]),
+            np.repeat([access.program for access in chosen], lanes).astype(np.int64),
+            np.repeat([access.size for access in chosen], lanes).astype(np.int64),
+        )
+
+
+@contextmanager
+def recording(order: Sequence[int] | None = None) -> Iterator[list[Launch]]:
+    """Record the launches made inside; `order` is the one in which their programs run, else as they are numbered.
+
+    Raises RuntimeError where Triton was imported without TRITON_INTERPRET=1.
+    """
+    if not triton.knobs.runtime.interpret:
+        raise RuntimeError("Triton does not interpret: set TRITON_INTERPRET=1 before it is imported")
+    launches: list[Launch] = []
+    with ExitStack() as stack:
+
+        def replace(owner, name, make):
+            stack.enter_context(mock.patch.object(owner, name, make(getattr(owner, name))))
+
+        replace(InterpretedFunction, "run", lambda run: _recorded_run(run, launches))
+        replace(InterpreterBuilder, "set_grid_idx", lambda set_index: _ordered(set_index, order))
+        replace(InterpreterBuilder, "create_masked_load", lambda load: _recorded_load(load, launches))
+        replace(InterpreterBuilder, "create_masked_store", lambda store: _recorded_store(store, launches))
+        replace(InterpreterBuilder, "create_atomic_rmw", lambda rmw: _recorded_rmw(rmw, launches))
+        replace(InterpreterBuilder, "create_atomic_cas", lambda cas: _recorded_cas(cas, launches))
+        yield launches
+
+
+def _recorded_run(run, launches):
+    def recorded(self, *args, grid, warmup, **kwargs):
+        named = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+        tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+        launches.append(Launch(self.__name__, tuple(grid), tensors))
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    return recorded
+
+
+def _ordered(set_index, order):
+    def ordered(self, x, y, z):
+        _, ny, nz = self.grid_dim
+        program = (x * ny + y) * nz + z
+        if order is not None:
+            program = order[program]
+        self.program = program
+        set_index(self, program // (ny * nz), program // nz % ny, program % nz)
+
+    return ordered
+
+
+def _record(launches, builder, kind, pointers, mask):
+    addresses, active = np.broadcast_arrays(pointers.data, mask)
+    size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    launches[-1].accesses.append(Access(kind, builder.program, addresses[active].ravel(), size))
+
+
+def _recorded_load(load, launches):
+    def recorded(self, ptrs, mask, *args):
+        _record(launches, self, "load", ptrs, mask.data)
+        return load(self, ptrs, mask, *args)
+
+    return recorded
+
+
+def _recorded_store(store, launches):
+    def recorded(self, ptrs, value, mask, *args):
+        _record(launches, self, "store", ptrs, mask.data)
+        return store(self, ptrs, value, mask, *args)
+
+    return recorded
+
+
+def _recorded_rmw(rmw, launches):
+    def recorded(self, operation, ptr, val, mask, *args):
+        _record(launches, self, "atomic", ptr, mask.data)
+        return rmw(self, operation, ptr, val, mask, *args)
+
+    return recorded
+
+
+def _recorded_cas(cas, launches):
+    def recorded(self, ptr, *args):
+        _record(launches, self, "atomic", ptr, np.True_)
+        return cas(self, ptr, *args)
+
+    return recorded

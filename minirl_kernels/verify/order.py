@@ -1,0 +1,40 @@
+"""The same bits in whatever order the programs of a launch run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .cases import Case
+from .interpreter import recording
+
+
+def check(case: Case) -> list[str]:
+    return [f"{case}: {fault}" for fault in differences(lambda: case.kernel.call(case.rows(traps=True)))]
+
+
+def differences(call: Callable[[], tuple[Tensor, ...]]) -> list[str]:
+    """`call` makes its inputs anew, launches one kernel and returns what it wrote."""
+    with recording() as launches:
+        expected = call()
+    (launch,) = launches
+    programs = np.arange(np.prod(launch.grid))
+    orders = {
+        "reversed": programs[::-1],
+        "shuffled": np.random.default_rng(0).permutation(programs),
+    }
+    faults = []
+    for name, order in orders.items():
+        with recording(order.tolist()):
+            outputs = call()
+        if not all(torch.equal(_bits(a), _bits(b)) for a, b in zip(expected, outputs, strict=True)):
+            faults.append(f"{launch.kernel}: other bits when its programs run {name}")
+    return faults
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """As integers, so that NaN equals itself."""
+    return tensor.contiguous().view(torch.uint8)
