@@ -107,6 +107,7 @@ def _forward_fake(logits, token_ids, temperature, with_entropy, backend):
         log_probs,
         log_probs.new_empty(token_ids.shape if with_entropy else (0,)),
         torch.empty_like(log_probs),
+        torch.empty_like(log_probs),
     )
 
 
