@@ -88,7 +88,7 @@ def _take_turns(benchmark, contenders, restore, device, rounds) -> dict[str, lis
         outputs.clear()  # freeing the previous gradient is nobody's time
         restore()
         synchronize(device)
-        return (next(turn for turn in turns).run,), {}
+        return (next(turns).run,), {}
 
     def timed(run):
         outputs.append(run())

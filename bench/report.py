@@ -41,7 +41,7 @@ def _summary(record):
             _time(median(entry)),
             _rate(case["floor_bytes"], entry),
             _memory(entry["peak_bytes"]),
-            *(_multiple(_find(case, other), entry) for other in others),
+            *(_multiple(_find(case, other), entry) if _has(case, other) else "" for other in others),
         ]
         for case in cases
         for entry in case["contenders"]
@@ -154,11 +154,16 @@ def _quartiles(values):
 
 
 def _headlines(record):
-    return [case for case in record["cases"] if case["headline"]]
+    cases = [case for case in record["cases"] if case["headline"]]
+    return sorted(cases, key=lambda case: (case["what"], case["dtype"], case["threads"] or 0))
 
 
 def _is_other(entry):
     return entry["kind"] != "ours" and not entry["missing"]
+
+
+def _has(case, name):
+    return any(entry["name"] == name for entry in case["contenders"])
 
 
 def _find(case, name):

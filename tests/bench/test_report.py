@@ -77,6 +77,13 @@ def test_readme_shows_ours_against_what_ran(record):
     assert "T = 512, V = 151,936, on Some CPU (2 cores, avx2)" in text
 
 
+def test_readme_leaves_a_gap_where_a_case_lacks_a_peer(record, case):
+    fewer = {**case, "dtype": "float32", "bars": [], "contenders": [case["contenders"][0], case["contenders"][3]]}
+    record["cases"].append(fewer)
+    text = report.render_readme([record])
+    assert row(text, "`ours` | forward + backward | float32")[-2:] == ["", "0.4 ×"]
+
+
 def test_readme_leaves_other_cases_to_the_full_report(record):
     record["cases"][0]["headline"] = False
     assert report.render_readme([record]) == ""
