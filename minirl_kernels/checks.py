@@ -81,16 +81,21 @@ def per_token_temperature(temperature, shape: torch.Size, device: torch.device) 
 
 
 def check_contents(token_ids: Tensor, vocab_size: int, temperature: Tensor) -> Tensor:
-    """The checks that cost a host sync, ids in range and temperatures above 0; returns a copy of token_ids."""
+    """The checks that cost a host sync: ids in range, temperatures above 0, of the tokens that are not ignored.
+
+    Returns a copy of token_ids.
+    """
     return _checked_token_ids(token_ids, vocab_size, temperature)
 
 
 def _check_contents(token_ids, vocab_size, temperature):
-    bad = (token_ids != IGNORE_INDEX) & ((token_ids < 0) | (token_ids >= vocab_size))
+    kept = token_ids != IGNORE_INDEX
+    bad = kept & ((token_ids < 0) | (token_ids >= vocab_size))
     if bool(bad.any()):
         raise ValueError(token_id_message(bad.flatten().nonzero()[0].item(), token_ids, vocab_size))
-    if not bool((temperature > 0).all()):
-        raise ValueError(f"temperature has the value {temperature.min().item()}: every value must be above 0")
+    bad = kept & ~((temperature > 0) & temperature.isfinite())
+    if bool(bad.any()):
+        raise ValueError(f"temperature has the value {temperature[bad][0].item()}: it must be above 0 and finite")
     return token_ids.clone()
 
 

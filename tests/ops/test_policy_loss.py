@@ -33,9 +33,7 @@ def every_objective():
 
 def call(batch, config, layout, **options):
     """(output, gradient of the log-probabilities [T], gradient of the entropy [T])."""
-    log_probs, entropy = (
-        batch.lay_out(v.detach().clone(), layout).requires_grad_() for v in (batch.log_probs, batch.entropy)
-    )
+    log_probs, entropy = (batch.lay_out(v.clone(), layout).requires_grad_() for v in (batch.log_probs, batch.entropy))
     out = policy_loss(log_probs, entropy=entropy, config=config, **batch.arguments(layout), **options)
     out.loss.backward()
     grads = [torch.zeros_like(v) if v.grad is None else v.grad for v in (log_probs, entropy)]
@@ -43,7 +41,7 @@ def call(batch, config, layout, **options):
 
 
 def by_equations(batch, config, dtype, **counts):
-    log_probs, entropy = (v.to(dtype).requires_grad_() for v in (batch.log_probs, batch.entropy))
+    log_probs, entropy = (v.to(dtype, copy=True).requires_grad_() for v in (batch.log_probs, batch.entropy))
     loss = equations.policy_loss(log_probs, entropy, batch, config, **counts)
     grads = torch.autograd.grad(loss, (log_probs, entropy), allow_unused=True, materialize_grads=True)
     return loss.detach(), *grads
@@ -271,7 +269,7 @@ def test_no_gradient_where_none_is_wanted():
     batch = random_batch(LENGTHS)
     assert not policy_loss(batch.log_probs, **batch.arguments("packed")).loss.requires_grad
     with torch.no_grad():
-        assert not policy_loss(batch.log_probs.requires_grad_(), **batch.arguments("packed")).loss.requires_grad
+        assert not policy_loss(batch.log_probs.clone().requires_grad_(), **batch.arguments("packed")).loss.requires_grad
 
 
 @pytest.mark.parametrize("preset", PRESETS)

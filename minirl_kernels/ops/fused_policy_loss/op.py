@@ -81,8 +81,6 @@ def fused_policy_loss(
     check_token_ids(token_ids, logits.shape[:-1], logits.device)
     temperature = per_token_temperature(temperature, token_ids.shape, logits.device)
     backend = resolve(backend, logits.device, op="fused_policy_loss", supported=_BACKENDS)
-    if check:
-        token_ids = check_contents(token_ids, logits.shape[-1], temperature)
     inputs = prepare_inputs(
         token_ids.shape,
         logits.device,
@@ -100,6 +98,8 @@ def fused_policy_loss(
         config=config,
     )
     token_ids = token_ids.masked_fill(~inputs.mask, IGNORE_INDEX).contiguous()
+    if check:
+        token_ids = check_contents(token_ids, logits.shape[-1], temperature)
     rows = (token_ids, temperature.contiguous())
     if backend == "reference":
         return differentiable_loss(

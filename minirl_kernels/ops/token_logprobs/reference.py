@@ -16,6 +16,8 @@ def token_logprobs_reference(logits: Tensor, token_ids: Tensor, temperature: Ten
     vocab_size = logits.shape[-1]
     ignored = token_ids == IGNORE_INDEX
     in_range = (token_ids >= 0) & (token_ids < vocab_size)
+    # whatever stands in a row that is ignored, its gradient is 0 and not 0 * NaN
+    logits, temperature = logits.masked_fill(ignored[..., None], 0.0), temperature.masked_fill(ignored, 1.0)
     log_p = torch.log_softmax(logits.to(temperature.dtype) / temperature[..., None], dim=-1)
     log_probs = log_p.gather(-1, token_ids.where(in_range, 0).long()[..., None]).squeeze(-1)
     # a logit of -inf has p = 0 and adds nothing, where p * log p would be 0 * -inf
