@@ -38,6 +38,18 @@ def check_float_matrix(name: str, value: Tensor) -> None:
         )
 
 
+def check_rows_apart(name: str, value: Tensor) -> None:
+    """No two rows share memory, so that each can be overwritten."""
+    extent = value.shape[-1]
+    for stride, size in sorted(zip(value.stride()[:-1], value.shape[:-1], strict=True)):
+        if size > 1 and stride < extent:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} and strides {tuple(value.stride())}: its rows must not overlap "
+                "where they are to be overwritten"
+            )
+        extent += stride * (size - 1)
+
+
 def check_token_ids(token_ids: Tensor, shape: torch.Size, device: torch.device) -> None:
     check_tensor("token_ids", token_ids)
     if token_ids.dtype not in INDEX_DTYPES:

@@ -5,13 +5,23 @@ import torch
 
 from minirl_kernels import backends
 
+# Triton runs its kernels in its interpreter where no GPU can; it asks once, when somebody first imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def cpu():
+    """The native kernels by their backend's name; where they are missing the tests fail, unless that was asked for."""
+    if os.environ.get("MINIRL_NO_NATIVE") == "1":
+        pytest.skip("MINIRL_NO_NATIVE=1")
+    return "cpu"
+
 
 @pytest.fixture(params=["reference", "cpu"])
 def backend(request):
-    """Every backend that runs on this machine; a missing native build fails, unless it was asked for."""
-    if request.param == "cpu" and os.environ.get("MINIRL_NO_NATIVE") == "1":
-        pytest.skip("MINIRL_NO_NATIVE=1")
-    return request.param
+    """Every backend that runs on this machine."""
+    return request.getfixturevalue("cpu") if request.param == "cpu" else request.param
 
 
 @pytest.fixture
@@ -23,7 +33,7 @@ def threads():
 
 
 @pytest.fixture
-def set_isa():
+def set_isa(cpu):
     """Picks the table of kernels of an instruction set, and puts back the one that was picked."""
     native = backends.native()
     before = native.isa_picked()

@@ -14,12 +14,10 @@ import torch
 def token_log_probs(logits, token_ids, temperature=1.0):
     """(log-probability, entropy) [T] of finite logits [T, V]; -100 gives 0."""
     temperature = torch.as_tensor(temperature, dtype=logits.dtype).expand(token_ids.shape)
-    log_probs, entropies = [], []
-    for row, token, temp in zip(logits, token_ids.tolist(), temperature, strict=True):
-        log_p = torch.log_softmax(row / temp, dim=-1)
-        log_probs.append(row.new_zeros(()) if token == -100 else log_p[token])
-        entropies.append(row.new_zeros(()) if token == -100 else -(log_p.exp() * log_p).sum())
-    return torch.stack(log_probs), torch.stack(entropies)
+    log_p = torch.log_softmax(logits / temperature[:, None], dim=-1)
+    ignored = token_ids == -100
+    log_probs = log_p.gather(-1, token_ids.masked_fill(ignored, 0).long()[:, None])[:, 0]
+    return log_probs.masked_fill(ignored, 0), -(log_p.exp() * log_p).sum(-1).masked_fill(ignored, 0)
 
 
 def policy_loss(log_probs, entropy, batch, config, *, num_responses=None, num_tokens=None, num_groups=None):

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import equations
 import torch
 
-# What a float32 result may be off beyond the eager path: two units in the last place of the largest value.
-SLACK = 2.0**-22
+# What a float32 result may be off beyond the eager path, of its largest value: a float32 log-probability of -8 that is
+# rounded correctly is off by 2**-21 itself, and so is exp of it.
+SLACK = 2.0**-20
 
 
 @dataclass
@@ -145,20 +146,24 @@ def batch_at_bounds(config, *, vocab_size=None, dtype=torch.float32) -> Batch:
     )
 
 
-def assert_as_exact_as_eager(actual, eager, exact) -> None:
+def assert_as_exact_as_eager(actual, eager, exact, scale=None) -> None:
     """The largest error of `actual` against float64 is at most that of the eager path in the same dtype, plus SLACK.
 
-    Matrices are measured row by row, each against its largest value: a row of small gradients counts like any other.
-    Where the truth is exactly 0 over a whole row, so is the result.
+    Errors are in units of `scale`: the largest value unless given. Where the scale is 0, so is the result.
     """
     assert actual.dtype == eager.dtype
     assert actual.shape == exact.shape == eager.shape
-    exact = exact.double()
     if not exact.numel():
         return
-    scale = exact.abs().amax(-1, keepdim=True) if exact.dim() > 1 else exact.abs().max()
-    assert bool((actual.double() == 0).where(scale == 0, True).all())
-    scale = scale.where(scale > 0, 1.0)
-    errors = [((values.double() - exact) / scale).abs() for values in (actual, eager)]
-    ours, theirs = (error.max().item() for error in errors)
-    assert ours <= theirs + SLACK, f"off by {ours:.3g} of the largest value, the eager path by {theirs:.3g}"
+    exact = exact.double()
+    scale = exact.abs().max() if scale is None else scale.double()
+    assert bool((actual == 0).where(scale == 0, True).all())
+    errors = [
+        ((values.double() - exact) / scale.where(scale > 0, 1.0)).abs().max().item() for values in (actual, eager)
+    ]
+    assert errors[0] <= errors[1] + SLACK, f"{errors[0]:.3g} of the scale off, the eager path {errors[1]:.3g}"
+
+
+def per_row(gradient) -> torch.Tensor:
+    """The scale that makes a row of small gradients count like any other."""
+    return gradient.abs().amax(-1, keepdim=True) if gradient.numel() else gradient.sum(-1, keepdim=True)

@@ -20,6 +20,7 @@ from ...checks import (
     IGNORE_INDEX,
     check_contents,
     check_float_matrix,
+    check_rows_apart,
     check_token_ids,
     per_token_temperature,
 )
@@ -78,6 +79,8 @@ def fused_policy_loss(
     are as they were then.
     """
     check_float_matrix("logits", logits)
+    if overwrite_logits:
+        check_rows_apart("logits", logits)
     check_token_ids(token_ids, logits.shape[:-1], logits.device)
     temperature = per_token_temperature(temperature, token_ids.shape, logits.device)
     backend = resolve(backend, logits.device, op="fused_policy_loss", supported=_BACKENDS)
@@ -125,7 +128,7 @@ def _one_sweep(logits, token_ids, temperature, inputs: PolicyLossInputs, in_plac
     arguments = (
         token_ids,
         temperature,
-        *(None if values is None else values.contiguous() for values in per_token),
+        *(None if values is None else values.float().contiguous() for values in per_token),
         inputs.advantages.contiguous(),
         inputs.weights.contiguous(),
         config.objective,

@@ -17,23 +17,27 @@ def token_losses(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, T
     """(loss, d loss / d log_probs) per token, aggregated: the losses sum to the policy and KL terms of the loss.
 
     log_probs: float32, of the shape of every other per-token argument. 0 outside the mask, whatever stands there.
+    Computed in float64, so that a long response's sum of log-ratios keeps its digits; returned as float32.
     """
     config, mask = inputs.config, inputs.mask
-    log_probs = torch.where(mask, log_probs, 0.0)
+    log_probs = torch.where(mask, log_probs, 0.0).double()
     loss, grad = token_objective(log_probs, *log_ratios(log_probs, inputs), inputs.advantages, config)
     if config.objective == "sequence_is":
         loss = loss / inputs.lengths  # Eq. 1 has one value per response: each token shows its share
     if config.kl_coef:
         kl, kl_grad = kl_penalty(log_probs, inputs.ref_log_probs, config.kl_estimator)
         loss, grad = loss + config.kl_coef * kl, grad + config.kl_coef * kl_grad
-    return torch.where(mask, inputs.weights * loss, 0.0), torch.where(mask, inputs.weights * grad, 0.0)
+    return tuple(torch.where(mask, inputs.weights * values, 0.0).float() for values in (loss, grad))
 
 
 def log_ratios(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(log r, log w, log d) as the objective sees them: per token, or its response's at every token; 0 if masked."""
+    """(log r, log w, log d) as the objective sees them: per token, or its response's at every token; 0 if masked.
+
+    float64.
+    """
     config, mask, layout = inputs.config, inputs.mask, inputs.layout
-    log_probs = torch.where(mask, log_probs, 0.0)
-    old_log_probs = log_probs if inputs.old_log_probs is None else torch.where(mask, inputs.old_log_probs, 0.0)
+    log_probs = torch.where(mask, log_probs, 0.0).double()
+    old_log_probs = log_probs if inputs.old_log_probs is None else torch.where(mask, inputs.old_log_probs, 0.0).double()
     behaviour = torch.where(mask, behaviour_log_probs(old_log_probs, inputs), 0.0)
     log_r, log_w, log_d = log_probs - old_log_probs, log_probs - behaviour, old_log_probs - behaviour
     if config.is_sequence_level:
@@ -50,7 +54,7 @@ def behaviour_log_probs(old_log_probs: Tensor, inputs: PolicyLossInputs) -> Tens
         return old_log_probs
     if inputs.config.rollout_is == "token":
         return inputs.rollout_log_probs
-    log_d = torch.where(inputs.mask, old_log_probs - inputs.rollout_log_probs, 0.0)
+    log_d = torch.where(inputs.mask, old_log_probs.double() - inputs.rollout_log_probs, 0.0)
     return old_log_probs - inputs.layout.to_tokens(inputs.layout.response_sum(log_d))
 
 

@@ -1,0 +1,519 @@
+"""fused_policy_loss against the equations in float64, from logits to their gradient, on every backend."""
+
+import math
+import re
+from dataclasses import replace
+
+import equations
+import pytest
+import torch
+from helpers import assert_as_exact_as_eager, batch_at_bounds, per_row, random_batch
+
+from minirl_kernels import PolicyLossConfig, fused_policy_loss, policy_loss, token_logprobs
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+PRESETS = ("minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo")
+LENGTHS = [5, 1, 4, 9, 3, 7]
+META = torch.device("meta")
+
+# every objective, every level of the correction, both phases, and what is added to a loss
+CONFIGS = {
+    "minirl": PolicyLossConfig(),
+    "minirl-no-is": PolicyLossConfig(rollout_is=None),
+    "minirl-sequence-is": PolicyLossConfig(rollout_is="sequence"),
+    "minirl-no-bounds": PolicyLossConfig(clip=False, rollout_is_threshold=None),
+    "minirl-kl-entropy": PolicyLossConfig(kl_coef=0.2, entropy_coef=0.1),
+    "reinforce": PolicyLossConfig.reinforce(),
+    "reinforce-truncated": PolicyLossConfig.reinforce(rollout_is_threshold=5.0, kl_coef=0.2, kl_estimator="k1"),
+    "reinforce-no-is": PolicyLossConfig.reinforce(rollout_is=None),
+    "sequence_is": PolicyLossConfig.sequence_is(),
+    "sequence_is-truncated": PolicyLossConfig.sequence_is(rollout_is_threshold=5.0, entropy_coef=-0.1),
+    "grpo": PolicyLossConfig.grpo(),
+    "grpo-token-is": PolicyLossConfig.grpo(rollout_is="token", rollout_is_threshold=5.0),
+    "grpo-sequence-is": PolicyLossConfig.grpo(rollout_is="sequence", rollout_is_threshold=5.0),
+    "grpo-no-clip-kl": PolicyLossConfig.grpo(clip=False, kl_coef=0.2, kl_estimator="k2"),
+    "cispo": PolicyLossConfig.cispo(),
+    "cispo-token-is": PolicyLossConfig.cispo(rollout_is="token", rollout_is_threshold=5.0, entropy_coef=0.1),
+    "cispo-no-clip": PolicyLossConfig.cispo(clip=False, rollout_is="sequence"),
+    "gspo": PolicyLossConfig.gspo(),
+    "gspo-token-is-kl": PolicyLossConfig.gspo(rollout_is="token", rollout_is_threshold=5.0, kl_coef=0.2),
+    "seq-mean-token-mean": PolicyLossConfig(loss_agg_mode="seq-mean-token-mean"),
+    "seq-mean-token-sum-norm": PolicyLossConfig(loss_agg_mode="seq-mean-token-sum-norm", loss_scale_factor=16.0),
+    "token-mean": PolicyLossConfig(loss_agg_mode="token-mean"),
+    "group-token-mean": PolicyLossConfig(loss_agg_mode="group-token-mean"),
+}
+LOGITS = torch.linspace(-1, 1, 2 * 3 * 7).reshape(2, 3, 7)
+IDS = torch.zeros(2, 3, dtype=torch.int64)
+PER_TOKEN = torch.full((2, 3), -1.0)
+GOOD = {
+    "logits": LOGITS,
+    "token_ids": IDS,
+    "old_log_probs": PER_TOKEN,
+    "rollout_log_probs": PER_TOKEN,
+    "advantages": torch.ones(2),
+    "loss_mask": None,
+}
+
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def call(batch, config, layout, backend, *, factor=1.0, **options):
+    """(output, gradient of the logits [T, V] under a loss multiplied by factor)."""
+    logits = batch.lay_out(batch.logits.clone(), layout).requires_grad_()
+    token_ids = batch.lay_out(batch.token_ids, layout)
+    out = fused_policy_loss(
+        logits * 1 if options.get("overwrite_logits") else logits,
+        token_ids,
+        config=config,
+        backend=backend,
+        **batch.arguments(layout),
+        **options,
+    )
+    (out.loss * factor).backward()
+    return out, batch.pack(logits.grad, layout)
+
+
+def eager_leaf(batch, dtype):
+    """The logits, in float64 or as the eager path has them: in their own dtype."""
+    return batch.logits.to(torch.float64 if dtype == torch.float64 else batch.logits.dtype, copy=True).requires_grad_()
+
+
+def by_equations(batch, config, dtype, temperature):
+    """(loss; log_probs, entropy, token_grad, gradient of the logits; gradient of the entropy), computed in `dtype`."""
+    leaf = eager_leaf(batch, dtype)
+    log_probs, entropy = equations.token_log_probs(leaf.to(dtype), batch.token_ids, temperature)
+    loss = equations.policy_loss(log_probs, entropy, batch, config)
+    token_grad, entropy_grad, grad = torch.autograd.grad(
+        loss, (log_probs, entropy, leaf), allow_unused=True, materialize_grads=True
+    )
+    masked = [values.detach().where(batch.loss_mask, 0.0) for values in (log_probs, entropy)]
+    return loss.detach(), (*masked, token_grad, grad), entropy_grad
+
+
+def gradient_from(token_grad, entropy_grad, batch, dtype, temperature):
+    """The logits' gradient that those of the log-probabilities and the entropy bring, computed in `dtype`."""
+    leaf = eager_leaf(batch, dtype)
+    results = equations.token_log_probs(leaf.to(dtype), batch.token_ids, temperature)
+    return torch.autograd.grad(results, leaf, (token_grad.to(dtype), entropy_grad.to(dtype)))[0]
+
+
+def check_against_equations(batch, config, backend, temperature=1.0, **options):
+    """Values and gradients by the tolerance rule; both layouts bit for bit."""
+    exact, eager = (by_equations(batch, config, dtype, temperature) for dtype in (torch.float64, torch.float32))
+    results = []
+    for layout in ("padded", "packed"):
+        temperatures = batch.lay_out(temperature, layout) if isinstance(temperature, torch.Tensor) else temperature
+        out, grad = call(batch, config, layout, backend, temperature=temperatures, **options)
+        ours = [batch.pack(values, layout) for values in (out.log_probs, out.entropy, out.token_grad)] + [grad]
+        for result, theirs, truth in zip(ours, eager[1], exact[1], strict=True):
+            assert_as_exact_as_eager(result, theirs, truth)
+        # row by row beside the token_grad that came with it, whose own error is measured above
+        theirs, truth = (
+            gradient_from(ours[2], exact[2], batch, dtype, temperature) for dtype in (torch.float32, torch.float64)
+        )
+        assert_as_exact_as_eager(grad, theirs, truth, per_row(truth))
+        # the tokens' losses may cancel
+        assert_as_exact_as_eager(out.loss, eager[0], exact[0], scale=out.token_loss.abs().sum())
+        torch.testing.assert_close(out.token_loss.double().sum().float(), out.loss, rtol=1e-6, atol=1e-9)
+        results.append((out.loss, batch.pack(out.token_loss, layout), *ours))
+    assert all(map(torch.equal, *results))
+    return out
+
+
+@every_config
+def test_on_either_side_of_every_bound(config, backend):
+    batch = batch_at_bounds(config, vocab_size=19)
+    out = check_against_equations(batch, config, backend)
+    if config.clip and config.objective != "cispo":  # or the batch would prove nothing of the mask
+        metrics = out.metrics.compute()
+        assert metrics["clip_fraction_high"] > 0.05
+        assert metrics["clip_fraction_low"] > 0.05
+
+
+@every_config
+def test_random_batch_with_masks(config, backend):
+    check_against_equations(random_batch(LENGTHS, vocab_size=131), config, backend)
+
+
+@every_config
+def test_on_policy_without_old_log_probs(config, backend):
+    batch = replace(random_batch(LENGTHS, vocab_size=21), old_log_probs=None)
+    check_against_equations(batch, config, backend)
+
+
+@pytest.mark.parametrize("preset", ["minirl", "gspo"])
+@pytest.mark.parametrize("temperature", [0.6, torch.linspace(0.5, 2, sum(LENGTHS))], ids=["number", "each"])
+def test_temperature(temperature, preset, backend):
+    config = PolicyLossConfig.preset(preset, entropy_coef=0.1)
+    check_against_equations(random_batch(LENGTHS, vocab_size=21), config, backend, temperature)
+
+
+@pytest.mark.parametrize("preset", ["minirl", "reinforce", "grpo", "cispo", "gspo"])
+def test_advantages_per_token(preset, backend):
+    batch = replace(random_batch(LENGTHS, vocab_size=21), advantages=torch.linspace(-1, 1, sum(LENGTHS)))
+    check_against_equations(batch, PolicyLossConfig.preset(preset), backend)
+
+
+@pytest.mark.parametrize("lengths", [[], [1], [0, 0], [0, 3, 0]], ids=str)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_few_tokens(preset, lengths, backend):
+    config = PolicyLossConfig.preset(preset, kl_coef=0.1, entropy_coef=0.1)
+    check_against_equations(random_batch(lengths, vocab_size=21), config, backend)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 15, 16, 17, 1025, 4097])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("preset", ["minirl", "gspo"])
+def test_lengths_of_rows(preset, dtype, vocab_size, backend):
+    batch = random_batch([3, 2], vocab_size=vocab_size, dtype=dtype)
+    check_against_equations(batch, PolicyLossConfig.preset(preset, entropy_coef=0.1), backend)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_micro_batches_sum_to_the_batch(preset, backend):
+    config = PolicyLossConfig.preset(preset, entropy_coef=0.1)
+    batch = replace(random_batch(LENGTHS, vocab_size=21), group_ids=torch.tensor([7, 7, 3, 3, 9, 9]))
+    whole, whole_grad = call(batch, config, "packed", backend)
+    counts = {"num_responses": len(LENGTHS), "num_tokens": batch.loss_mask.sum().float(), "num_groups": 3}
+    parts = [call(batch.responses(*part), config, "packed", backend, **counts) for part in ((0, 2), (2, 4), (4, 6))]
+    torch.testing.assert_close(sum(out.loss for out, _ in parts), whole.loss)
+    torch.testing.assert_close(torch.cat([grad for _, grad in parts]), whole_grad)
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("preset", ["minirl", "gspo"])
+def test_ignored_ids_are_masked_tokens(preset, ids_dtype, backend):
+    """-100 in token_ids does what 0 in loss_mask does."""
+    batch, config = random_batch(LENGTHS, vocab_size=21), PolicyLossConfig.preset(preset, entropy_coef=0.1)
+    expected, expected_grad = call(batch, config, "packed", backend)
+    ids = batch.token_ids.masked_fill(~batch.loss_mask, -100).to(ids_dtype)
+    ignored = replace(batch, token_ids=ids, loss_mask=torch.ones_like(batch.loss_mask))
+    out, grad = call(ignored, config, "packed", backend)
+    assert torch.equal(grad, expected_grad)
+    for name in ("loss", "log_probs", "entropy", "token_loss", "token_grad"):
+        assert torch.equal(getattr(out, name), getattr(expected, name))
+    assert out.metrics.compute() == expected.metrics.compute()
+
+
+@pytest.mark.parametrize("poison", [-200.0, -1e4, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_masked_tokens_may_hold_anything(preset, poison, backend):
+    """Logits, ids, temperatures and every log-probability; a ratio of exp(200) there would be inf, and inf * 0 NaN."""
+    config = PolicyLossConfig.preset(preset, kl_coef=0.1, entropy_coef=0.1)
+    clean = random_batch(LENGTHS, vocab_size=21)
+    masked = ~clean.loss_mask
+    dirty = replace(
+        clean,
+        token_ids=clean.token_ids.masked_fill(masked, 10**6),
+        logits=clean.logits.masked_fill(masked[:, None], poison),
+        **{
+            name: getattr(clean, name).masked_fill(masked, poison)
+            for name in ("old_log_probs", "rollout_log_probs", "ref_log_probs")
+        },
+    )
+    temperature = torch.ones(sum(LENGTHS)).masked_fill(masked, 0.0)
+    expected, expected_grad = call(clean, config, "packed", backend, temperature=torch.ones(sum(LENGTHS)))
+    out, grad = call(dirty, config, "packed", backend, temperature=temperature, check=True)
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(grad, expected_grad)
+    assert out.metrics.compute() == expected.metrics.compute()
+
+
+@pytest.mark.parametrize("preset", ["minirl", "reinforce", "grpo", "cispo"])
+def test_overflowing_ratio_of_a_token_without_advantage(preset, backend):
+    batch = random_batch([2, 3], vocab_size=21)
+    far = torch.full_like(batch.old_log_probs, -200.0)
+    batch = replace(batch, old_log_probs=far, rollout_log_probs=far, advantages=torch.zeros(2))
+    out, grad = call(batch, PolicyLossConfig.preset(preset), "packed", backend)
+    assert out.loss == 0
+    assert torch.equal(grad, torch.zeros_like(grad))
+
+
+@pytest.mark.parametrize("first", [0, 2048], ids=["padded vocabulary", "empty first block"])
+@pytest.mark.parametrize("preset", ["minirl", "gspo"])
+def test_logits_of_minus_infinity(preset, first, backend):
+    """As if those logits were not there, in the entropy and its gradient too."""
+    config = PolicyLossConfig.preset(preset, entropy_coef=0.1)
+    batch = random_batch([3, 4], vocab_size=1000)
+    logits = torch.full((7, 4097), -math.inf)
+    logits[:, first : first + 1000] = batch.logits
+    padded = replace(batch, logits=logits, token_ids=batch.token_ids + first)
+    (out, grad), (expected, expected_grad) = (call(b, config, "packed", backend) for b in (padded, batch))
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(out.entropy, expected.entropy)
+    torch.testing.assert_close(grad[:, first : first + 1000], expected_grad)
+    assert grad.count_nonzero() == grad[:, first : first + 1000].count_nonzero()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", [CONFIGS["minirl-kl-entropy"], CONFIGS["gspo-token-is-kl"]], ids=["one", "two"])
+def test_overwritten_logits_hold_the_same_gradient(config, dtype, backend):
+    batch = random_batch(LENGTHS, vocab_size=131, dtype=dtype)
+    expected, expected_grad = call(batch, config, "padded", backend)
+    out, grad = call(batch, config, "padded", backend, overwrite_logits=True)
+    assert torch.equal(grad, expected_grad)
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(out.token_loss, expected.token_loss)
+
+
+@pytest.mark.parametrize("strides", [(90, 18), (18, 36), (90, 17), (17, 34)], ids=str)
+@pytest.mark.parametrize("preset", ["minirl", "gspo"])
+def test_overwriting_a_view_leaves_its_neighbours(preset, strides, cpu):
+    """Responses or positions first in memory, with gaps and without: nothing beside the rows is written."""
+    B, L, V = 2, 4, 17
+    batch = random_batch([4, 4], vocab_size=V)
+    arguments = {**GOOD, "token_ids": batch.token_ids.reshape(B, L), "backend": cpu}
+    arguments |= {name: torch.full((B, L), -2.0) for name in ("old_log_probs", "rollout_log_probs")}
+    arguments["config"] = PolicyLossConfig.preset(preset, clip=False)
+    leaf = batch.logits.reshape(B, L, V).clone().requires_grad_()
+    (expected,) = torch.autograd.grad(fused_policy_loss(**{**arguments, "logits": leaf}).loss, leaf)
+
+    storage = torch.full((1000,), 7.25)
+    view = storage.as_strided((B, L, V), (*strides, 1), 100)
+    view.copy_(leaf.detach())
+    logits = view.detach().requires_grad_()
+    fused_policy_loss(**{**arguments, "logits": logits}, overwrite_logits=True)
+    assert torch.equal(view, expected)
+    view.fill_(7.25)
+    assert torch.equal(storage, torch.full_like(storage, 7.25))
+
+
+@pytest.mark.parametrize("strides", [(0, 7), (7, 0), (14, 7), (20, 7), (7, 6), (7, 7)], ids=str)
+def test_rows_that_share_memory_are_not_overwritten(strides, backend):
+    logits = torch.zeros(100).as_strided((2, 3, 7), (*strides, 1)).requires_grad_()
+    was = re.escape(str((*strides, 1)))
+    with pytest.raises(ValueError, match=rf"^logits has shape \(2, 3, 7\) and strides {was}: .*must not overlap"):
+        fused_policy_loss(**{**GOOD, "logits": logits}, overwrite_logits=True, backend=backend)
+
+
+def test_autograd_notices_overwritten_logits(cpu):
+    """A use of the logits that was saved before must raise, and not silently read gradients."""
+    for preset in ("minirl", "gspo"):
+        batch = random_batch(LENGTHS, vocab_size=21)
+        logits = batch.logits.clone().requires_grad_() * 1
+        z_loss = logits.square().sum()  # saves the logits
+        out = fused_policy_loss(
+            logits,
+            batch.token_ids,
+            overwrite_logits=True,
+            backend=cpu,
+            config=PolicyLossConfig.preset(preset),
+            **batch.arguments("packed"),
+        )
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (out.loss + z_loss).backward()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("factor", [1.0, -2.5])
+@pytest.mark.parametrize("preset", ["minirl", "gspo"])
+def test_second_backward(preset, factor, overwrite, cpu):
+    """The gradient was made once and handed over: a second backward says so, whatever the first one multiplied by."""
+    batch = random_batch(LENGTHS, vocab_size=21)
+    leaf = batch.logits.clone().requires_grad_()
+    out = fused_policy_loss(
+        leaf * 1,
+        batch.token_ids,
+        overwrite_logits=overwrite,
+        backend=cpu,
+        config=PolicyLossConfig.preset(preset),
+        **batch.arguments("packed"),
+    )
+    scaled = factor * out.loss
+    torch.autograd.grad(scaled, leaf, retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"fused_policy_loss made its gradient in the forward, .* consumed"):
+        torch.autograd.grad(scaled, leaf)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # float16 has subnormals to round
+def test_gradient_scales_with_grad_output(dtype, overwrite, backend):
+    batch = random_batch(LENGTHS, vocab_size=21, dtype=dtype)
+    _, once = call(batch, PolicyLossConfig(), "packed", backend)
+    for factor in (-4.0, 0.5, 0.0):
+        _, grad = call(batch, PolicyLossConfig(), "packed", backend, factor=factor, overwrite_logits=overwrite)
+        assert torch.equal(grad, factor * once)  # powers of two are exact
+
+
+def test_the_reference_may_be_run_backward_twice():
+    """It hands over no buffer, and writes to none."""
+    batch = random_batch(LENGTHS, vocab_size=21)
+    leaf = batch.logits.clone().requires_grad_()
+    out = fused_policy_loss(
+        leaf, batch.token_ids, overwrite_logits=True, backend="reference", **batch.arguments("packed")
+    )
+    first, second = (torch.autograd.grad(out.loss, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert torch.equal(leaf.detach(), batch.logits)
+
+
+def test_gradient_accumulates_into_logits_used_twice(backend):
+    """The buffer that is handed over is nobody else's."""
+    batch = random_batch(LENGTHS, vocab_size=21)
+    config = PolicyLossConfig()
+    _, once = call(batch, config, "packed", backend)
+    leaf = batch.logits.clone().requires_grad_()
+    for _ in range(2):
+        arguments = batch.arguments("packed")
+        fused_policy_loss(leaf, batch.token_ids, backend=backend, config=config, **arguments).loss.backward()
+    assert torch.equal(leaf.grad, once + once)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_without_gradient_the_values_are_the_same(preset, backend):
+    """The forward alone is another way through the kernels."""
+    config = PolicyLossConfig.preset(preset, kl_coef=0.1, entropy_coef=0.1)
+    batch = random_batch(LENGTHS, vocab_size=131)
+    expected, _ = call(batch, config, "packed", backend)
+    arguments = {"config": config, "backend": backend, **batch.arguments("packed")}
+    alone = fused_policy_loss(batch.logits, batch.token_ids, **arguments)
+    with torch.no_grad():
+        also = fused_policy_loss(
+            batch.logits.clone().requires_grad_(), batch.token_ids, overwrite_logits=True, **arguments
+        )
+    for out in (alone, also):
+        assert not out.loss.requires_grad
+        torch.testing.assert_close(out.loss, expected.loss.detach(), rtol=1e-6, atol=1e-7)
+        assert torch.equal(out.log_probs, expected.log_probs)
+        assert torch.equal(out.entropy, expected.entropy)
+        torch.testing.assert_close(out.token_grad, expected.token_grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_equals_its_two_halves(preset, backend):
+    """fused_policy_loss is token_logprobs followed by policy_loss."""
+    config = PolicyLossConfig.preset(preset, kl_coef=0.1, entropy_coef=0.1)
+    batch = random_batch(LENGTHS, vocab_size=131)
+    out, grad = call(batch, config, "packed", backend)
+    leaf = batch.logits.clone().requires_grad_()
+    log_probs, entropy = token_logprobs(leaf, batch.token_ids, with_entropy=True, backend=backend)
+    halves = policy_loss(log_probs, entropy=entropy, config=config, **batch.arguments("packed"))
+    halves.loss.backward()
+    torch.testing.assert_close(out.loss, halves.loss)
+    torch.testing.assert_close(grad, leaf.grad)
+    ours, theirs = out.metrics.compute(), halves.metrics.compute()
+    assert ours.keys() == theirs.keys()
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_under_autocast(dtype, backend):
+    batch = random_batch(LENGTHS, vocab_size=33, dtype=dtype)
+    for preset in PRESETS:
+        config = PolicyLossConfig.preset(preset)
+        expected, expected_grad = call(batch, config, "packed", backend)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out, grad = call(batch, config, "packed", backend)
+        assert torch.equal(out.loss, expected.loss)
+        assert torch.equal(grad, expected_grad)
+
+
+def test_more_than_65535_tokens(backend):
+    size = 70_001
+    batch = random_batch([size - 4, 4], vocab_size=3)
+    config = PolicyLossConfig(loss_agg_mode="token-mean")
+    out, grad = call(batch, config, "packed", backend)
+    count = batch.loss_mask.sum().float()
+    tail, tail_grad = call(batch.responses(1, 2), config, "packed", backend, num_tokens=count)
+    assert torch.equal(grad[-4:], tail_grad)
+    assert torch.equal(out.token_loss[-4:], tail.token_loss)
+    leaf = batch.logits.double().requires_grad_()
+    log_p = torch.log_softmax(leaf, -1).gather(-1, batch.token_ids[:, None])[:, 0]
+    (exact,) = torch.autograd.grad((log_p * out.token_grad).sum(), leaf)
+    torch.testing.assert_close(grad.double(), exact, rtol=1e-5, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("backend", "overwrite"), [("reference", False), ("cpu", False), ("cpu", True)], indirect=["backend"]
+)
+@pytest.mark.parametrize("preset", ["minirl", "gspo"])
+def test_addresses_beyond_2_to_the_31(preset, overwrite, tmp_path, backend):
+    """Rows 2^30 elements apart, in a file of 6 GiB that is nearly all holes."""
+    stride, vocab_size = 2**30, 1025
+    batch = random_batch([2, 2], vocab_size=vocab_size, dtype=torch.bfloat16)
+    config = PolicyLossConfig.preset(preset)
+    file = torch.from_file(str(tmp_path / "logits"), shared=True, size=3 * stride + vocab_size, dtype=torch.bfloat16)
+    far = file.as_strided((4, vocab_size), (stride, 1))
+    far.copy_(batch.logits)
+    expected, expected_grad = call(batch, config, "packed", backend)
+    far.requires_grad_()
+    out = fused_policy_loss(
+        far,
+        batch.token_ids,
+        overwrite_logits=overwrite,
+        config=config,
+        backend=backend,
+        **batch.arguments("packed"),
+    )
+    (grad,) = torch.autograd.grad(out.loss, far)
+    assert torch.equal(grad, expected_grad)
+    assert torch.equal(out.token_loss, expected.token_loss)
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("bad", [-1, 7, 2**32 + 3])
+@pytest.mark.parametrize("preset", ["minirl", "gspo"])
+def test_id_out_of_range_leaves_the_logits_alone(preset, bad, overwrite, check, backend):
+    """The last token's id is looked at before the first row is overwritten."""
+    ids = IDS.clone()
+    ids[1, 2] = bad
+    logits = LOGITS.clone().requires_grad_()
+    config = PolicyLossConfig.preset(preset)
+    with pytest.raises(ValueError, match=rf"^token_ids has the id {bad} at row 5: .*must be in \[0, 7\), or -100"):
+        fused_policy_loss(
+            **{**GOOD, "logits": logits, "token_ids": ids},
+            config=config,
+            overwrite_logits=overwrite,
+            check=check,
+            backend=backend,
+        )
+    assert torch.equal(logits.detach(), LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "named", "was", "must_be"),
+    [
+        ({"logits": LOGITS.double()}, TypeError, "logits", "torch.float64", "float32, bfloat16 or float16"),
+        ({"logits": LOGITS[0, 0]}, ValueError, "logits", r"\(7,\)", r"\[T, D\] or \[B, L, D\]"),
+        ({"logits": LOGITS.mT.contiguous().mT}, ValueError, "logits", r"\(21, 1, 3\)", "contiguous"),
+        ({"token_ids": IDS.float()}, TypeError, "token_ids", "torch.float32", "int32 or int64"),
+        ({"token_ids": IDS[:, :2]}, ValueError, "token_ids", r"\(2, 2\)", r"\(2, 3\)"),
+        ({"token_ids": IDS.to(META)}, ValueError, "token_ids", "meta", "cpu"),
+        ({"temperature": 0.0}, ValueError, "temperature", "0.0", "above 0"),
+        ({"temperature": -1}, ValueError, "temperature", "-1", "above 0"),
+        ({"temperature": True}, TypeError, "temperature", "True", "a number or a tensor"),
+        ({"temperature": torch.ones(2)}, ValueError, "temperature", r"\(2,\)", r"\(2, 3\)"),
+        ({"temperature": torch.zeros(2, 3), "check": True}, ValueError, "temperature", "0.0", "above 0"),
+        ({"old_log_probs": PER_TOKEN[:1]}, ValueError, "old_log_probs", r"\(1, 3\)", r"\(2, 3\)"),
+        ({"rollout_log_probs": None}, ValueError, "rollout_log_probs", "None", "inference engine"),
+        ({"rollout_log_probs": PER_TOKEN.to(META)}, ValueError, "rollout_log_probs", "meta", "cpu"),
+        ({"advantages": torch.ones(3)}, ValueError, "advantages", r"\(3,\)", r"\[2\].* or \(2, 3\)"),
+        ({"loss_mask": torch.ones(3, 2)}, ValueError, "loss_mask", r"\(3, 2\)", r"\(2, 3\)"),
+        ({"config": PolicyLossConfig(kl_coef=0.1)}, ValueError, "ref_log_probs", "None", "the reference policy's"),
+        ({"config": PolicyLossConfig.cispo()}, ValueError, "group_ids", "None", r"\[B\]"),
+        ({"config": PolicyLossConfig.minirl}, TypeError, "config", "method", "PolicyLossConfig"),
+        ({"num_responses": -2}, ValueError, "num_responses", "-2", "above 0"),
+        ({"cu_seqlens": torch.tensor([0, 6])}, ValueError, "cu_seqlens", r"\(2, 3\)", r"\[T\]"),
+        ({"logits": LOGITS[0], "token_ids": IDS[0]}, ValueError, "cu_seqlens", "None", r"\[B \+ 1\]"),
+        ({"backend": "gpu"}, ValueError, "backend", "'gpu'", "auto, reference, cpu, triton"),
+    ],
+)
+def test_bad_input(bad, error, named, was, must_be, backend):
+    """Each message names the argument, what it was and what it must be, and the logits are as they were."""
+    logits = bad.get("logits", LOGITS).clone(memory_format=torch.preserve_format)
+    if logits.is_floating_point():
+        logits.requires_grad_()
+    arguments = {**GOOD, "backend": backend, "overwrite_logits": True, **bad, "logits": logits}
+    with pytest.raises(error, match=rf"^{named}\b.*{was}.*must .*{must_be}"):
+        fused_policy_loss(**arguments)
+    assert torch.equal(logits.detach(), bad.get("logits", LOGITS))
+
+
+def test_a_backend_that_cannot_run_is_never_replaced(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="fused_policy_loss: backend 'triton' is unavailable: "):
+        fused_policy_loss(**GOOD, backend="triton")
+    on_meta = {name: value.to(META) if isinstance(value, torch.Tensor) else value for name, value in GOOD.items()}
+    with pytest.raises(RuntimeError, match="'cpu' is unavailable: it runs on CPU tensors, these are on meta"):
+        fused_policy_loss(**on_meta, backend="cpu")
