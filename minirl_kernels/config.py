@@ -59,7 +59,7 @@ class PolicyLossConfig:
         _check_choice("kl_estimator", self.kl_estimator, get_args(KLEstimator))
         _check_choice("rollout_is", self.rollout_is, (*get_args(RolloutIS), None))
         if not isinstance(self.clip, bool):
-            raise TypeError(f"clip must be a bool, got {self.clip!r}")
+            raise TypeError(f"clip is {self.clip!r}: it must be a bool")
         _check_number("clip_ratio_low", self.clip_ratio_low, "in [0, 1]", lambda v: 0 <= v <= 1)
         _check_number("clip_ratio_high", self.clip_ratio_high, "at least 0", lambda v: v >= 0)
         _check_number("entropy_coef", self.entropy_coef, "finite", math.isfinite)
@@ -85,6 +85,12 @@ class PolicyLossConfig:
             raise ValueError(
                 "rollout_is is 'token' with objective='sequence_is': its weight is one product over the response, "
                 "so rollout_is must be 'sequence' or None"
+            )
+
+        if self.rollout_is_threshold is not None and self.rollout_is is None and not self.weighs_by_w:
+            raise ValueError(
+                f"rollout_is_threshold is {self.rollout_is_threshold} with objective={self.objective!r} and "
+                "rollout_is=None: there is no weight to truncate, so rollout_is_threshold must be None"
             )
 
     @property

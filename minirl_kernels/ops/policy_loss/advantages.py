@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import check_like
+from ...checks import check_integers, check_like, check_tensor
+from ...library import register
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, *, norm_by_std: bool = False) -> Tensor:
@@ -16,11 +17,15 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, norm_by_std: bool = 
     Returns [B] float32; a group of equal rewards gives exactly 0. Waits for the device.
     Raises ValueError or TypeError for wrong shapes and dtypes, rewards that are not finite, a group of one.
     """
+    check_tensor("rewards", rewards)
     if not rewards.is_floating_point() or rewards.dim() != 1:
         raise TypeError(f"rewards has dtype {rewards.dtype}, shape {tuple(rewards.shape)}: it must be floats [B]")
-    if group_ids.is_floating_point() or group_ids.dtype == torch.bool:
-        raise TypeError(f"group_ids has dtype {group_ids.dtype}: it must be integers")
+    check_integers("group_ids", group_ids)
     check_like("group_ids", group_ids, rewards.shape, rewards.device)
+    return _group_advantages(rewards.detach(), group_ids, norm_by_std)
+
+
+def _advantages(rewards, group_ids, norm_by_std):
     if not bool(rewards.isfinite().all()):
         raise ValueError(f"rewards has the value {rewards[~rewards.isfinite()][0].item()}: it must be finite")
     labels, group, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
@@ -28,7 +33,7 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, norm_by_std: bool = 
         alone = labels[sizes < 2][0].item()
         raise ValueError(f"group_ids has one response in group {alone}: a group must have at least 2 to have a mean")
     if not rewards.numel():
-        return rewards.float()
+        return torch.empty_like(rewards, dtype=torch.float32)
     # one row per group, so that a sum has a fixed order; NaN where a group is shorter than the longest
     order = torch.argsort(group, stable=True)
     starts = sizes.cumsum(0) - sizes
@@ -43,3 +48,11 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, norm_by_std: bool = 
     advantages = torch.empty_like(rewards, dtype=torch.float32)
     advantages[order] = centred[group[order], place].float()
     return advantages
+
+
+# an op, so that torch.compile need not trace what depends on the groups
+_group_advantages = register(
+    "group_advantages(Tensor rewards, Tensor group_ids, bool norm_by_std) -> Tensor",
+    _advantages,
+    lambda rewards, *_: torch.empty_like(rewards, dtype=torch.float32),
+)
