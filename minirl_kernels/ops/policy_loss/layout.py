@@ -11,13 +11,14 @@ from ...checks import check_device, check_tensor
 class Padded:
     """Rows are responses: tokens [B, L]."""
 
-    def __init__(self, shape: torch.Size):
+    def __init__(self, shape: torch.Size, device: torch.device):
         self.shape = shape
         self.num_responses = shape[0]
+        self.offsets = torch.arange(shape[0] + 1, device=device) * shape[1]
 
     def response_sum(self, values: Tensor) -> Tensor:
         """[..., B, L] -> [..., B]."""
-        return values.sum(-1)
+        return _segment_sum(values.flatten(-2), self.offsets)
 
     def to_tokens(self, per_response: Tensor) -> Tensor:
         """[B] -> [B, L]."""
@@ -35,15 +36,20 @@ class Packed:
         self.response_of_token = torch.searchsorted(self.offsets[1:], tokens, right=True)
 
     def response_sum(self, values: Tensor) -> Tensor:
-        """[..., T] -> [..., B]; segment_reduce has one writer per response, where index_add has atomics."""
-        sums = torch.segment_reduce(
-            values.movedim(-1, 0).contiguous(), "sum", offsets=self.offsets, axis=0, unsafe=True, initial=0
-        )
-        return sums.movedim(0, -1)
+        """[..., T] -> [..., B]."""
+        return _segment_sum(values, self.offsets)
 
     def to_tokens(self, per_response: Tensor) -> Tensor:
         """[B] -> [T]."""
         return per_response[self.response_of_token]
+
+
+def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """[..., T] -> [..., B], token after token: neither threads, padding nor neighbours change the bits, as they do in
+    a sum over a dimension; and one writer per response, where index_add has atomics."""
+    offsets = offsets.expand(*values.shape[:-1], -1)
+    axis = values.dim() - 1
+    return torch.segment_reduce(values.contiguous(), "sum", offsets=offsets, axis=axis, unsafe=True, initial=0)
 
 
 def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Padded | Packed:
@@ -54,7 +60,7 @@ def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.devi
                 f"cu_seqlens is None with tokens of shape {tuple(shape)}: it must be int32 [B + 1] where tokens are "
                 "packed, [T]; padded ones are [B, L]"
             )
-        return Padded(shape)
+        return Padded(shape, device)
     if len(shape) != 1:
         raise ValueError(f"cu_seqlens is given with tokens of shape {tuple(shape)}: packed tokens must be [T]")
     check_tensor("cu_seqlens", cu_seqlens)
