@@ -18,6 +18,8 @@ class Padded:
 
     def response_sum(self, values: Tensor) -> Tensor:
         """[..., B, L] -> [..., B]."""
+        if not values.is_cpu:  # a segment is one thread's work there, and a sum over a dimension many threads'
+            return values.sum(-1)
         return _segment_sum(values.flatten(-2), self.offsets)
 
     def to_tokens(self, per_response: Tensor) -> Tensor:
@@ -44,9 +46,16 @@ class Packed:
         return per_response[self.response_of_token]
 
 
+def ordered_sum(values: Tensor) -> Tensor:
+    """[..., N] -> [...], one after another on the CPU, where torch splits a long sum over its threads."""
+    if not values.is_cpu:
+        return values.sum(-1)
+    return _segment_sum(values, torch.arange(2) * values.shape[-1]).squeeze(-1)
+
+
 def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """[..., T] -> [..., B], token after token: neither threads, padding nor neighbours change the bits, as they do in
-    a sum over a dimension; and one writer per response, where index_add has atomics."""
+    """[..., T] -> [..., B], token after token: neither threads, padding nor neighbours change the bits. One writer per
+    response, where index_add has atomics."""
     offsets = offsets.expand(*values.shape[:-1], -1)
     axis = values.dim() - 1
     return torch.segment_reduce(values.contiguous(), "sum", offsets=offsets, axis=axis, unsafe=True, initial=0)

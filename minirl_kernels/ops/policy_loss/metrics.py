@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .inputs import PolicyLossInputs
+from .layout import ordered_sum
 from .reference import log_ratios
 
 _SUMS = (
@@ -134,10 +135,10 @@ def collect_metrics(log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLos
         "w_squared": (w.square(), with_rollout),
     }
     table = torch.stack([torch.where(over, values.double(), 0.0) for values, over in per_token.values()])
-    sums = dict(zip(per_token, layout.response_sum(table).sum(-1).unbind(), strict=True))
+    sums = dict(zip(per_token, ordered_sum(layout.response_sum(table)).unbind(), strict=True))
     # |prod w - 1 - sum (w - 1)|, one per response
     first_order_error = (layout.response_sum(log_w).expm1() - layout.response_sum(log_w.expm1())).abs()
-    sums["first_order_error"] = first_order_error.sum()
+    sums["first_order_error"] = ordered_sum(first_order_error)
     sums["responses"] = ones.new_full((), layout.num_responses)
     sums["rollout_responses"] = ones.new_full((), layout.num_responses * (inputs.rollout_log_probs is not None))
     maxima = {"log_r": log_r.abs(), "log_d": log_d.abs(), "w": w, "first_order_error": first_order_error}

@@ -10,6 +10,7 @@ from ...autograd import attach_gradient
 from ...checks import check_like
 from ...config import PolicyLossConfig
 from .inputs import PolicyLossInputs, prepare_inputs
+from .layout import ordered_sum
 from .metrics import PolicyLossMetrics, collect_metrics
 from .reference import token_losses
 
@@ -112,6 +113,6 @@ def assemble_output(
         entropy = entropy.float().where(inputs.mask, 0.0)
     if inputs.config.entropy_coef:
         token_loss = token_loss - inputs.config.entropy_coef * inputs.weights * entropy
-    # response by response, so that the number of threads does not change the sum
-    loss = inputs.layout.response_sum(token_loss.double()).sum().float()
+    # in order and in float64, so that neither threads nor layout change the sum
+    loss = ordered_sum(inputs.layout.response_sum(token_loss.double())).float()
     return PolicyLossOutput(loss, metrics, log_probs, entropy, token_loss, token_grad)
