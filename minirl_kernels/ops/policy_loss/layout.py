@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...checks import check_device, check_tensor
+from ...library import register
 
 
 class Padded:
@@ -30,11 +31,11 @@ class Padded:
 class Packed:
     """Responses one after another: tokens [T], response i is cu_seqlens[i] .. cu_seqlens[i + 1]."""
 
-    def __init__(self, shape: torch.Size, cu_seqlens: Tensor):
+    def __init__(self, shape: torch.Size, offsets: Tensor):
         self.shape = shape
-        self.num_responses = cu_seqlens.shape[0] - 1
-        self.offsets = cu_seqlens.long()
-        tokens = torch.arange(shape[0], device=cu_seqlens.device)
+        self.num_responses = offsets.shape[0] - 1
+        self.offsets = offsets
+        tokens = torch.arange(shape[0], device=offsets.device)
         self.response_of_token = torch.searchsorted(self.offsets[1:], tokens, right=True)
 
     def response_sum(self, values: Tensor) -> Tensor:
@@ -78,15 +79,24 @@ def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.devi
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: it must be int32 [B + 1]"
         )
     check_device("cu_seqlens", cu_seqlens, device)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_offsets(cu_seqlens, shape[0])
-    return Packed(shape, cu_seqlens)
+    return Packed(shape, _checked_offsets(cu_seqlens, shape[0]))
 
 
-def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> None:
-    ascending = bool((cu_seqlens.diff() >= 0).all())
-    if not ascending or cu_seqlens[0] != 0 or cu_seqlens[-1] != num_tokens:
+def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    good = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens)
+    if cu_seqlens.is_cuda:  # no wait for the GPU: it stops at the assertion, before anything reads out of bounds
+        torch._assert_async(good, f"cu_seqlens must start at 0, never fall, and end at {num_tokens}")
+    elif not good:
         raise ValueError(
             f"cu_seqlens is {cu_seqlens.tolist()[:8]}…: it must start at 0, never fall, and end at the number of "
             f"tokens, {num_tokens}"
         )
+    return cu_seqlens.to(torch.int64, copy=True)
+
+
+# an op, so that torch.compile need not trace its branches
+_checked_offsets = register(
+    "checked_offsets(Tensor cu_seqlens, SymInt num_tokens) -> Tensor",
+    _check_offsets,
+    lambda cu_seqlens, _: torch.empty_like(cu_seqlens, dtype=torch.int64),
+)
