@@ -89,7 +89,8 @@ def per_token_temperature(temperature, shape: torch.Size, device: torch.device) 
         raise TypeError(f"temperature is {temperature!r}: it must be a number or a tensor of one value per token")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}: it must be above 0 and finite")
-    return torch.full((), temperature, dtype=torch.float32, device=device).expand(shape)
+    # multiplied rather than filled in: torch.compile would compile again for every value of a fill
+    return torch.ones((), dtype=torch.float32, device=device).mul(temperature).expand(shape)
 
 
 def check_contents(token_ids: Tensor, vocab_size: int, temperature: Tensor) -> Tensor:
