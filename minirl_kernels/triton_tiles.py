@@ -134,14 +134,18 @@ def softmax_of_row(p_row, V, temperature, LANES: tl.constexpr, VEC: tl.constexpr
 
 @triton.jit
 def gradient_factors(log_prob_grad, entropy_grad, log_sum, entropy, temperature):
-    """(k0, k1) such that -(c_t p + e_t p (log p + entropy)) / temperature = 2**y (k0 + k1 y), y as in softmax_step."""
-    scale = tl.exp(-log_sum) / temperature
-    return -(log_prob_grad + entropy_grad * (entropy - log_sum)) * scale, -LN2 * entropy_grad * scale
+    """(k0, k1, at_id) such that a row's gradient is 2**y (k0 + k1 y), and at_id more at its token; y as above.
+
+    That is (c_t (onehot - p) - e_t p (log p + entropy)) / temperature, exactly 0 where p is 1.
+    """
+    per_logit = 1.0 / temperature
+    scale = tl.exp(-log_sum) * per_logit
+    k0 = -(log_prob_grad + entropy_grad * (entropy - log_sum)) * scale
+    return k0, -LN2 * entropy_grad * scale, log_prob_grad * per_logit
 
 
 @triton.jit
 def gradient_tile(b_x, i_tile, b_id, shift, c, k0, k1, at_id, LANES: tl.constexpr, VEC: tl.constexpr):
-    """(c_t (onehot - p) - e_t p (log p + entropy)) / temperature of a tile; at_id is c_t / temperature."""
     b_y = exponent(b_x.to(tl.float32) - shift, c)
     is_id = tile_offsets(LANES, VEC) == b_id - i_tile * (LANES * VEC)
     return tl.exp2(b_y) * (k0 + k1 * b_y) + tl.where(is_id, at_id, 0.0)

@@ -176,8 +176,8 @@ def _needs_of_amdgcn(assembly: str, shared: int) -> Needs:
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
 
     def widest(access):
-        found = re.findall(rf"\b(?:global|buffer)_{access}_dword(?:x(\d))?\b", assembly)
-        return max((32 * int(count or 1) for count in found), default=0)
+        found = re.findall(rf"\b(?:global|buffer)_{access}_(dword(?:x(\d))?|u?short)\b", assembly)
+        return max((16 if name.endswith("short") else 32 * int(count or 1) for name, count in found), default=0)
 
     registers = field("vgpr_count") + field("agpr_count")
     return Needs(registers, field("private_segment_fixed_size"), shared, widest("load"), widest("store"))

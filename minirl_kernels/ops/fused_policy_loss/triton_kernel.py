@@ -197,8 +197,7 @@ def fused_policy_loss_kernel(
         fill_row(p_out, 0.0, V, LANES, VEC)
         return
     c = LOG2E / b_temperature
-    k0, k1 = gradient_factors(b_c, b_e, b_log_sum, b_entropy, b_temperature)
-    at_id = b_c / b_temperature
+    k0, k1, at_id = gradient_factors(b_c, b_e, b_log_sum, b_entropy, b_temperature)
     i_last = tl.cdiv(V, LANES * VEC) - 1
     if not ONE_TILE:
         for i_tile in range(i_last):

@@ -104,11 +104,11 @@ def token_logprobs_bwd_kernel(
         return
     b_temperature = tl.load(temperature + i_t)
     b_log_sum = tl.load(log_sum + i_t)
-    k0, k1 = gradient_factors(b_c, b_e, b_log_sum, b_entropy, b_temperature)
+    k0, k1, at_id = gradient_factors(b_c, b_e, b_log_sum, b_entropy, b_temperature)
     b_shift = tl.load(shift + i_t)
     b_x = load_tile(logits + row_offset(i_t, L, stride_b, stride_l, ALIGN), i_tile, V, LANES, VEC)
     c = LOG2E / b_temperature
-    b_grad = gradient_tile(b_x, i_tile, b_id, b_shift, c, k0, k1, b_c / b_temperature, LANES, VEC)
+    b_grad = gradient_tile(b_x, i_tile, b_id, b_shift, c, k0, k1, at_id, LANES, VEC)
     store_tile(p_out, b_grad, i_tile, V, LANES, VEC)
 
 
