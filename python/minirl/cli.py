@@ -1,0 +1,128 @@
+"""The command `minirl`: train, eval, plot."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from minirl_kernels.config import Objective
+
+from .config import TrainConfig
+from .config_file import load_config
+from .errors import MiniRLError
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command; exits with status 2 and one message for anything that the user can mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        commands = {"train": train_command(arguments[1:]), "eval": eval_command, "plot": plot_command}
+        if arguments and arguments[0] in commands:
+            tyro.cli(commands[arguments[0]], args=arguments[1:], prog=f"minirl {arguments[0]}")
+        else:
+            description = "Reinforcement learning of language models on minirl_kernels."
+            tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="minirl", description=description)
+    except MiniRLError as error:
+        print(f"minirl: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("minirl: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+@dataclass(frozen=True)
+class _Preset:
+    preset: Objective | None = None
+
+
+def train_command(arguments: Sequence[str]) -> Callable[..., None]:
+    """The command `train`, whose options have the values of the config file as their defaults."""
+    default = TrainConfig()
+    if arguments and not arguments[0].startswith("-"):
+        # the preset comes first: the file's [policy_loss] and then the other options change single fields of it
+        chosen, _ = tyro.cli(_Preset, args=arguments[1:], add_help=False, return_unknown_args=True)
+        default = load_config(Path(arguments[0]), chosen.preset)
+
+    def command(
+        config_file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")],
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+        overwrite: bool = False,
+    ) -> None:
+        """Train as a TOML file says. Every key of it is an option here too, which then has the last word.
+
+        Args:
+            config_file: The TOML file; it stands before the options.
+            overwrite: Replace the run that is in run_dir.
+        """
+        if str(config_file) != arguments[0]:
+            raise MiniRLError(f"{arguments[0]} stands before the config file {config_file}: it must stand after it")
+        from .run import train  # here, so that --help and a wrong option need not wait for transformers
+
+        run_dir = train(config, console, overwrite=overwrite)
+        for path, content in (
+            (run_dir.model, "final weights and tokenizer"),
+            (run_dir.curves, "curves"),
+            (run_dir.metrics, "every step"),
+            (run_dir.tensorboard, "the same for TensorBoard"),
+            (run_dir.config, "the whole configuration"),
+        ):
+            console.print(f"  {path}  {content}")
+
+    return command
+
+
+def eval_command(
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
+    k: int | None = None,
+    prompts: int | None = None,
+    seed: int = 0,
+) -> None:
+    """avg@k of a finished run on held-out prompts: the mean reward of k sampled responses to each.
+
+    Args:
+        run_dir: Folder of the run.
+        k: Responses per prompt; the run's eval.k if not given.
+        prompts: Held-out prompts; the run's eval.prompts if not given.
+        seed: Of the samples.
+    """
+    for name, value in (("k", k), ("prompts", prompts)):
+        if value is not None and value < 1:
+            raise MiniRLError(f"--{name} is {value}: it must be at least 1")
+    from .evaluate import evaluate
+    from .run_dir import RunDir
+
+    with console.status("sampling"):
+        result = evaluate(RunDir(run_dir), k=k, prompts=prompts, seed=seed)
+    console.print(
+        f"avg@{result.k} on {result.prompts} held-out prompts: {result.reward:.4f} ± {result.standard_error:.4f}"
+    )
+
+
+def plot_command(
+    run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR...")],
+    /,
+    output: Path | None = None,
+) -> None:
+    """Draw the curves of a run, or of several in one picture.
+
+    Args:
+        run_dirs: Folders of runs.
+        output: The PNG; by default curves.png, in the run's folder if there is one run, else in this folder.
+    """
+    from .plots import plot_runs
+    from .run_dir import RunDir
+
+    if not run_dirs:
+        raise MiniRLError("RUN_DIR is missing: there must be at least one folder of a run")
+    runs = [RunDir(path).existing() for path in run_dirs]
+    output = output or (runs[0].curves if len(runs) == 1 else Path("curves.png"))
+    plot_runs(runs, output)
+    console.print(str(output))

@@ -1,0 +1,192 @@
+"""What a run is: frozen dataclasses, filled from a TOML file (`config_file`) and the command line (`cli`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from minirl_kernels import PolicyLossConfig
+from minirl_kernels.config import Objective
+
+from .errors import MiniRLError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy: a folder (or hub name) with weights, or a transformers config to build a new one from."""
+
+    path: str | None = None
+    """Folder or hub name of a causal language model with its tokenizer; none: build from model.config."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Keys of a transformers config, model_type first; vocabulary and special tokens come from the task."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Where prompts come from, and how a response is graded."""
+
+    kind: Literal["arithmetic", "jsonl"] = "arithmetic"
+    """arithmetic: sums, graded by exact match. jsonl: lines of prompt and answer, graded by math-verify."""
+    max_operand: int = 99
+    """Largest number to be added (arithmetic)."""
+    path: str | None = None
+    """File of lines like {"prompt": "...", "answer": "..."} (jsonl)."""
+    held_out_fraction: float = 0.1
+    """Share of the problems kept from training, picked by a hash of the problem itself, whatever the seed."""
+
+
+@dataclass(frozen=True)
+class ColdStartConfig:
+    """Supervised training on problems and their answers, before any reinforcement learning."""
+
+    steps: int = 0
+    """Most optimizer steps; 0 means no cold start."""
+    stop_at_reward: float = 1.0
+    """Ends it once the mean reward on training prompts has reached this."""
+    check_every: int = 25
+    """Steps between two looks at that reward."""
+    batch_size: int = 128
+    """Problems per step."""
+    lr: float = 2e-3
+    """Learning rate of its own AdamW."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How responses are sampled: temperature only, no top-p, top-k or other filter."""
+
+    engine: Literal["transformers"] = "transformers"
+    """Inference engine; transformers is the embedded one."""
+    group_size: int = 8
+    """Responses per prompt, G in the paper; their mean reward is the baseline."""
+    temperature: float = 1.0
+    """Of sampling, and of every log-probability in training."""
+    max_new_tokens: int = 256
+    """A response is cut off here, keeps its tokens, and is graded as it is."""
+    batch_size: int = 256
+    """Responses decoded at a time."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with a constant learning rate."""
+
+    lr: float = 1e-6
+    """Learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the two moments."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """avg@k on held-out prompts: the mean reward of k sampled responses to each."""
+
+    every: int = 10
+    """Steps between two evaluations; the first is before step 1, the last after the final step."""
+    k: int = 4
+    """Responses per prompt."""
+    prompts: int = 200
+    """Held-out prompts, the same ones each time (all, if there are fewer)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. Sizes are counted in prompts, responses (group_size per prompt) and steps."""
+
+    run_dir: str = "runs/minirl"
+    """Folder that everything of the run is written to."""
+    seed: int = 0
+    """Of weights, prompts and samples; the same seed gives the same curve on one machine and thread count."""
+    threads: int | None = None
+    """CPU threads; none: as many as torch takes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation; the weights that the optimizer updates stay float32."""
+    steps: int = 100
+    """Global steps: each samples, then makes num_minibatches updates."""
+    prompts_per_minibatch: int = 16
+    """Prompts behind one optimizer update."""
+    num_minibatches: int = 1
+    """Updates per global step, N in the paper; 1 is on policy."""
+    micro_batch_size: int = 128
+    """Responses per forward and backward pass; changes memory and speed, not the update."""
+    preset: Objective = "minirl"
+    """Named objective that gives policy_loss its defaults."""
+    norm_advantages_by_std: bool | None = None
+    """Divide advantages by their group's standard deviation; none: as the preset's paper does."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    cold_start: ColdStartConfig = field(default_factory=ColdStartConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    policy_loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def minibatch_size(self) -> int:
+        """Responses behind one optimizer update."""
+        return self.prompts_per_minibatch * self.rollout.group_size
+
+    @property
+    def advantages_by_std(self) -> bool:
+        """norm_advantages_by_std, or the habit of the preset: GRPO, CISPO and GSPO divide."""
+        if self.norm_advantages_by_std is None:
+            return self.preset in ("grpo", "cispo", "gspo")
+        return self.norm_advantages_by_std
+
+    def check(self) -> None:
+        """Raises MiniRLError, naming the key, for a value that has the right type and makes no sense."""
+        for key in _AT_LEAST_ONE:
+            _require(self, key, lambda value: value >= 1, "at least 1")
+        for key in ("cold_start.steps", "optimizer.weight_decay"):
+            _require(self, key, lambda value: value >= 0, "at least 0")
+        for key in ("rollout.temperature", "optimizer.lr", "optimizer.max_grad_norm", "cold_start.lr"):
+            _require(self, key, lambda value: value > 0, "above 0")
+        _require(self, "cold_start.stop_at_reward", lambda value: 0 < value <= 1, "above 0 and at most 1")
+        _require(self, "threads", lambda value: value is None or value >= 1, "at least 1, or none")
+        _require(self, "rollout.group_size", lambda value: value >= 2, "at least 2, to have a mean to compare with")
+        _require(self, "task.max_operand", lambda value: 1 <= value <= 999, "between 1 and 999")
+        _require(self, "task.held_out_fraction", lambda value: 0 < value < 1, "between 0 and 1, both excluded")
+        _require(self, "optimizer.betas", lambda value: all(0 <= beta < 1 for beta in value), "in [0, 1)")
+        if self.policy_loss.loss_agg_mode == "group-token-mean" and self.micro_batch_size % self.rollout.group_size:
+            raise MiniRLError(
+                f"micro_batch_size is {self.micro_batch_size} with loss_agg_mode='group-token-mean': it must be a "
+                f"multiple of rollout.group_size, {self.rollout.group_size}, so that no group is split"
+            )
+        if (self.model.path is None) == (not self.model.config):
+            raise MiniRLError(
+                f"model.path is {self.model.path!r} and model.config has {len(self.model.config)} keys: exactly one "
+                "of the two must be given"
+            )
+        if self.task.kind == "jsonl" and self.task.path is None:
+            raise MiniRLError("task.path is none with task.kind='jsonl': it must be a file of prompts and answers")
+        if self.task.kind == "jsonl" and self.model.path is None:
+            raise MiniRLError("model.path is none with task.kind='jsonl': it must be a model that has a tokenizer")
+
+
+_AT_LEAST_ONE = (
+    "steps",
+    "prompts_per_minibatch",
+    "num_minibatches",
+    "micro_batch_size",
+    "rollout.max_new_tokens",
+    "rollout.batch_size",
+    "cold_start.check_every",
+    "cold_start.batch_size",
+    "eval.every",
+    "eval.k",
+    "eval.prompts",
+)
+
+
+def _require(config: TrainConfig, key: str, holds, must_be: str) -> None:
+    value = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    if not holds(value):
+        raise MiniRLError(f"{key} is {value}: it must be {must_be}")

@@ -1,0 +1,115 @@
+"""TrainConfig from a TOML file and back. TOML has no null: None is written as the string "none"."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+
+from minirl_kernels import PolicyLossConfig
+
+from .config import TrainConfig
+from .errors import MiniRLError
+
+
+def load_config(path: Path, preset: str | None = None) -> TrainConfig:
+    """Read a file; keys that it leaves out have their defaults, those of [policy_loss] the preset's.
+
+    preset: replaces the file's. Raises MiniRLError that names the file and the key.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise MiniRLError(f"cannot read the config file {path}: {getattr(error, 'strerror', None) or error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise MiniRLError(f"{path} is not valid TOML: {error}") from None
+    if preset is not None:
+        table["preset"] = preset
+    try:
+        return _build(TrainConfig, _with_preset(table))
+    except MiniRLError as error:
+        raise MiniRLError(f"{path}: {error}") from None
+
+
+def dump_config(config: TrainConfig) -> str:
+    """The whole configuration as TOML that `load_config` reads back to an equal one."""
+    return tomli_w.dumps(_none_as_string(dataclasses.asdict(config)))
+
+
+def _none_as_string(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _none_as_string(item) for key, item in value.items()}
+    return "none" if value is None else value
+
+
+def _with_preset(table: dict[str, Any]) -> dict[str, Any]:
+    """`table` with the preset's fields where [policy_loss] leaves them out."""
+    given = table.get("policy_loss", {})
+    if not isinstance(given, dict):
+        return table
+    try:
+        preset = PolicyLossConfig.preset(table.get("preset", TrainConfig.preset))
+    except ValueError as error:
+        raise MiniRLError(str(error)) from None
+    return table | {"policy_loss": _none_as_string(dataclasses.asdict(preset)) | given}
+
+
+def _build(cls: type, table: dict[str, Any], prefix: str = "") -> Any:
+    """An instance of the dataclass `cls`; raises for a key that it lacks and a value of the wrong type."""
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in table.items():
+        if key not in hints:
+            close = difflib.get_close_matches(key, hints, n=1)
+            guess = f"did you mean {prefix}{close[0]}? " if close else ""
+            raise MiniRLError(f"unknown key {prefix}{key}: {guess}it must be one of {', '.join(hints)}")
+        values[key] = _convert(f"{prefix}{key}", value, hints[key])
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as error:
+        raise MiniRLError(f"{prefix}{error}") from None
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """`value` as the type `hint`; an integer will do for a number, a list for a tuple, "none" for None."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    options = typing.get_args(hint) if is_union else (hint,)
+    if type(None) in options and value == "none":
+        return None
+    expected = options[0]
+    origin, arguments = typing.get_origin(expected) or expected, typing.get_args(expected)
+    if dataclasses.is_dataclass(expected) and isinstance(value, dict):
+        return _build(expected, value, f"{key}.")
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
+        return tuple(_convert(key, item, argument) for item, argument in zip(value, arguments, strict=True))
+    if origin is float and type(value) is int:
+        return float(value)
+    if type(value) is origin:
+        return value
+    raise MiniRLError(f"{key} is {value!r}: it must be {' or '.join(_describe(option, key) for option in options)}")
+
+
+def _describe(hint: Any, key: str) -> str:
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if dataclasses.is_dataclass(origin):
+        return f"a table, [{key}]"
+    if origin is Literal:
+        return "one of " + ", ".join(repr(argument) for argument in arguments)
+    if origin is tuple:
+        return f"a list of {len(arguments)} numbers"
+    return {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "a string",
+        dict: "a table",
+        type(None): '"none"',
+    }[origin]

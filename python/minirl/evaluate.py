@@ -1,0 +1,40 @@
+"""avg@k of a finished run: its final model on held-out problems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from .config_file import load_config
+from .models import load_model, pick_device
+from .run_dir import RunDir
+from .sampling import held_out_problems, make_sampler
+from .seeds import derive_seed
+from .tasks import make_task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean reward of k responses to each of some held-out prompts, and its standard error over the prompts."""
+
+    reward: float
+    standard_error: float
+    k: int
+    prompts: int
+
+
+def evaluate(run_dir: RunDir, *, k: int | None = None, prompts: int | None = None, seed: int = 0) -> Evaluation:
+    """Sample as the run's configuration says; k and prompts default to its own. Raises MiniRLError."""
+    disable_progress_bar()
+    config = load_config(run_dir.existing().config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    task = make_task(config.task)
+    model, tokenizer = load_model(str(run_dir.model))
+    sampler = make_sampler(config, model.to(pick_device(config.device)), tokenizer, task)
+    problems = held_out_problems(config, task, prompts or config.eval.prompts)
+    k = k or config.eval.k
+    reward, standard_error = sampler.average_at_k(problems, k, seed=derive_seed(seed, "minirl eval"))
+    return Evaluation(reward, standard_error, k, len(problems))

@@ -1,0 +1,102 @@
+"""The policy and its tokenizer: built or loaded, and in which dtype it computes."""
+
+from __future__ import annotations
+
+import difflib
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .config import ModelConfig, TrainConfig
+from .errors import MiniRLError
+from .seeds import derive_seed
+from .tasks import ArithmeticTask
+from .tokenizer import character_tokenizer
+
+
+def make_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy, float32 and on the run's device, and its tokenizer. Raises MiniRLError."""
+    if config.model.path is not None:
+        model, tokenizer = load_model(config.model.path)
+    else:
+        tokenizer = character_tokenizer(ArithmeticTask.characters)
+        model = build_model(config.model, tokenizer, derive_seed(config.seed, "weights"))
+    return model.to(pick_device(config.device)), tokenizer
+
+
+def load_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model with its tokenizer, from a folder or the hub. Raises MiniRLError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise MiniRLError(f"cannot load a model from {path}: {error}") from None
+    if tokenizer.eos_token_id is None:
+        raise MiniRLError(f"the tokenizer of {path} has no eos_token: it must have one, for responses to end with")
+    return model.eval(), tokenizer  # without dropout, in training too: the policy that samples has none
+
+
+def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A new model from the keys of a transformers config, its weights drawn by `seed`. Raises MiniRLError."""
+    model_config = _transformers_config(config.config, tokenizer)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).eval()
+
+
+def _transformers_config(keys: dict, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    model_type = keys.get("model_type")
+    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise MiniRLError(
+            f"model.config.model_type is {model_type!r}: it must be a causal language model of transformers, such as "
+            "'qwen3_moe'"
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    special = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    known = {*config_class().to_dict(), *config_class.attribute_map}
+    for key in keys:
+        if key in special:
+            raise MiniRLError(f"model.config.{key} is {keys[key]!r}: it must be left out, the tokenizer sets it")
+        # models also read keys that their config class does not declare: refuse only what looks misspelt
+        guess = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+        if key not in known and guess:
+            raise MiniRLError(f"unknown key model.config.{key}: did you mean {guess[0]}?")
+    try:
+        return config_class(**{key: value for key, value in keys.items() if key != "model_type"}, **special)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise MiniRLError(f"model.config: {error}") from None
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" is the GPU if there is one. Raises MiniRLError if a GPU is asked for and missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MiniRLError("device is 'cuda', and torch finds no GPU: it must be 'cpu' or 'auto'")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def autocast(device: torch.device, dtype: str) -> torch.autocast:
+    """Context in which float32 weights compute in `dtype`."""
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a response: the tokenizer's, and those that the model's generation config adds."""
+    more = model.generation_config.eos_token_id
+    more = more if isinstance(more, list) else [more]
+    return sorted({tokenizer.eos_token_id, *(token for token in more if token is not None)})

@@ -1,0 +1,74 @@
+"""What the trainer asks of an inference engine, and what it gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Sampled responses, grouped by prompt in the order of the prompts. All tensors are on the CPU."""
+
+    token_ids: Tensor
+    """[B, L] int64: prompt, then response, padded on the right."""
+    attention_mask: Tensor
+    """[B, L] bool: everything but the padding."""
+    response_mask: Tensor
+    """[B, L] bool: the sampled tokens, the end-of-sequence token among them."""
+    rollout_log_probs: Tensor
+    """[B, L] float32, nats: log mu of each sampled token as the decode drew it; 0 elsewhere."""
+    group_ids: Tensor
+    """[B] int64: number of the prompt."""
+    finish_reasons: list[FinishReason]
+    """[B]: "stop" at an end-of-sequence token, "length" when cut off."""
+
+    @classmethod
+    def collate(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        log_probs: Sequence[Sequence[float]],
+        finish_reasons: list[FinishReason],
+        *,
+        pad_token_id: int,
+    ) -> Rollouts:
+        """Pad len(prompts) groups of len(responses) / len(prompts) responses each."""
+        group_size = len(responses) // len(prompts)
+        rows, is_response, aligned = [], [], []
+        for index, (response, values) in enumerate(zip(responses, log_probs, strict=True)):
+            prompt = prompts[index // group_size]
+            rows.append(torch.tensor([*prompt, *response]))
+            is_response.append(torch.tensor([False] * len(prompt) + [True] * len(response)))
+            aligned.append(torch.tensor([0.0] * len(prompt) + list(values)))
+        lengths = torch.tensor([len(row) for row in rows])
+        token_ids = pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+        return cls(
+            token_ids=token_ids,
+            attention_mask=torch.arange(token_ids.shape[1]) < lengths[:, None],
+            response_mask=pad_sequence(is_response, batch_first=True),
+            rollout_log_probs=pad_sequence(aligned, batch_first=True),
+            group_ids=torch.arange(len(responses)) // group_size,
+            finish_reasons=finish_reasons,
+        )
+
+    def responses(self) -> list[list[int]]:
+        """The sampled token ids of each response."""
+        return [ids[mask].tolist() for ids, mask in zip(self.token_ids, self.response_mask, strict=True)]
+
+
+class RolloutEngine(Protocol):
+    """Samples with temperature alone, and reports the log-probabilities that it sampled with."""
+
+    def update_weights(self, model: nn.Module) -> None:
+        """Sample from the weights that `model` has now. Called before the first `generate` and after each step."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, *, seed: int) -> Rollouts:
+        """n responses to each prompt (token ids, none empty); the same seed and weights give the same ones."""

@@ -1,0 +1,112 @@
+"""The embedded engine: transformers' `generate`, with a KV cache, on the training process's own device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from minirl_kernels import token_logprobs
+
+from ..config import RolloutConfig
+from ..models import autocast
+from .interface import Rollouts
+
+
+class TransformersEngine:
+    """Samples from a view of the training model: the same parameters, another generation config.
+
+    config: sampling settings. dtype: name of the computation's dtype. pad_token_id: fills up batches.
+    eos_token_ids: any of them ends a response.
+    """
+
+    def __init__(self, config: RolloutConfig, *, dtype: str, pad_token_id: int, eos_token_ids: list[int]):
+        self._config, self._dtype = config, dtype
+        self._pad_token_id, self._eos_token_ids = pad_token_id, eos_token_ids
+        self._model: PreTrainedModel | None = None
+
+    def update_weights(self, model: PreTrainedModel) -> None:
+        self._model = copy.copy(model)
+        # generate fills in what we leave out from the model's own config: penalties, filters
+        self._model.generation_config = GenerationConfig()
+
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, *, seed: int) -> Rollouts:
+        devices = [self._model.device] if self._model.device.type == "cuda" else []
+        prompts_at_once = max(1, self._config.batch_size // n)
+        responses, log_probs, finish_reasons = [], [], []
+        with torch.random.fork_rng(devices), torch.no_grad(), autocast(self._model.device, self._dtype):
+            torch.manual_seed(seed)
+            for start in range(0, len(prompts), prompts_at_once):
+                ids, values = self._decode(prompts[start : start + prompts_at_once], n)
+                for row, row_values in zip(ids.tolist(), values.tolist(), strict=True):
+                    length, finish_reason = self._end(row)
+                    responses.append(row[:length])
+                    log_probs.append(row_values[:length])
+                    finish_reasons.append(finish_reason)
+        return Rollouts.collate(prompts, responses, log_probs, finish_reasons, pad_token_id=self._pad_token_id)
+
+    def _decode(self, prompts: Sequence[Sequence[int]], n: int) -> tuple[Tensor, Tensor]:
+        """n responses to each prompt, [B, R] token ids and log-probabilities, with garbage after their ends."""
+        width = max(len(prompt) for prompt in prompts)
+        padding = [width - len(prompt) for prompt in prompts]
+        device = self._model.device
+        token_ids = torch.tensor(
+            [[self._pad_token_id] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)],
+            device=device,
+        )
+        attention_mask = torch.arange(width, device=device) >= torch.tensor(padding, device=device)[:, None]
+        sampled = SampledLogProbs(self._config.temperature)
+        sequences = self._model.generate(
+            token_ids,
+            attention_mask=attention_mask.long(),
+            logits_processor=LogitsProcessorList([sampled]),
+            generation_config=GenerationConfig(
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=n,
+                max_new_tokens=self._config.max_new_tokens,
+                pad_token_id=self._pad_token_id,
+                eos_token_id=self._eos_token_ids,
+            ),
+        )
+        responses = sequences[:, width:]
+        return responses, sampled.of(responses)
+
+    def _end(self, response: list[int]) -> tuple[int, str]:
+        """(tokens of a decoded row up to its end, why it ended)."""
+        for place, token in enumerate(response):
+            if token in self._eos_token_ids:
+                return place + 1, "stop"
+        return len(response), "length"
+
+
+class SampledLogProbs(LogitsProcessor):
+    """Divides the logits by the temperature, and notes the log-probability of the token that is then drawn.
+
+    It keeps one [B, V] of logits; `generate`'s own output_logits would keep one per token.
+    """
+
+    def __init__(self, temperature: float):
+        self._temperature = temperature
+        self._scores: Tensor | None = None
+        self._log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._scores is not None:
+            self._note(input_ids[:, -1])
+        self._scores = scores / self._temperature
+        return self._scores
+
+    def of(self, responses: Tensor) -> Tensor:
+        """[B, R] float32 of the decoded tokens [B, R]; to be called once, after `generate`."""
+        if len(self._log_probs) < responses.shape[1]:
+            self._note(responses[:, -1])
+        return torch.stack(self._log_probs[: responses.shape[1]], 1)
+
+    def _note(self, drawn: Tensor) -> None:
+        self._log_probs.append(token_logprobs(self._scores, drawn))

@@ -1,0 +1,16 @@
+"""Every random stream is made from the run's seed, its purpose and its place, and keeps no state between steps."""
+
+import hashlib
+
+import torch
+
+
+def derive_seed(seed: int, purpose: str, index: int = 0) -> int:
+    """A 63-bit seed of its own for each (seed, purpose, index)."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(seed: int, purpose: str, index: int = 0) -> torch.Generator:
+    """A CPU generator seeded by `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, index))

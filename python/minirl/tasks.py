@@ -1,0 +1,149 @@
+"""Tasks: problems for training, problems held out, and the reward of a response to one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from .config import TaskConfig
+from .errors import MiniRLError
+from .rewards import exact_match, math_equal, parse_answer
+from .seeds import generator
+
+Prompt = str | list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt (text, or chat messages with role and content) and its reference answer."""
+
+    prompt: Prompt
+    answer: str
+
+
+class Task(Protocol):
+    """What the trainer asks of a task; `make_task` chooses."""
+
+    train: Sequence[Problem]
+    held_out: Sequence[Problem]
+
+    def reward(self, problem: Problem, response: str) -> float:
+        """The reward of a whole response, its special tokens removed."""
+
+
+class ArithmeticTask:
+    """Sums of two numbers from 0 to max_operand: "12+7=" is to be answered "19" and nothing else."""
+
+    characters = "0123456789+="
+
+    def __init__(self, config: TaskConfig):
+        numbers = range(config.max_operand + 1)
+        # a + b and b + a fall on the same side
+        pairs = [(f"{min(a, b)}+{max(a, b)}", Problem(f"{a}+{b}=", str(a + b))) for a in numbers for b in numbers]
+        self.train, self.held_out = split_held_out(pairs, config.held_out_fraction)
+
+    def reward(self, problem: Problem, response: str) -> float:
+        return exact_match(problem.answer, response)
+
+
+class JsonlTask:
+    """Prompts and mathematical answers from a file, one JSON object per line, graded by math-verify."""
+
+    def __init__(self, config: TaskConfig):
+        problems = read_problems(Path(config.path))
+        self.train, self.held_out = split_held_out(
+            ((json.dumps(problem.prompt), problem) for problem in problems), config.held_out_fraction
+        )
+        self._answers = {problem.answer: parse_answer(problem.answer) for problem in problems}
+        for name, side in (("training", self.train), ("held-out", self.held_out)):
+            if not side:
+                raise MiniRLError(
+                    f"{config.path} leaves no {name} problems of its {len(problems)}: it must have more lines, or "
+                    f"task.held_out_fraction, {config.held_out_fraction}, another value"
+                )
+
+    def reward(self, problem: Problem, response: str) -> float:
+        return math_equal(self._answers[problem.answer], response)
+
+
+def make_task(config: TaskConfig) -> Task:
+    """The task of `config.kind`. Raises MiniRLError for a file that cannot be used."""
+    return {"arithmetic": ArithmeticTask, "jsonl": JsonlTask}[config.kind](config)
+
+
+def split_held_out(keyed: Iterable[tuple[str, Problem]], fraction: float) -> tuple[list[Problem], list[Problem]]:
+    """(train, held out): a problem's side depends on its key alone, so it is the same in every run."""
+    sides: tuple[list[Problem], list[Problem]] = ([], [])
+    for key, problem in keyed:
+        digest = hashlib.sha256(key.encode()).digest()
+        sides[int.from_bytes(digest[:8], "big") < fraction * 2**64].append(problem)
+    return sides
+
+
+def read_problems(path: Path) -> list[Problem]:
+    """One problem per line that is not blank. Raises MiniRLError that names file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MiniRLError(f"cannot read task.path {path}: {getattr(error, 'strerror', None) or error}") from None
+    problems = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                problems.append(_parse_problem(line))
+            except ValueError as error:
+                raise MiniRLError(f"{path}, line {number}: {error}") from None
+    return problems
+
+
+def _parse_problem(line: str) -> Problem:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    if not isinstance(record, dict) or not {"prompt", "answer"} <= set(record):
+        raise ValueError(f"{line[:60]} must be an object with the keys prompt and answer")
+    prompt, answer = record["prompt"], record["answer"]
+    if not isinstance(prompt, str) and not _is_chat(prompt):
+        raise ValueError(f"prompt is {prompt!r}: it must be a string, or a list of messages with role and content")
+    if not isinstance(answer, str):
+        raise ValueError(f"answer is {answer!r}: it must be a string")
+    if not prompt:
+        raise ValueError("prompt is empty: it must have at least one character")
+    if not parse_answer(answer):
+        raise ValueError(f"answer is {answer!r}: it must be mathematics that math-verify can read")
+    return Problem(prompt, answer)
+
+
+def _is_chat(prompt: object) -> bool:
+    return isinstance(prompt, list) and all(
+        isinstance(message, dict)
+        and set(message) == {"role", "content"}
+        and all(isinstance(text, str) for text in message.values())
+        for message in prompt
+    )
+
+
+class ProblemStream:
+    """An endless order of problems: each epoch is all of them, shuffled. It has no state but its seed."""
+
+    def __init__(self, problems: Sequence[Problem], seed: int, purpose: str):
+        self._problems, self._seed, self._purpose = problems, seed, purpose
+        self._epoch, self._order = -1, []
+
+    def take(self, start: int, count: int) -> list[Problem]:
+        """Problems start … start + count - 1 of the order."""
+        return [self._at(position) for position in range(start, start + count)]
+
+    def _at(self, position: int) -> Problem:
+        epoch, place = divmod(position, len(self._problems))
+        if epoch != self._epoch:
+            shuffle = generator(self._seed, self._purpose, epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self._problems), generator=shuffle).tolist()
+        return self._problems[self._order[place]]

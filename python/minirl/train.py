@@ -1,0 +1,154 @@
+"""The global step of MiniRL: sample, grade, recompute old_log_probs, and make N updates, each response used once."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from minirl_kernels import PolicyLossMetrics, fused_policy_loss, group_advantages, token_logprobs
+
+from .batch import Batch
+from .config import TrainConfig
+from .errors import MiniRLError
+from .models import autocast
+from .sampling import Sampler
+from .seeds import derive_seed
+from .tasks import ProblemStream
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer update was made of."""
+
+    loss: float
+    grad_norm: float
+    metrics: PolicyLossMetrics
+
+
+class Trainer:
+    """The policy, its optimizer, and the step that improves it."""
+
+    def __init__(self, config: TrainConfig, model: PreTrainedModel, sampler: Sampler):
+        self.config, self.model, self.sampler = config, model, sampler
+        self.problems = ProblemStream(sampler.task.train, config.seed, "train")
+        self.reference = copy.deepcopy(model) if config.policy_loss.kl_coef else None
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+        )
+
+    def step(self, number: int) -> dict[str, float]:
+        """Global step `number`, counted from 1. Returns its metrics by name; raises MiniRLError if it diverges."""
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "seconds_rollout"):
+            batch, metrics = self.collect(number)
+        with _timed(seconds, "seconds_old_log_probs"):
+            batch = self.with_old_log_probs(batch)
+        with _timed(seconds, "seconds_update"):
+            updates = [self.update(minibatch) for minibatch in batch.split(self.config.minibatch_size)]
+        self.sampler.engine.update_weights(self.model)
+        return {
+            **metrics,
+            "loss": sum(update.loss for update in updates) / len(updates),
+            "grad_norm": sum(update.grad_norm for update in updates) / len(updates),
+            **reduce(add, [update.metrics for update in updates]).compute(),
+            **seconds,
+        }
+
+    def collect(self, number: int) -> tuple[Batch, dict[str, float]]:
+        """The responses of a global step with their advantages, and what is to be told of them."""
+        count = self.config.num_minibatches * self.config.prompts_per_minibatch
+        problems = self.problems.take((number - 1) * count, count)
+        rollouts, rewards = self.sampler.sample(
+            problems, self.config.rollout.group_size, seed=derive_seed(self.config.seed, "rollout", number)
+        )
+        advantages = group_advantages(rewards, rollouts.group_ids, norm_by_std=self.config.advantages_by_std)
+        groups = rewards.view(count, -1)
+        metrics = {
+            "reward_train": rewards.mean().item(),
+            "groups_with_signal": (groups != groups[:, :1]).any(1).float().mean().item(),
+            "response_length": rollouts.response_mask.sum(1).float().mean().item(),
+            "cut_off_fraction": rollouts.finish_reasons.count("length") / len(rollouts.finish_reasons),
+        }
+        return Batch.from_rollouts(rollouts, advantages), metrics
+
+    def with_old_log_probs(self, batch: Batch) -> Batch:
+        """`batch` with log pi_old (and log pi_ref) by the training engine.
+
+        In the micro-batches of the updates: then the first update finds the same bits, and log r is 0 there.
+        """
+        old_log_probs = self._all_log_probs(self.model, batch)
+        ref_log_probs = None if self.reference is None else self._all_log_probs(self.reference, batch)
+        return replace(batch, old_log_probs=old_log_probs, ref_log_probs=ref_log_probs)
+
+    @torch.no_grad()
+    def _all_log_probs(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        parts = []
+        for minibatch in batch.split(self.config.minibatch_size):
+            for micro in minibatch.micro_batches(self.config.micro_batch_size, model.device):
+                log_probs = token_logprobs(
+                    self._logits(model, micro), micro.token_ids, temperature=self.config.rollout.temperature
+                )
+                parts.append(pad(log_probs.cpu(), (0, batch.token_ids.shape[1] - log_probs.shape[1])))
+        return torch.cat(parts)
+
+    def update(self, minibatch: Batch) -> Update:
+        """One optimizer update from a mini-batch of whole groups, in micro-batches."""
+        counts = {
+            "num_responses": len(minibatch),
+            "num_tokens": int(minibatch.loss_mask.sum()),
+            "num_groups": self.config.prompts_per_minibatch,
+        }
+        outputs = []
+        for micro in minibatch.micro_batches(self.config.micro_batch_size, self.model.device):
+            output = fused_policy_loss(
+                self._logits(self.model, micro),
+                micro.token_ids,
+                old_log_probs=micro.old_log_probs,
+                rollout_log_probs=micro.rollout_log_probs,
+                ref_log_probs=micro.ref_log_probs,
+                advantages=micro.advantages,
+                loss_mask=micro.loss_mask,
+                group_ids=micro.group_ids,
+                config=self.config.policy_loss,
+                temperature=self.config.rollout.temperature,
+                overwrite_logits=True,
+                **counts,
+            )
+            output.loss.backward()
+            outputs.append(output)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm).item()
+        if not math.isfinite(grad_norm):
+            raise MiniRLError(f"the gradient norm is {grad_norm}: it must be finite; try a smaller optimizer.lr")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return Update(
+            loss=sum(output.loss.item() for output in outputs),
+            grad_norm=grad_norm,
+            metrics=reduce(add, [output.metrics for output in outputs]),
+        )
+
+    def _logits(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+        with autocast(model.device, self.config.dtype):
+            return model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
