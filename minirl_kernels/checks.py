@@ -40,9 +40,12 @@ def check_float_matrix(name: str, value: Tensor) -> None:
 
 def check_rows_apart(name: str, value: Tensor) -> None:
     """No two rows share memory, so that each can be overwritten."""
+    outer = [(stride, size) for stride, size in zip(value.stride()[:-1], value.shape[:-1], strict=True) if size > 1]
+    if len(outer) == 2 and outer[1][0] < outer[0][0]:
+        outer = outer[::-1]
     extent = value.shape[-1]
-    for stride, size in sorted(zip(value.stride()[:-1], value.shape[:-1], strict=True)):
-        if size > 1 and stride < extent:
+    for stride, size in outer:
+        if stride < extent:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} and strides {tuple(value.stride())}: its rows must not overlap "
                 "where they are to be overwritten"

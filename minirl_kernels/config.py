@@ -112,10 +112,9 @@ class PolicyLossConfig:
     def preset(cls, name: str, **overrides) -> PolicyLossConfig:
         """The preset called `name` with some fields changed: `preset("grpo", clip_ratio_high=0.28)`."""
         _check_choice("preset", name, get_args(Objective))
-        unknown = sorted(set(overrides) - {field.name for field in fields(cls)})
-        if unknown:
-            known = ", ".join(field.name for field in fields(cls))
-            raise TypeError(f"PolicyLossConfig has no field {unknown[0]!r}: it must be one of {known}")
+        for field in overrides:
+            if field not in _FIELDS:
+                raise TypeError(f"PolicyLossConfig has no field {field!r}: it must be one of {', '.join(_FIELDS)}")
         return cls(**{**_PRESETS[name], **overrides})
 
     @classmethod
@@ -150,6 +149,7 @@ class PolicyLossConfig:
         return cls.preset("gspo", **overrides)
 
 
+_FIELDS = tuple(field.name for field in fields(PolicyLossConfig))
 _GROUP_RELATIVE = {"rollout_is": None, "rollout_is_threshold": None, "loss_agg_mode": "seq-mean-token-mean"}
 _PRESETS: dict[str, dict] = {
     "minirl": {},

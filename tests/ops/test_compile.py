@@ -1,0 +1,274 @@
+"""opcheck for every registered op, and torch.compile(fullgraph=True) around every public call.
+
+Breadth runs on aot_eager, which traces, functionalises and partitions as Inductor does, without its C++ compiler.
+"""
+
+import pytest
+import torch
+from helpers import random_batch
+
+from minirl_kernels import PolicyLossConfig, fused_policy_loss, group_advantages, policy_loss, token_logprobs
+
+PRESETS = ("minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo")
+LENGTHS = [5, 1, 4, 9]
+
+pytestmark = pytest.mark.usefixtures("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def op_arguments():
+    """Arguments of every op, by its name: those of the CPU kernels, once with and once without what may be None."""
+    rows = (2, 3)
+    logits, ids = torch.randn(*rows, 7), torch.randint(7, rows)
+    ones, none = torch.ones(rows), None
+    of_backward = (ids, ones, ones, ones, ones, ones)
+    objective = ("minirl", True, 0.8, 1.27, 5.0)
+    of_loss = [
+        (ids, ones, -ones, -ones, -ones, ones, ones, *objective, 0.1, "k3", 0.1, "cpu"),
+        (ids.int(), ones, none, none, none, ones, ones, *objective, 0.0, "k1", 0.0, "cpu"),
+    ]
+    return {
+        "checked_token_ids": [(ids, 7, ones)],
+        "checked_offsets": [(torch.tensor([0, 2, 6]), 6), (torch.tensor([0, 6], dtype=torch.int32), 6)],
+        "group_advantages": [(torch.rand(4), torch.tensor([0, 1, 0, 1]), False)],
+        "token_logprobs": [(logits, ids, ones, with_entropy, "cpu") for with_entropy in (True, False)],
+        "token_logprobs_backward": [(logits, *of_backward, grad_entropy, "cpu") for grad_entropy in (ones, none)],
+        "token_logprobs_backward_": [(logits, *of_backward, grad_entropy, "cpu") for grad_entropy in (ones, none)],
+        "fused_policy_loss": [(logits.bfloat16(), *arguments) for arguments in of_loss],
+        "fused_policy_loss_": [(logits.bfloat16(), *arguments) for arguments in of_loss],
+    }
+
+
+def registered_ops():
+    return [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("minirl_kernels::")]
+
+
+@pytest.mark.parametrize("name", sorted(registered_ops()))
+def test_opcheck(name):
+    """Schema, fake, autograd registration and AOTAutograd; an op without arguments above fails here."""
+    name = name.removeprefix("minirl_kernels::")
+    for arguments in op_arguments()[name]:
+        torch.library.opcheck(getattr(torch.ops.minirl_kernels, name).default, arguments)
+
+
+def fused(batch, layout, **options):
+    """A function of logits alone, to be compiled; its gradient too is compiled if the logits have a past."""
+    arguments, ids = batch.arguments(layout), batch.lay_out(batch.token_ids, layout)
+
+    def call(logits):
+        return fused_policy_loss(logits * 1, ids, **arguments, **options)
+
+    return call
+
+
+def run(call, leaf, factor=1.0):
+    leaf = leaf.clone().requires_grad_()
+    out = call(leaf)
+    return out, *torch.autograd.grad(factor * out.loss, leaf)
+
+
+def assert_same(actual, expected):
+    """Bit for bit."""
+    (out, grad), (expected_out, expected_grad) = actual, expected
+    for name in ("loss", "log_probs", "entropy", "token_loss", "token_grad"):
+        ours, theirs = getattr(out, name), getattr(expected_out, name)
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours, theirs), name
+    assert torch.equal(grad, expected_grad)
+    if out.metrics is not None:
+        assert out.metrics.compute() == expected_out.metrics.compute()
+
+
+@pytest.mark.parametrize(("layout", "overwrite"), [("padded", False), ("packed", True)])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_fused_policy_loss(preset, layout, overwrite, cpu):
+    batch = random_batch(LENGTHS, vocab_size=21)
+    config = PolicyLossConfig.preset(preset, kl_coef=0.1, entropy_coef=0.1)
+    call = fused(batch, layout, config=config, overwrite_logits=overwrite, backend=cpu)
+    leaf = batch.lay_out(batch.logits, layout)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_same(run(compiled, leaf, factor=-2.0), run(call, leaf, factor=-2.0))
+
+
+def test_fused_policy_loss_under_inductor(cpu):
+    """Its float arguments stay float32: a temperature or a bound that turned into float64 would show in the bits."""
+    batch = random_batch(LENGTHS, vocab_size=21)
+    config = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.1, loss_agg_mode="token-mean")
+    arguments, ids = batch.arguments("packed"), batch.token_ids
+
+    def call(logits, temperature, num_tokens):
+        out = fused_policy_loss(
+            logits * 1,
+            ids,
+            temperature=temperature,
+            num_tokens=num_tokens,
+            config=config,
+            overwrite_logits=True,
+            backend=cpu,
+            **arguments,
+        )
+        return out._replace(metrics=None)  # which the tests above compile; Inductor takes its time over them
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for step in range(3):
+        numbers = (0.7 + 0.1 * step, 10 + step)
+        assert_same(*(run(lambda leaf, f=f: f(leaf, *numbers), batch.logits, factor=1.5) for f in (compiled, call)))  # noqa: B023
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1, "compiled anew for a number"
+
+
+def test_second_backward_under_inductor(cpu):
+    """The compiler keeps the gradient for as long as anybody may ask for it: it is not scaled in place, then again."""
+    batch = random_batch(LENGTHS, vocab_size=21)
+    call = fused(batch, "padded", config=PolicyLossConfig.gspo(), overwrite_logits=True, backend=cpu)
+    leaf = batch.lay_out(batch.logits, "padded").requires_grad_()
+    scaled = 2 * torch.compile(lambda logits: call(logits).loss, fullgraph=True)(leaf)
+    first = torch.autograd.grad(scaled, leaf, retain_graph=True)[0].clone()
+    second = torch.autograd.grad(scaled, leaf, retain_graph=True)[0]
+    assert torch.equal(first, second)
+    expected = torch.autograd.grad(2 * call(leaf).loss, leaf)[0]
+    torch.testing.assert_close(first, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_reference():
+    batch = random_batch(LENGTHS, vocab_size=21)
+    call = fused(batch, "packed", config=PolicyLossConfig.grpo(kl_coef=0.1), backend="reference")
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_same(run(compiled, batch.logits), run(call, batch.logits))
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_policy_loss(preset, layout):
+    batch = random_batch(LENGTHS)
+    config = PolicyLossConfig.preset(preset, kl_coef=0.1, entropy_coef=0.1)
+    arguments, entropy = batch.arguments(layout), batch.lay_out(batch.entropy, layout)
+
+    def call(log_probs):
+        return policy_loss(log_probs, entropy=entropy, config=config, **arguments)
+
+    leaf = batch.lay_out(batch.log_probs, layout)
+    assert_same(run(torch.compile(call, fullgraph=True, backend="aot_eager"), leaf), run(call, leaf))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_token_logprobs(compiler, cpu):
+    batch = random_batch(LENGTHS, vocab_size=21, dtype=torch.bfloat16)
+    temperature = torch.linspace(0.5, 2, sum(LENGTHS))
+
+    def call(logits):
+        log_probs, entropy = token_logprobs(
+            logits, batch.token_ids, temperature=temperature, with_entropy=True, backend=cpu
+        )
+        return log_probs, entropy, 2 * log_probs.sum() - entropy.sum()
+
+    results = []
+    for f in (torch.compile(call, fullgraph=True, backend=compiler), call):
+        leaf = batch.logits.clone().requires_grad_()
+        *values, total = f(leaf)
+        results.append((*values, *torch.autograd.grad(total, leaf)))
+    assert all(map(torch.equal, *results))
+
+
+def test_group_advantages():
+    rewards, group_ids = torch.tensor([1.0, 0.0, 0.1, 0.1]), torch.tensor([0, 0, 1, 1])
+    compiled = torch.compile(group_advantages, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(rewards, group_ids), group_advantages(rewards, group_ids))
+    with pytest.raises(ValueError, match="group_ids has one response in group 2"):
+        compiled(rewards, torch.tensor([0, 0, 0, 2]))
+
+
+def test_shapes_may_change(cpu):
+    """One graph for all of them, in both layouts of one program."""
+    batch = random_batch([9] * 6, vocab_size=21)
+    arguments = batch.arguments("packed")
+    per_token = {name: values for name, values in arguments.items() if len(values) == 54}
+
+    def call(logits, ids, cu_seqlens, advantages, per_token):
+        return fused_policy_loss(
+            logits * 1,
+            ids,
+            cu_seqlens=cu_seqlens,
+            advantages=advantages,
+            overwrite_logits=True,
+            backend=cpu,
+            **per_token,
+        )
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for responses in (6, 4, 5, 3):
+        tokens = 9 * responses
+        rest = (
+            batch.token_ids[:tokens].clone(),
+            arguments["cu_seqlens"][: responses + 1].clone(),
+            batch.advantages[:responses].clone(),
+            {name: values[:tokens].clone() for name, values in per_token.items()},
+        )
+        assert_same(*(run(lambda leaf, f=f: f(leaf, *rest), batch.logits[:tokens]) for f in (compiled, call)))  # noqa: B023
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before == 1
+
+
+@pytest.mark.parametrize("preset", ["minirl", "gspo"])
+def test_logits_from_outside_are_overwritten(preset, cpu):
+    """They hold the gradient afterwards, keep their own history, and say that they changed."""
+    batch = random_batch(LENGTHS, vocab_size=21)
+    arguments = batch.arguments("packed")
+
+    def call(logits):
+        config = PolicyLossConfig.preset(preset)
+        return fused_policy_loss(
+            logits, batch.token_ids, config=config, overwrite_logits=True, backend=cpu, **arguments
+        ).loss
+
+    results = []
+    for f in (torch.compile(call, fullgraph=True, backend="aot_eager"), call):
+        leaf = batch.logits.clone().requires_grad_()
+        logits = leaf * 3
+        history, version = logits.grad_fn, logits._version
+        z_loss = logits.square().sum()  # saves the logits
+        loss = f(logits)
+        assert logits.grad_fn is history
+        assert logits._version > version
+        written = logits.detach().clone()
+        (grad,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            z_loss.backward()
+        results.append((loss, written, grad))
+    assert all(map(torch.equal, *results))
+    assert torch.equal(results[0][1] * 3, results[0][2])
+
+
+def test_contents_are_checked_when_compiled_code_runs(cpu):
+    """An id, a temperature or an offset that is wrong in a later call raises then."""
+    batch = random_batch(LENGTHS, vocab_size=21)
+    arguments = batch.arguments("packed")
+
+    def call(ids, temperature, cu_seqlens, check):
+        return fused_policy_loss(
+            batch.logits,
+            ids,
+            temperature=temperature,
+            check=check,
+            backend=cpu,
+            **{**arguments, "loss_mask": None, "cu_seqlens": cu_seqlens},
+        ).loss
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    good = (batch.token_ids, torch.ones(sum(LENGTHS)), arguments["cu_seqlens"])
+    bad_ids, bad_temperature, bad_offsets = (values.clone() for values in good)
+    bad_ids[3], bad_temperature[3], bad_offsets[-1] = 21, 0.0, 10**6
+    for check in (False, True):
+        compiled(*good, check)
+        with pytest.raises(ValueError, match="token_ids has the id 21 at row 3"):
+            compiled(bad_ids, *good[1:], check)
+        with pytest.raises(ValueError, match=r"cu_seqlens is .*1000000"):
+            compiled(*good[:2], bad_offsets, check)
+    with pytest.raises(ValueError, match=r"temperature has the value 0\.0"):
+        compiled(good[0], bad_temperature, good[2], True)
