@@ -1,0 +1,41 @@
+"""docs/trainer.md lists every key of the configuration, with the default and the words that the code has."""
+
+import ast
+import dataclasses
+import inspect
+from pathlib import Path
+
+from minirl.config import TrainConfig
+from minirl_kernels import PolicyLossConfig
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "trainer.md"
+
+
+def words_of(cls) -> dict[str, str]:
+    """The string that stands below each field."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    return {
+        field.target.id: text.value.value
+        for field, text in zip(body, body[1:], strict=False)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
+
+
+def rows(cls, prefix="") -> list[str]:
+    found, words = [], words_of(cls)
+    for field in dataclasses.fields(cls):
+        value = getattr(cls(), field.name)
+        if isinstance(value, PolicyLossConfig):
+            found.append(f"| `{prefix}{field.name}.*` | of the preset | The fields of `minirl_kernels.PolicyLossConfig`. |")
+        elif dataclasses.is_dataclass(value):
+            found += rows(type(value), f"{prefix}{field.name}.")
+        else:
+            default = {None: "none", True: "true", False: "false"}.get(value) if not isinstance(value, dict) else "{}"
+            found.append(f"| `{prefix}{field.name}` | {default or value} | {words[field.name]} |")
+    return found
+
+
+def test_table_of_keys_is_that_of_the_code():
+    table = "\n".join(["| key | default | |", "|---|---|---|", *rows(TrainConfig)])
+    page = PAGE.read_text(encoding="utf-8")
+    assert table in page, f"docs/trainer.md must hold this table:\n{table}"

@@ -1,0 +1,107 @@
+"""The embedded engine: what it says that it sampled with is what the model gives to those tokens."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minirl.models import end_token_ids, make_model
+from minirl.rollout import Rollouts, TransformersEngine
+
+PROMPTS = [[4], [5, 6, 13], [3, 4, 5, 6, 7, 8], [9, 10]]
+
+
+@pytest.fixture
+def model(config):
+    return make_model(config)[0]
+
+
+@pytest.fixture
+def make_engine(config, model):
+    def make(**changes) -> TransformersEngine:
+        # an end that is likely, so that responses end early and at different places
+        engine = TransformersEngine(
+            replace(config.rollout, **changes), dtype=config.dtype, pad_token_id=0, eos_token_ids=[1, 7, 8]
+        )
+        engine.update_weights(model)
+        return engine
+
+    return make
+
+
+@torch.no_grad()
+def teacher_forced(model, rollouts: Rollouts, temperature: float) -> torch.Tensor:
+    """Log-probability of each response token, each row on its own and unpadded; 0 elsewhere."""
+    values = torch.zeros(rollouts.token_ids.shape)
+    for row in range(len(values)):
+        ids = rollouts.token_ids[row][rollouts.attention_mask[row]]
+        log_probs = (model(ids[None]).logits[0].double() / temperature).log_softmax(-1)
+        for place in range(1, len(ids)):
+            values[row, place] = log_probs[place - 1, ids[place]]
+    return torch.where(rollouts.response_mask, values, 0.0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("batch_size", [4, 16, 64])
+def test_log_probs_are_those_of_the_decode(make_engine, model, temperature, batch_size):
+    rollouts = make_engine(temperature=temperature, batch_size=batch_size).generate(PROMPTS, 4, seed=0)
+    expected = teacher_forced(model, rollouts, temperature)
+    torch.testing.assert_close(rollouts.rollout_log_probs, expected, rtol=0, atol=2e-5)
+    lengths = rollouts.response_mask.sum(1)
+    assert lengths.min() < 6
+    assert set(rollouts.finish_reasons) == {"stop", "length"}
+
+
+def test_responses_end_with_the_first_end_token(make_engine):
+    rollouts = make_engine().generate(PROMPTS, 8, seed=0)
+    for response, reason in zip(rollouts.responses(), rollouts.finish_reasons, strict=True):
+        ends = [token in (1, 7, 8) for token in response]
+        assert not any(ends[:-1])
+        assert ends[-1] == (reason == "stop")
+        assert reason == "stop" or len(response) == 6
+
+
+def test_prompts_come_back_in_order(make_engine):
+    rollouts = make_engine().generate(PROMPTS, 3, seed=0)
+    assert rollouts.group_ids.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    for row, group in enumerate(rollouts.group_ids):
+        length = int((rollouts.attention_mask[row] & ~rollouts.response_mask[row]).sum())
+        assert rollouts.token_ids[row, :length].tolist() == PROMPTS[group]
+
+
+def test_seed_fixes_the_samples_and_leaves_other_randomness_alone(make_engine):
+    engine = make_engine()
+    torch.manual_seed(3)
+    expected = torch.rand(())
+    torch.manual_seed(3)
+    first, again, other = (engine.generate(PROMPTS, 4, seed=seed) for seed in (5, 5, 6))
+    assert torch.rand(()) == expected
+    assert torch.equal(first.token_ids, again.token_ids)
+    assert torch.equal(first.rollout_log_probs, again.rollout_log_probs)
+    assert first.responses() != other.responses()
+
+
+def test_filters_of_the_models_own_are_not_used(make_engine, model):
+    expected = make_engine().generate(PROMPTS, 4, seed=0)
+    model.generation_config.update(top_k=1, repetition_penalty=3.0, temperature=0.1, min_new_tokens=5)
+    filtered = make_engine().generate(PROMPTS, 4, seed=0)
+    assert filtered.responses() == expected.responses()
+    assert model.generation_config.top_k == 1  # what is exported is what was loaded
+
+
+def test_new_weights_are_sampled_from(make_engine, model):
+    engine = make_engine()
+    before = engine.generate(PROMPTS, 4, seed=0)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    engine.update_weights(model)
+    after = engine.generate(PROMPTS, 4, seed=0)
+    assert after.responses() != before.responses()
+    torch.testing.assert_close(after.rollout_log_probs, teacher_forced(model, after, 1.0), rtol=0, atol=2e-5)
+
+
+def test_every_end_token_counts(config):
+    model, tokenizer = make_model(config)
+    assert end_token_ids(model, tokenizer) == [tokenizer.eos_token_id]
+    model.generation_config.eos_token_id = [9, tokenizer.eos_token_id]
+    assert end_token_ids(model, tokenizer) == sorted([9, tokenizer.eos_token_id])
