@@ -1,0 +1,64 @@
+"""The checks on Triton kernels in the interpreter: every kernel of the library passes, every planted fault fails."""
+
+import pytest
+import torch
+import triton_cases
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from faulty_kernels import faulty_case
+
+from minirl_kernels.verify import bounds, cases, order, ownership, traffic
+
+pytestmark = triton_cases.interpreter_only()
+
+CHECKS = {check.__name__.rpartition(".")[2]: check for check in (traffic, ownership, order, bounds)}
+FAULTS = {
+    "reads twice": ["traffic"],
+    "writes twice": ["traffic"],
+    "reads beyond the row": ["traffic", "bounds"],
+    "leaves the last element": ["ownership"],
+    "reads what others write": ["ownership", "order"],
+    "all write one element": ["ownership", "order"],
+    "atomic": ["ownership"],
+}
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("case", list(cases.interpreter_cases()), ids=str)
+def test_every_kernel_holds(case, check):
+    assert CHECKS[check].check(case) == []
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_sound_kernel_holds(check):
+    assert CHECKS[check].check(faulty_case("sound")) == []
+
+
+@pytest.mark.parametrize(("fault", "check"), [(fault, check) for fault, checks in FAULTS.items() for check in checks])
+def test_a_fault_is_found(fault, check):
+    faults = CHECKS[check].check(faulty_case(fault))
+    assert faults
+    assert all(line.startswith(fault) for line in faults)
+
+
+def test_every_kernel_is_listed():
+    """A kernel that nobody launches from the list of cases is a kernel that nobody checks."""
+    from pathlib import Path
+
+    import minirl_kernels
+    from minirl_kernels.verify.launches import captured
+
+    sources = Path(minirl_kernels.__file__).parent.rglob("triton_*.py")
+    written = {
+        line.split("(")[0].removeprefix("def ")
+        for path in sources
+        for line in path.read_text().splitlines()
+        if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
+    }
+    launched = set()
+    for kernel in cases.KERNELS:
+        with captured() as launches:
+            kernel.call(cases.Rows.make(64, torch.float32))
+        launched |= {launch.kernel.__name__ for launch in launches}
+    assert written == launched

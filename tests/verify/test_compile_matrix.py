@@ -1,0 +1,117 @@
+"""The committed compile matrix tells the truth, and its checks find what is wrong with a kernel.
+
+Triton compiles in processes of their own here: in this one it interprets.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import triton
+
+from minirl_kernels.verify import cases, compile_matrix
+from minirl_kernels.verify.compile_matrix import Needs
+
+ROOT = Path(__file__).resolve().parents[2]
+TABLE = ROOT / "docs" / "compile_matrix.md"
+COMPILED = """
+import json, sys
+from minirl_kernels.verify import cases, compile_matrix
+kernels = [cases.Case(kernel, cases.QWEN3_VOCAB, dtype) for kernel in cases.KERNELS for dtype in
+           (cases.torch.bfloat16, cases.torch.float32)]
+print(json.dumps(list(compile_matrix.table_rows(kernels))))
+"""
+FAULTY = """
+import json
+import torch
+from faulty_kernels import faulty_case
+from minirl_kernels.verify import compile_matrix
+found = {}
+for name, vocab_size in (("gluttonous", 12_288), ("narrow", 1024)):
+    case = faulty_case(name, vocab_size)
+    found[name] = compile_matrix.faults(case, "sm_90", compile_matrix.needs(case, compile_matrix.PARTS["sm_90"]))
+print(json.dumps(found))
+"""
+
+
+def compiling(program, *arguments, **options):
+    """What a Python process in which Triton compiles prints."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, *program, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_the_table_is_fresh():
+    """After a change of a kernel or its launch: python -m minirl_kernels.verify compile"""
+    assert f"Sources: `{compile_matrix.fingerprint()}`" in TABLE.read_text()
+
+
+def test_the_table_lists_every_configuration():
+    rows = [line.split(" | ")[:3] for line in TABLE.read_text().splitlines() if line.startswith("| ")][1:]
+    expected = [
+        [f"| {case.kernel.name}", str(case.dtype).removeprefix("torch."), f"{case.vocab_size:,}"]
+        for case in cases.compile_cases()
+    ]
+    assert rows == expected
+
+
+def test_the_table_is_what_the_compiler_says():
+    """On the widest rows of every kernel, on all parts; the command compiles everything."""
+    result = compiling(["-c", COMPILED], check=True)
+    committed = TABLE.read_text()
+    for line, faults in json.loads(result.stdout):
+        assert faults == []
+        if f"triton\n{triton.__version__} " in committed:
+            assert line in committed
+
+
+@pytest.mark.parametrize(
+    ("needs", "reason"),
+    [
+        (Needs(64, 8, 0, 128, 128), "spills 8 bytes"),
+        (Needs(65, 0, 0, 128, 128), "1024 threads of 65 registers do not fit"),
+        (Needs(64, 0, 240_000, 128, 128), "240000 bytes of shared memory do not fit"),
+        (Needs(64, 0, 0, 64, 128), "loads at most 64 bits"),
+        (Needs(64, 0, 0, 128, 32), "stores at most 32 bits"),
+    ],
+)
+def test_what_a_part_cannot_give_is_found(needs, reason):
+    (case,) = [
+        case
+        for case in cases.compile_cases()
+        if (case.kernel.name, case.vocab_size) == ("fused_policy_loss", 32_768) and case.is_aligned
+    ]
+    assert compile_matrix.faults(case, "sm_90", Needs(64, 0, 128, 128, 128)) == []
+    (fault,) = compile_matrix.faults(case, "sm_90", needs)
+    assert reason in fault
+
+
+def test_faults_are_found_in_what_is_compiled():
+    found = json.loads(compiling(["-c", FAULTY], check=True).stdout)
+    assert "spills" in found["gluttonous"][0]
+    assert [fault.partition("sm_90: ")[2] for fault in found["narrow"]] == [
+        "loads at most 32 bits at once",
+        "stores at most 32 bits at once",
+    ]
+
+
+def test_command_without_a_check_explains_itself():
+    result = compiling(["-m", "minirl_kernels.verify"], check=True)
+    assert all(check in result.stdout for check in ("traffic", "ownership", "order", "bounds", "compile", "all"))
+
+
+def test_command_names_a_folder_that_does_not_exist(tmp_path):
+    result = compiling(["-m", "minirl_kernels.verify"], "compile", "--output", str(tmp_path / "none" / "table.md"))
+    assert result.returncode == 1
+    assert "its folder must exist" in result.stderr
+
+
+def test_command_runs_a_check():
+    result = compiling(["-m", "minirl_kernels.verify"], "bounds", check=True)
+    assert len(result.stdout.splitlines()) == len(list(cases.interpreter_cases()))

@@ -1,0 +1,108 @@
+"""Bytes that our kernels move, beside those of the kernels that people use today, counted alike in the interpreter."""
+
+import pytest
+import torch
+import triton_cases
+from triton_cases import random_ids, random_logits
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from minirl_kernels import PolicyLossConfig, fused_policy_loss, token_logprobs
+from minirl_kernels.verify import cases
+from minirl_kernels.verify.interpreter import recording
+from minirl_kernels.verify.traffic import traffic
+
+pytestmark = triton_cases.interpreter_only()
+
+TOKENS, VOCAB_SIZE = 5, 1000
+
+
+def moved(call):
+    """(loaded, stored) by all launches of a call, times the logits of the tokens that count.
+
+    Rounded to hundredths: a token's own few numbers, a temperature for each of them among ours, are not the point.
+    """
+    with recording() as launches:
+        call()
+    logits = 4 * (TOKENS - 1) * VOCAB_SIZE
+    return tuple(round(amount / logits, 2) for amount in traffic(*launches))
+
+
+@pytest.fixture
+def rows():
+    logits = random_logits(1, TOKENS, VOCAB_SIZE)
+    return logits, random_ids(logits)  # one of five is ignored
+
+
+def our_logprobs(logits, token_ids):
+    leaf = logits.clone().requires_grad_()
+    values = token_logprobs(leaf, token_ids, with_entropy=True, backend="triton")
+    torch.autograd.backward(values, [torch.ones_like(v) for v in values])
+
+
+def our_loss(logits, token_ids, config=PolicyLossConfig.grpo(rollout_is=None), **options):  # noqa: B008
+    leaf = logits.clone().requires_grad_()
+    ones = torch.ones(token_ids.shape)
+    out = fused_policy_loss(
+        leaf,
+        token_ids,
+        old_log_probs=-ones,
+        rollout_log_probs=None,
+        advantages=ones[:, 0],
+        loss_mask=None,
+        config=config,
+        backend="triton",
+        **options,
+    )
+    out.loss.backward()
+
+
+def test_log_probabilities_against_trl(rows):
+    """Both read the logits twice in all and write the gradient once; the rows of ignored tokens are zeros."""
+    kernels = pytest.importorskip("trl.kernels.logprob_entropy", reason="trl is not installed")
+    logits, token_ids = rows
+
+    def theirs():
+        leaf = logits.clone().requires_grad_()
+        values = kernels.selective_log_softmax_and_entropy(leaf, token_ids.clamp(min=0), 1.0, token_ids >= 0)
+        torch.autograd.backward(values, [torch.ones_like(v) for v in values])
+
+    ours, peer = moved(lambda: our_logprobs(*rows)), moved(theirs)
+    assert ours == peer == (2.01, 1.25)
+
+
+def test_fused_loss_against_liger(rows):
+    """Loss and gradient in one reading, where a forward and a backward of their own need two."""
+    grpo_loss = pytest.importorskip("liger_kernel.transformers.grpo_loss", reason="liger-kernel is not installed")
+    logits, token_ids = rows
+
+    def theirs():
+        # theirs are shifted by one token
+        leaf = torch.cat([logits, logits[:, :1]], dim=1).requires_grad_()
+        mask = (token_ids >= 0).float()
+        loss, *_ = grpo_loss.triton_grpo_loss(
+            leaf,
+            torch.full((1, TOKENS), -1.0),
+            None,
+            token_ids.clamp(min=0),
+            torch.ones(1),
+            mask,
+            temperature=1.0,
+            beta=0.0,
+            eps_low=0.2,
+            eps_high=0.27,
+            inplace=False,
+            reduce=True,
+        )
+        loss.backward()
+
+    ours, peer = moved(lambda: our_loss(*rows)), moved(theirs)
+    assert ours == (1.01, 1.25)
+    assert peer == (2.01, 1.25)
+
+
+def test_a_long_row_is_read_twice_less_a_tile():
+    """At the vocabulary of Qwen3 too, whose case is only compiled: by its launch configuration."""
+    for case in cases.compile_cases():
+        if case.kernel.name == "fused_policy_loss" and case.vocab_size == cases.QWEN3_VOCAB:
+            assert case.kernel.reads(case.config, case.vocab_size) < 1.95
