@@ -23,10 +23,15 @@ console = Console(highlight=False, soft_wrap=True)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exits with status 2 and one message for anything that the user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     try:
-        commands = {"train": train_command(arguments[1:]), "eval": eval_command, "plot": plot_command}
-        if arguments and arguments[0] in commands:
-            tyro.cli(commands[arguments[0]], args=arguments[1:], prog=f"minirl {arguments[0]}")
+        commands = {
+            "train": train_command(rest if name == "train" else []),
+            "eval": eval_command,
+            "plot": plot_command,
+        }
+        if name in commands:
+            tyro.cli(commands[name], args=rest, prog=f"minirl {name}")
         else:
             description = "Reinforcement learning of language models on minirl_kernels."
             tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="minirl", description=description)

@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-
 from minirl.config import (
     ColdStartConfig,
     EvalConfig,

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from minirl.batch import IGNORED, Batch, next_token_targets, shift_left
 from minirl.rollout import Rollouts
 

@@ -1,16 +1,16 @@
 """The command, from a configuration to a folder that others can load, and what it says when it cannot."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from minirl.cli import main
 from minirl.config import ColdStartConfig, ModelConfig, TaskConfig
 from minirl.config_file import load_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -37,7 +37,13 @@ def trained(config_file, tmp_path, capsys):
 
 def test_train_leaves_a_run(trained):
     run, said = trained
-    assert {path.name for path in run.iterdir()} == {"config.toml", "metrics.jsonl", "curves.png", "tensorboard", "model"}
+    assert {path.name for path in run.iterdir()} == {
+        "config.toml",
+        "metrics.jsonl",
+        "curves.png",
+        "tensorboard",
+        "model",
+    }
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "model" / "model.safetensors").is_file()
     assert list((run / "tensorboard").iterdir())
@@ -77,7 +83,8 @@ def test_eval_and_plot(trained, capsys, tmp_path, monkeypatch):
     main(["plot", run])
     assert (trained[0] / "curves.png").is_file()
     monkeypatch.chdir(tmp_path)
-    main(["plot", run, run])
+    shutil.copytree(run, tmp_path / "copy")
+    main(["plot", run, "copy"])
     assert (tmp_path / "curves.png").is_file()
     main(["plot", run, "--output", "figures/one.png"])
     assert (tmp_path / "figures" / "one.png").is_file()
@@ -92,7 +99,9 @@ def test_run_again_from_its_own_config_gives_the_same_curve(trained, tmp_path):
 
 
 def test_options_have_the_last_word(config_file, tmp_path):
-    options = "--preset grpo --policy-loss.clip-ratio-high 0.3 --steps 1 --model.config.num-experts 2 --cold-start.steps 0"
+    options = (
+        "--preset grpo --policy-loss.clip-ratio-high 0.3 --steps 1 --model.config.num-experts 2 --cold-start.steps 0"
+    )
     main(["train", str(config_file()), *options.split()])
     config = load_config(tmp_path / "run" / "config.toml")
     assert config.policy_loss.objective == "minirl"  # the file names every field, and stands above the preset
@@ -143,7 +152,10 @@ def test_a_run_that_cannot_start_leaves_the_old_one(trained, config_file, capsys
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"model_type": "qwen3_moe", "hidden_sise": 8}, "unknown key model.config.hidden_sise: did you mean hidden_size?"),
+        (
+            {"model_type": "qwen3_moe", "hidden_sise": 8},
+            "unknown key model.config.hidden_sise: did you mean hidden_size?",
+        ),
         ({"model_type": "qwen3_moe", "hidden_size": "8"}, "model.config: Validation error for field 'hidden_size'"),
         ({"model_type": "qwen3_moe", "vocab_size": 8}, "model.config.vocab_size is 8: it must be left out"),
         ({"hidden_size": 8}, "model.config.model_type is None"),
@@ -160,7 +172,9 @@ def test_what_the_command_line_must_not_say(config_file, capsys, tmp_path):
     assert "--steps" in fails(capsys, "train", path, "--steps", "many")
     assert "steps is 0: it must be at least 1" in fails(capsys, "train", path, "--steps", "0")
     assert "it must stand after it" in fails(capsys, "train", "--steps", "1", path)
-    assert "clip_ratio_low is 4.0: it must be in [0, 1]" in fails(capsys, "train", path, "--policy-loss.clip-ratio-low", 4)
+    assert "clip_ratio_low is 4.0: it must be in [0, 1]" in fails(
+        capsys, "train", path, "--policy-loss.clip-ratio-low", 4
+    )
     assert "is not the folder of a run" in fails(capsys, "eval", tmp_path)
     assert "is not the folder of a run" in fails(capsys, "plot", tmp_path)
     assert "RUN_DIR is missing" in fails(capsys, "plot")
@@ -180,7 +194,10 @@ def test_cuda_that_is_not_there(config_file, capsys, monkeypatch):
 
 
 def test_help(capsys):
-    for arguments, expected in ((["--help"], "train"), (["train", "--help"], "Updates per global step, N in the paper")):
+    for arguments, expected in (
+        (["--help"], "train"),
+        (["train", "--help"], "Updates per global step, N in the paper"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             main(arguments)
         assert stopped.value.code == 0

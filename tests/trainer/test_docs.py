@@ -3,9 +3,12 @@
 import ast
 import dataclasses
 import inspect
+import itertools
+import json
 from pathlib import Path
 
 from minirl.config import TrainConfig
+
 from minirl_kernels import PolicyLossConfig
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "trainer.md"
@@ -16,7 +19,7 @@ def words_of(cls) -> dict[str, str]:
     body = ast.parse(inspect.getsource(cls)).body[0].body
     return {
         field.target.id: text.value.value
-        for field, text in zip(body, body[1:], strict=False)
+        for field, text in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
     }
 
@@ -26,12 +29,14 @@ def rows(cls, prefix="") -> list[str]:
     for field in dataclasses.fields(cls):
         value = getattr(cls(), field.name)
         if isinstance(value, PolicyLossConfig):
-            found.append(f"| `{prefix}{field.name}.*` | of the preset | The fields of `minirl_kernels.PolicyLossConfig`. |")
+            found.append(
+                f"| `{prefix}{field.name}.*` | of the preset | The fields of `minirl_kernels.PolicyLossConfig`. |"
+            )
         elif dataclasses.is_dataclass(value):
             found += rows(type(value), f"{prefix}{field.name}.")
         else:
-            default = {None: "none", True: "true", False: "false"}.get(value) if not isinstance(value, dict) else "{}"
-            found.append(f"| `{prefix}{field.name}` | {default or value} | {words[field.name]} |")
+            default = json.dumps("none" if value is None else value)
+            found.append(f"| `{prefix}{field.name}` | `{default}` | {words[field.name]} |")
     return found
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from minirl.models import end_token_ids, make_model
 from minirl.rollout import Rollouts, TransformersEngine
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-
 from minirl.config import TaskConfig
 from minirl.errors import MiniRLError
 from minirl.models import load_model
@@ -102,7 +101,7 @@ def test_bad_lines_are_named(tmp_path, line, message):
 def test_files_that_cannot_be_used(tmp_path):
     with pytest.raises(MiniRLError, match=r"cannot read task\.path .*: No such file"):
         make_task(TaskConfig(kind="jsonl", path=str(tmp_path / "nowhere.jsonl")))
-    with pytest.raises(MiniRLError, match="leaves no .* problems of its 1"):
+    with pytest.raises(MiniRLError, match=r"leaves no .* problems of its 1"):
         make_task(write_lines(tmp_path / "one.jsonl", {"prompt": "a", "answer": "1"}))
 
 
