@@ -219,10 +219,11 @@ def test_masked_tokens_may_hold_anything(preset, poison, backend):
     assert out.metrics.compute() == expected.metrics.compute()
 
 
-@pytest.mark.parametrize("preset", ["minirl", "reinforce", "grpo", "cispo"])
-def test_overflowing_ratio_of_a_token_without_advantage(preset, backend):
+@pytest.mark.parametrize("far", [-200.0, -1e4])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_overflowing_ratio_of_a_token_without_advantage(preset, far, backend):
     batch = random_batch([2, 3], vocab_size=21)
-    far = torch.full_like(batch.old_log_probs, -200.0)
+    far = torch.full_like(batch.old_log_probs, far)
     batch = replace(batch, old_log_probs=far, rollout_log_probs=far, advantages=torch.zeros(2))
     out, grad = call(batch, PolicyLossConfig.preset(preset), "packed", backend)
     assert out.loss == 0
@@ -272,8 +273,11 @@ def test_overwriting_a_view_leaves_its_neighbours(preset, strides, cpu):
     view = storage.as_strided((B, L, V), (*strides, 1), 100)
     view.copy_(leaf.detach())
     logits = view.detach().requires_grad_()
-    fused_policy_loss(**{**arguments, "logits": logits}, overwrite_logits=True)
+    (grad,) = torch.autograd.grad(
+        fused_policy_loss(**{**arguments, "logits": logits}, overwrite_logits=True).loss, logits
+    )
     assert torch.equal(view, expected)
+    assert grad.data_ptr() == view.data_ptr()
     view.fill_(7.25)
     assert torch.equal(storage, torch.full_like(storage, 7.25))
 

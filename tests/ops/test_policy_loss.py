@@ -202,20 +202,21 @@ def test_masked_tokens_may_hold_anything(preset, poison):
     assert out.metrics.compute() == expected.metrics.compute()
 
 
-def test_overflowing_ratio_of_a_token_without_advantage():
-    """exp(200) overflows float32; an advantage of 0 still means no loss and no gradient."""
-    for preset in PRESETS:
-        out = policy_loss(
-            torch.tensor([[-0.1, -0.2]]),
-            old_log_probs=torch.full((1, 2), -200.0),
-            rollout_log_probs=torch.full((1, 2), -200.0),
-            advantages=torch.zeros(1),
-            loss_mask=None,
-            group_ids=torch.zeros(1, dtype=torch.int64),
-            config=PolicyLossConfig.preset(preset),
-        )
-        assert out.loss == 0
-        assert torch.equal(out.token_grad, torch.zeros(1, 2))
+@pytest.mark.parametrize("far", [-200.0, -1e4])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_overflowing_ratio_of_a_token_without_advantage(preset, far):
+    """exp(200) overflows float32, exp(1e4) float64; an advantage of 0 still means no loss and no gradient."""
+    out = policy_loss(
+        torch.tensor([[-0.1, -0.2]]),
+        old_log_probs=torch.full((1, 2), far),
+        rollout_log_probs=torch.full((1, 2), far),
+        advantages=torch.zeros(1),
+        loss_mask=None,
+        group_ids=torch.zeros(1, dtype=torch.int64),
+        config=PolicyLossConfig.preset(preset),
+    )
+    assert out.loss == 0
+    assert torch.equal(out.token_grad, torch.zeros(1, 2))
 
 
 def test_a_ratio_at_its_bound_is_inside():
@@ -277,7 +278,7 @@ def test_no_gradient_where_none_is_wanted():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_under_autocast(preset):
     """Autocast changes nothing, not even counts of tokens that bfloat16 cannot hold."""
-    batch, config = random_batch([300, 201, 203, 1]), PolicyLossConfig.preset(preset)
+    batch, config = random_batch([700, 501, 203, 1]), PolicyLossConfig.preset(preset)
     expected = call(batch, config, "padded")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = call(batch, config, "padded")
