@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import replace
 from typing import NamedTuple
@@ -16,17 +17,31 @@ from minirl_kernels.ops.token_logprobs.reference import token_logprobs_reference
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
+from triton.runtime import interpreter
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKEN_LEVEL = ("minirl", "reinforce", "grpo", "cispo")
 
 
 def interpreter_only():
     """A mark for what makes sense in Triton's interpreter alone."""
-    import triton
-
     return pytest.mark.skipif(
         not triton.knobs.runtime.interpret, reason="Triton compiles in this process; tests/gpu runs on the GPU"
     )
+
+
+# A launch prepares triton.language for the interpreter, and then every call of a device function does it again, which
+# is three quarters of a small kernel's time. Once for each function is enough.
+_prepare_once = functools.cache(interpreter._patch_lang)
+
+
+def _call_device_function(self, *args, **kwargs):
+    _prepare_once(self.fn)
+    return self.rewrite()(*args, **kwargs)
+
+
+interpreter.InterpretedFunction.__call__ = _call_device_function
 
 
 def random_logits(*shape, dtype=torch.float32, seed=0, spread=2.0):
