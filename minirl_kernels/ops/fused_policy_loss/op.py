@@ -69,7 +69,8 @@ def fused_policy_loss(
         of such tokens are not read: their log-probability, entropy and gradient are 0. An id out of range raises
         ValueError on the CPU, gives NaN on the GPU, and raises there too with check=True, which waits for it.
     temperature: divides the logits; above 0, a number or one float per token.
-    overwrite_logits: put the gradient where the logits were. They are lost to every other reader (autograd notices).
+    overwrite_logits: put the gradient where the logits were. They are lost to every other reader (autograd notices);
+        no two rows may share memory. The reference keeps them.
     The others are those of `policy_loss`. No gradient is made where logits does not require one.
 
     Returns PolicyLossOutput; entropy is exact over the vocabulary. The gradient is made in the forward, so the
