@@ -147,7 +147,7 @@ def gradient_factors(log_prob_grad, entropy_grad, log_sum, entropy, temperature)
 @triton.jit
 def gradient_tile(b_x, i_tile, b_id, shift, c, k0, k1, at_id, LANES: tl.constexpr, VEC: tl.constexpr):
     b_y = exponent(b_x.to(tl.float32) - shift, c)
-    is_id = tile_offsets(LANES, VEC) == b_id - i_tile * (LANES * VEC)
+    is_id = tile_offsets(LANES, VEC) == (b_id - i_tile * (LANES * VEC)).to(tl.int32)
     return tl.exp2(b_y) * (k0 + k1 * b_y) + tl.where(is_id, at_id, 0.0)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,39 +86,40 @@ def _twice_less_a_tile(config: LaunchConfig, vocab_size: int) -> float:
     return 2 - min(config.tile / vocab_size, 1)
 
 
-def _token_logprobs_forward(rows: Rows) -> tuple[Tensor, ...]:
-    return token_logprobs.forward(rows.logits, rows.token_ids, rows.temperature, True)
+def _token_logprobs_forward(rows: Rows, *, with_entropy: bool = True) -> tuple[Tensor, ...]:
+    return token_logprobs.forward(rows.logits, rows.token_ids, rows.temperature, with_entropy)
 
 
-def _token_logprobs_backward(rows: Rows) -> tuple[Tensor, ...]:
+def _token_logprobs_backward(rows: Rows, *, with_entropy: bool = True) -> tuple[Tensor, ...]:
     out = torch.empty_like(rows.logits, memory_format=torch.contiguous_format)
     shift = rows.logits.float().amax(-1)
-    per_token = (rows.temperature, shift, *[rows.values] * 4)
-    token_logprobs.backward(rows.logits, rows.token_ids, *per_token, out)
+    per_token = (shift, rows.values, rows.values, rows.values, rows.values if with_entropy else None)
+    token_logprobs.backward(rows.logits, rows.token_ids, rows.temperature, *per_token, out)
     return (out,)
 
 
-def _fused_policy_loss(rows: Rows, out: Tensor) -> tuple[Tensor, ...]:
-    results = fused_policy_loss.forward_backward(
-        rows.logits,
-        rows.token_ids,
-        rows.temperature,
-        *[rows.values] * 5,
-        objective="minirl",
-        clip=True,
-        ratio_low=0.0,
-        ratio_high=float("inf"),
-        threshold=5.0,
-        kl_coef=0.1,
-        kl_estimator="k3",
-        entropy_coef=0.01,
-        out=out,
-    )
-    return *results, out
+def _fused_policy_loss(rows: Rows, out: Tensor, **options) -> tuple[Tensor, ...]:
+    arguments = {
+        "old_log_probs": rows.values,
+        "behaviour_log_probs": rows.values,
+        "ref_log_probs": rows.values,
+        "advantages": rows.values,
+        "weights": rows.values,
+        "objective": "minirl",
+        "clip": True,
+        "ratio_low": 0.0,
+        "ratio_high": float("inf"),
+        "threshold": 5.0,
+        "kl_coef": 0.1,
+        "kl_estimator": "k3",
+        "entropy_coef": 0.01,
+        **options,
+    }
+    return *fused_policy_loss.forward_backward(rows.logits, rows.token_ids, rows.temperature, **arguments, out=out), out
 
 
-def _fused_policy_loss_apart(rows: Rows) -> tuple[Tensor, ...]:
-    return _fused_policy_loss(rows, torch.empty_like(rows.logits, memory_format=torch.contiguous_format))
+def _fused_policy_loss_apart(rows: Rows, **options) -> tuple[Tensor, ...]:
+    return _fused_policy_loss(rows, torch.empty_like(rows.logits, memory_format=torch.contiguous_format), **options)
 
 
 def _fused_policy_loss_in_place(rows: Rows) -> tuple[Tensor, ...]:
@@ -136,9 +138,25 @@ KERNELS = (
     Kernel("scale_in_place", _scale, triton_scale.launch_config, _once),
 )
 # compiled, it is the same kernel
-FUSED_IN_PLACE = Kernel(
-    "fused_policy_loss in place", _fused_policy_loss_in_place, fused_policy_loss.launch_config, _twice_less_a_tile
-)
+FUSED_IN_PLACE = replace(KERNELS[2], name="fused_policy_loss in place", call=_fused_policy_loss_in_place)
+
+
+def _other_branches() -> Iterator[Kernel]:
+    """The kernels again with other options, until every branch that a compiler would see has been in one of them."""
+    for kernel in KERNELS[:2]:
+        name = f"{kernel.name} without entropy"
+        yield replace(kernel, name=name, call=partial(kernel.call, with_entropy=False))
+    for name, options in (
+        ("minirl without KL", {"ref_log_probs": None}),
+        ("minirl on policy", {"old_log_probs": None, "kl_estimator": "k1"}),
+        ("minirl without clip and rollout_is", {"clip": False, "behaviour_log_probs": None}),
+        ("reinforce", {"objective": "reinforce", "clip": False, "kl_estimator": "k2"}),
+        ("grpo", {"objective": "grpo"}),
+        ("grpo without clip, on policy", {"objective": "grpo", "clip": False, "old_log_probs": None}),
+        ("cispo", {"objective": "cispo", "old_log_probs": None, "behaviour_log_probs": None}),
+        ("cispo without clip", {"objective": "cispo", "clip": False}),
+    ):
+        yield replace(KERNELS[2], name=f"fused_policy_loss: {name}", call=partial(_fused_policy_loss_apart, **options))
 
 
 def interpreter_cases() -> Iterator[Case]:
@@ -152,7 +170,8 @@ def interpreter_cases() -> Iterator[Case]:
 
 def compile_cases() -> Iterator[Case]:
     """Every launch configuration: rows of one tile at the smallest power of two that has it, or at the odd number
-    below, whose rows allow no 128-bit access; rows of many tiles at a real vocabulary, 151,936 or the odd 50,257."""
+    below, whose rows allow no 128-bit access; rows of many tiles at a real vocabulary, 151,936 or the odd 50,257. Then
+    every other branch of the kernels, once."""
     powers = [2**n for n in range(9, 16)]
     for kernel in KERNELS:
         for dtype, one_tile, many_tiles in (
@@ -169,3 +188,5 @@ def compile_cases() -> Iterator[Case]:
                     seen.add(config)
                     yield Case(kernel, vocab_size, dtype)
             yield Case(kernel, many_tiles, dtype)
+    for kernel in _other_branches():
+        yield Case(kernel, QWEN3_VOCAB, torch.bfloat16)
