@@ -7,16 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import batch_at_bounds, random_batch
+from two_ranks import LENGTHS, metrics_of, reduce_a_part
 
 from minirl_kernels import PolicyLossConfig, PolicyLossMetrics, policy_loss
-
-LENGTHS = [5, 1, 4, 9, 3, 7]
-
-
-def metrics_of(batch, config=PolicyLossConfig(), layout="packed", **changes):
-    arguments = {**batch.arguments(layout), **changes}
-    log_probs, entropy = (batch.lay_out(values, layout) for values in (batch.log_probs, batch.entropy))
-    return policy_loss(log_probs, **{"entropy": entropy, "config": config, **arguments}).metrics
 
 
 def by_loop(batch, low=0.8, high=1.27, threshold=5.0):
@@ -164,17 +157,6 @@ def test_they_are_tensors_without_gradient():
     for values in (metrics.sums, metrics.maxima):
         assert values.dtype == torch.float64
         assert not values.requires_grad
-
-
-def reduce_a_part(rank, path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}/store", rank=rank, world_size=2)
-    batch = random_batch(LENGTHS)
-    part = metrics_of(batch.responses(*((0, 2), (2, 6))[rank]))
-    before = part.sums.clone()
-    reduced = part.all_reduce()
-    assert torch.equal(part.sums, before)
-    torch.save({"sums": reduced.sums, "maxima": reduced.maxima}, path / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_all_reduce_over_two_processes(tmp_path):
