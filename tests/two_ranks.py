@@ -1,4 +1,4 @@
-"""What each of two processes does in a test of collectives: a process that is spawned finds it by this module's name."""
+"""What each of two processes does in a test of collectives; a spawned process finds it by this module's name."""
 
 import torch
 from helpers import random_batch
