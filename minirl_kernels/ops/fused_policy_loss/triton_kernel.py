@@ -159,6 +159,7 @@ def fused_policy_loss_kernel(
 
     p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
     b_temperature = tl.load(temperature + i_t)
+    # where the gradient overwrites it, the barriers of the row's sums stand between this and the first store
     b_logit = tl.load(p_row + b_id).to(tl.float32)
     b_shift, b_log_sum, b_entropy, b_x = softmax_of_row(p_row, V, b_temperature, LANES, VEC, ONE_TILE)
     b_log_prob = tl.div_rn(b_logit - b_shift, b_temperature) - b_log_sum
