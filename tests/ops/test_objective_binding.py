@@ -88,7 +88,9 @@ def test_cpp_is_python(config, tokens):
     bounds = torch.tensor([1 - config.clip_ratio_low, 1 + config.clip_ratio_high], dtype=torch.float64)
     # C++ decides in float32 which side of a bound r is on
     on_one_side = ((log_r.exp()[:, None] - bounds).abs() > 1e-5 * bounds).all(-1)
-    compared = on_one_side & (ratios.amax(0) < 80)  # no float32 overflows on the way to a finite product
+    subnormal = (ratios > -105) & (ratios < -87)  # its float32 has hardly a digit to agree in
+    # and no float32 overflows on the way to a finite product
+    compared = on_one_side & (ratios.amax(0) < 80) & ~subnormal.any(0)
     precision = 2.0**-22 * (1 + ratios.abs().amax(0))
     for name in ("token_loss", "token_grad"):
         ours, theirs, policy = (getattr(out, name).double()[compared] for out in (cpp, python, without_kl))
