@@ -8,6 +8,7 @@
 #include "cpu/fused_policy_loss.h"
 #include "cpu/isa.h"
 #include "cpu/logits.h"
+#include "cpu/matmul.h"
 #include "cpu/pages.h"
 #include "cpu/token_logprobs.h"
 #include "parallel.h"
@@ -116,6 +117,26 @@ int64_t fused_policy_loss(MINIRL_LOGITS_PARAMETERS, Address old_log_probs, Addre
   return bad_row;
 }
 
+// out (+)= a b; the blocks are made small enough that there is one for every thread.
+void matmul(Address a, int64_t a_row_stride, int64_t a_column_stride, Address b, int64_t b_row_stride,
+            int64_t b_column_stride, const std::string& dtype, Address out, int64_t out_stride, int64_t rows,
+            int64_t columns, int64_t depth, bool accumulate, int64_t threads) {
+  minirl::Matmul args = {{pointer<void>(a), a_row_stride, a_column_stride},
+                         {pointer<void>(b), b_row_stride, b_column_stride},
+                         dtype_of(dtype),
+                         pointer<float>(out),
+                         out_stride,
+                         rows,
+                         columns,
+                         depth,
+                         accumulate,
+                         1008};
+  while (args.block_rows > 126 && minirl::matmul_blocks(args) < threads) args.block_rows /= 2;
+  py::gil_scoped_release no_gil;
+  minirl::parallel_rows(minirl::matmul_blocks(args), minirl::kMinElementsPerThread,
+                        MINIRL_PICK(minirl::matmul, minirl::Matmul), args);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -125,6 +146,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa_picked", minirl::isa_name);
   module.def("set_isa", minirl::set_isa);
   module.def("advise_huge_pages", [](Address begin, int64_t bytes) { minirl::advise_huge_pages(begin, bytes); });
+  module.def("matmul", matmul);
   module.def("token_logprobs", token_logprobs);
   module.def("token_logprobs_backward", token_logprobs_backward);
   module.def("fused_policy_loss", fused_policy_loss);
