@@ -10,6 +10,7 @@
 #include "cpu/logits.h"
 #include "cpu/matmul.h"
 #include "cpu/pages.h"
+#include "cpu/softcap.h"
 #include "cpu/token_logprobs.h"
 #include "parallel.h"
 
@@ -57,6 +58,12 @@ int64_t first_bad_row(const minirl::Logits& logits) {
         pointer<void>(ids), wide_ids, pointer<float>(temperature)                                        \
   }
 
+// Those that every call over a gradient of the logits ends with.
+#define MINIRL_GRADIENT_PARAMETERS \
+  Address out, const std::string &out_dtype, int64_t out_batch_stride, int64_t out_length_stride, float softcap
+#define MINIRL_GRADIENT \
+  minirl::Gradient { pointer<void>(out), dtype_of(out_dtype), out_batch_stride, out_length_stride, softcap }
+
 template <class Args>
 void run_rows(const minirl::Logits& logits, minirl::Kernel<Args> kernel, const Args& args) {
   py::gil_scoped_release no_gil;
@@ -72,15 +79,11 @@ int64_t token_logprobs(MINIRL_LOGITS_PARAMETERS, Address log_probs, Address entr
 }
 
 void token_logprobs_backward(MINIRL_LOGITS_PARAMETERS, Address shift, Address log_sum, Address entropy,
-                             Address log_prob_grad, Address entropy_grad, Address out, int64_t out_batch_stride,
-                             int64_t out_length_stride) {
-  const minirl::TokenLogprobsBackward args = {MINIRL_LOGITS,
-                                              pointer<float>(shift),
-                                              pointer<float>(log_sum),
-                                              pointer<float>(entropy),
-                                              pointer<float>(log_prob_grad),
-                                              pointer<float>(entropy_grad),
-                                              {pointer<void>(out), out_batch_stride, out_length_stride}};
+                             Address log_prob_grad, Address entropy_grad, MINIRL_GRADIENT_PARAMETERS) {
+  const minirl::TokenLogprobsBackward args = {
+      MINIRL_LOGITS,           pointer<float>(shift),         pointer<float>(log_sum),
+      pointer<float>(entropy), pointer<float>(log_prob_grad), pointer<float>(entropy_grad),
+      MINIRL_GRADIENT};
   run_rows(args.logits, MINIRL_PICK(minirl::token_logprobs_backward, minirl::TokenLogprobsBackward), args);
 }
 
@@ -88,8 +91,7 @@ int64_t fused_policy_loss(MINIRL_LOGITS_PARAMETERS, Address old_log_probs, Addre
                           Address ref_log_probs, Address advantages, Address weights, const std::string& objective,
                           bool clip, float ratio_low, float ratio_high, float threshold, float kl_coef,
                           const std::string& kl_estimator, float entropy_coef, Address log_probs, Address entropy,
-                          Address token_loss, Address token_grad, Address out, int64_t out_batch_stride,
-                          int64_t out_length_stride) {
+                          Address token_loss, Address token_grad, MINIRL_GRADIENT_PARAMETERS) {
   using minirl::KLEstimator;
   using minirl::Objective;
   const auto kind = choice<Objective>("objective", objective,
@@ -111,10 +113,16 @@ int64_t fused_policy_loss(MINIRL_LOGITS_PARAMETERS, Address old_log_probs, Addre
                                         pointer<float>(entropy),
                                         pointer<float>(token_loss),
                                         pointer<float>(token_grad),
-                                        {pointer<void>(out), out_batch_stride, out_length_stride}};
+                                        MINIRL_GRADIENT};
   const int64_t bad_row = first_bad_row(args.logits);
   if (bad_row < 0) run_rows(args.logits, MINIRL_PICK(minirl::fused_policy_loss, minirl::FusedPolicyLoss), args);
   return bad_row;
+}
+
+void softcap(Address logits, int64_t rows, int64_t vocab_size, int64_t stride, float cap) {
+  const minirl::SoftcapLogits args = {pointer<float>(logits), vocab_size, stride, cap};
+  py::gil_scoped_release no_gil;
+  minirl::parallel_rows(rows, vocab_size, MINIRL_PICK(minirl::softcap, minirl::SoftcapLogits), args);
 }
 
 // out (+)= a b; the blocks are made small enough that there is one for every thread.
@@ -147,6 +155,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_isa", minirl::set_isa);
   module.def("advise_huge_pages", [](Address begin, int64_t bytes) { minirl::advise_huge_pages(begin, bytes); });
   module.def("matmul", matmul);
+  module.def("softcap", softcap);
   module.def("token_logprobs", token_logprobs);
   module.def("token_logprobs_backward", token_logprobs_backward);
   module.def("fused_policy_loss", fused_policy_loss);

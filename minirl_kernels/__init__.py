@@ -1,7 +1,9 @@
 """Kernels for training language models by reinforcement learning: MiniRL's policy loss, fused."""
 
 from .config import PolicyLossConfig
+from .ops.fused_linear_policy_loss import fused_linear_policy_loss
 from .ops.fused_policy_loss import fused_policy_loss
+from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.policy_loss import PolicyLossMetrics, PolicyLossOutput, group_advantages, policy_loss
 from .ops.token_logprobs import token_logprobs
 
@@ -9,8 +11,10 @@ __all__ = [
     "PolicyLossConfig",
     "PolicyLossMetrics",
     "PolicyLossOutput",
+    "fused_linear_policy_loss",
     "fused_policy_loss",
     "group_advantages",
+    "linear_token_logprobs",
     "policy_loss",
     "token_logprobs",
 ]

@@ -13,12 +13,14 @@ def attach_gradient(loss: Tensor, tensor: Tensor, grad: Tensor) -> Tensor:
     return _AttachGradient.apply(loss, tensor, grad)
 
 
-def attach_gradient_once(loss: Tensor, tensor: Tensor, grad: Tensor, call: str) -> Tensor:
-    """The same for a gradient too large to copy: the first backward scales it in place and hands it over.
+def attach_gradient_once(loss: Tensor, pairs: list[tuple[Tensor, Tensor]], call: str) -> Tensor:
+    """The same for gradients too large to copy: the first backward scales them in place and hands them over.
 
+    pairs: (tensor, grad); a float32 gradient of a 16-bit tensor is rounded after it was scaled.
     A second backward raises RuntimeError in the name of `call`.
     """
-    return _HandOverGradient.apply(loss, tensor, grad, call)
+    tensors, grads = zip(*pairs, strict=True)
+    return _HandOverGradients.apply(loss, call, *tensors, *grads)
 
 
 class _AttachGradient(torch.autograd.Function):
@@ -34,24 +36,29 @@ class _AttachGradient(torch.autograd.Function):
         return grad_output, (grad_output * grad).to(ctx.dtype), None
 
 
-class _HandOverGradient(torch.autograd.Function):
+class _HandOverGradients(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, loss, tensor, grad, call):
-        ctx.grad, ctx.call = grad, call
+    def forward(ctx, loss, call, *tensors_and_grads):
+        count = len(tensors_and_grads) // 2
+        ctx.dtypes = [tensor.dtype for tensor in tensors_and_grads[:count]]
+        ctx.grads, ctx.call = tensors_and_grads[count:], call
         return loss.clone()
 
     @staticmethod
     def backward(ctx, grad_output):
-        if ctx.grad is None:
+        if ctx.grads is None:
             raise RuntimeError(
                 f"{ctx.call} made its gradient in the forward, and an earlier backward has consumed that buffer: "
                 "call it again, or use token_logprobs with policy_loss, where one graph is to be run backward twice"
             )
-        if torch.compiler.is_compiling():  # the compiler knows whether anybody else still needs the buffer
-            return grad_output, ctx.grad * grad_output, None, None
-        grad, ctx.grad = ctx.grad, None
-        _scale_in_place(grad, grad_output)
-        return grad_output, grad, None, None
+        grads, none = ctx.grads, [None] * len(ctx.grads)
+        if torch.compiler.is_compiling():  # the compiler knows whether anybody else still needs the buffers
+            grads = [grad * grad_output for grad in grads]
+        else:
+            ctx.grads = None
+            for grad in grads:
+                _scale_in_place(grad, grad_output)
+        return grad_output, None, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), *none
 
 
 def _scale_in_place(grad: Tensor, factor: Tensor) -> None:

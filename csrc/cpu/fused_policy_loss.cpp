@@ -17,47 +17,53 @@ static TokenLoss weighted_objective(const FusedPolicyLoss& args, int64_t row, fl
   return {args.weights[row] * result.loss, args.weights[row] * result.grad};
 }
 
-// Where the exponentials of a row are kept: a float32 gradient is their place itself, a 16-bit one needs a buffer.
-static KeepExponentials place_to_keep(float* buffer, float* out, int64_t) { return {out, buffer}; }
+// Where the exponentials of a row are kept: a float32 gradient is their place itself, and so are float32 logits that a
+// 16-bit gradient will overwrite; 16-bit logits need a buffer.
+static KeepExponentials place_to_keep(float* buffer, float*, float* out, int64_t) { return {out, buffer}; }
+template <class U>
+static KeepExponentials place_to_keep(float* buffer, float* x, U*, int64_t) {
+  return {x, buffer};
+}
 template <class T>
-static KeepExponentials place_to_keep(float* buffer, T*, int64_t tiles) {
+static KeepExponentials place_to_keep(float* buffer, T*, T*, int64_t tiles) {
   return {buffer + tiles, buffer};
 }
 
 void MINIRL_KERNEL(fused_policy_loss)(const FusedPolicyLoss& args, int64_t begin, int64_t end) {
   const int64_t vocab_size = args.logits.vocab_size, tiles = tiles_of(vocab_size);
   const bool wide = args.logits.dtype == DType::kFloat32;
-  // the entropy's gradient needs y beside 2^y, so it walks the logits again, as do all where memory is short
-  float* buffer =
-      args.entropy_coef != 0.f ? nullptr : (float*)malloc((tiles + (wide ? 0 : vocab_size)) * sizeof(float));
-  for_each_row(args.logits, begin, end, [&](int64_t row, auto* x, int64_t id, float temperature) {
-    auto* out = gradient_row(args.out, args.logits, row, x);
-    TokenStats stats = {};
-    TokenLoss loss = {};
-    if (id == kIgnoreIndex) {
-      memset((void*)out, 0, vocab_size * sizeof(*out));
-    } else {
-      const float logit = load_one(x + id), c = kLog2E / temperature;
-      if (buffer) {
-        KeepExponentials keep = place_to_keep(buffer, out, tiles);
-        const RowSums sums = row_sums(x, vocab_size, c, keep);
-        stats = token_stats(sums, logit, temperature);
-        loss = weighted_objective(args, row, stats.log_prob);
-        write_kept_row(keep, out, vocab_size, id, temperature, sums.shift, stats, logit, loss.grad);
-      } else {
-        ForgetExponentials forget;
-        const RowSums sums = row_sums(x, vocab_size, c, forget);
-        stats = token_stats(sums, logit, temperature);
-        loss = weighted_objective(args, row, stats.log_prob);
-        write_row(x, out, vocab_size, id, temperature, sums.shift, stats, loss.grad,
-                  -args.entropy_coef * args.weights[row]);
-      }
-    }
-    args.log_probs[row] = stats.log_prob;
-    args.entropy[row] = stats.entropy;
-    args.token_loss[row] = loss.loss;
-    args.token_grad[row] = loss.grad;
-  });
+  // the gradients of an entropy and of a softcap need y beside 2^y, so they walk the logits again, as do all where
+  // memory is short
+  const bool walks_twice = args.entropy_coef != 0.f || args.out.softcap != 0.f;
+  float* buffer = walks_twice ? nullptr : (float*)malloc((tiles + (wide ? 0 : vocab_size)) * sizeof(float));
+  for_each_gradient_row(
+      args.logits, args.out, begin, end, [&](int64_t row, auto* x, auto* out, int64_t id, float temperature) {
+        TokenStats stats = {};
+        TokenLoss loss = {};
+        if (id == kIgnoreIndex) {
+          memset((void*)out, 0, vocab_size * sizeof(*out));
+        } else {
+          const float logit = load_one(x + id), c = kLog2E / temperature;
+          if (buffer) {
+            KeepExponentials keep = place_to_keep(buffer, x, out, tiles);
+            const RowSums sums = row_sums(x, vocab_size, c, keep);
+            stats = token_stats(sums, logit, temperature);
+            loss = weighted_objective(args, row, stats.log_prob);
+            write_kept_row(keep, out, vocab_size, id, temperature, sums.shift, stats, logit, loss.grad);
+          } else {
+            ForgetExponentials forget;
+            const RowSums sums = row_sums(x, vocab_size, c, forget);
+            stats = token_stats(sums, logit, temperature);
+            loss = weighted_objective(args, row, stats.log_prob);
+            write_row(x, out, vocab_size, id, temperature, sums.shift, stats, loss.grad,
+                      -args.entropy_coef * args.weights[row], args.out.softcap);
+          }
+        }
+        args.log_probs[row] = stats.log_prob;
+        args.entropy[row] = stats.entropy;
+        args.token_loss[row] = loss.loss;
+        args.token_grad[row] = loss.grad;
+      });
   free(buffer);
 }
 

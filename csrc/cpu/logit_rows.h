@@ -26,9 +26,18 @@ MINIRL_INLINE void for_each_row(const minirl::Logits& logits, int64_t begin, int
   }
 }
 
-template <class T>
-MINIRL_INLINE T* gradient_row(const minirl::Gradient& out, const minirl::Logits& logits, int64_t row, const T*) {
-  return (T*)out.data + minirl::row_offset(row, logits.length, out.batch_stride, out.length_stride);
+// body(row, pointer to its first logit, to the gradient of that, token id, temperature)
+template <class Body>
+MINIRL_INLINE void for_each_gradient_row(const minirl::Logits& logits, const minirl::Gradient& out, int64_t begin,
+                                         int64_t end, const Body& body) {
+  for_each_row(logits, begin, end, [&](int64_t row, auto* x, int64_t id, float temperature) {
+    const int64_t offset = minirl::row_offset(row, logits.length, out.batch_stride, out.length_stride);
+    if (out.dtype == logits.dtype) return body(row, x, (decltype(x))out.data + offset, id, temperature);
+    if constexpr (sizeof(*x) == sizeof(float)) {
+      if (out.dtype == minirl::DType::kBFloat16) return body(row, x, (BFloat16*)out.data + offset, id, temperature);
+      return body(row, x, (Float16*)out.data + offset, id, temperature);
+    }
+  });
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ namespace minirl {
 enum class DType { kFloat32, kBFloat16, kFloat16 };
 
 constexpr int64_t kIgnoreIndex = -100;
+constexpr int64_t kElsewhere = -1;  // the id counts, and is in another shard of the vocabulary
 
 struct Logits {
   void* data;
@@ -19,8 +20,10 @@ struct Logits {
 };
 
 struct Gradient {
-  void* data;  // of the dtype of the logits, and possibly the logits themselves
+  void* data;   // possibly the logits themselves: such logits are used as scratch
+  DType dtype;  // that of the logits, or a 16-bit one in place of float32 logits
   int64_t batch_stride, length_stride;
+  float softcap;  // the gradient is by u where the logits are softcap tanh(u / softcap); 0 where they are u itself
 };
 
 static inline int64_t row_offset(int64_t row, int64_t length, int64_t batch_stride, int64_t length_stride) {

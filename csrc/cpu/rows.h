@@ -110,14 +110,28 @@ MINIRL_INLINE RowSums row_sums(const T* x, int64_t n, float c, Sink& sink) {
   return {shift, sum_lanes(join(row.sum)), sum_lanes(join(row.weighted))};
 }
 
-// out_j = 2^y_j (k0 + k1 y_j); `out` may be `x`.
-template <bool kWithEntropy, class T>
-MINIRL_INLINE void write_gradient(const T* x, T* out, int64_t n, float c, float shift, float k0, float k1) {
+// d x / d u: 1, or 1 - (x / softcap)^2 where x = softcap tanh(u / softcap).
+struct NoSoftcap {
+  Floats slope(Floats) const { return splat(1.f); }
+  float slope_one(float) const { return 1.f; }
+};
+struct Softcap {
+  float reciprocal;
+  Floats slope(Floats x) const {
+    const Floats t = x * splat(reciprocal);
+    return splat(1.f) - t * t;
+  }
+  float slope_one(float x) const { return slope(splat(x)).part[0][0]; }
+};
+
+// out_j = 2^y_j (k0 + k1 y_j), by the slope of a softcap; `out` may be `x`.
+template <bool kWithEntropy, class T, class U, class Cap>
+MINIRL_INLINE void write_gradient(const T* x, U* out, int64_t n, float c, float shift, float k0, float k1, Cap cap) {
   const Floats shifts = splat(shift), cs = splat(c), k0s = splat(k0), k1s = splat(k1);
   auto gradient = [&](Floats v) __attribute__((always_inline)) {
     Floats y = bounded_exponent((v - shifts) * cs);
     Floats e = exp2_lanes(y);
-    return kWithEntropy ? e * (k0s + k1s * y) : e * k0s;
+    return (kWithEntropy ? e * (k0s + k1s * y) : e * k0s) * cap.slope(v);
   };
   int64_t j = 0;
   for (; j + kStep <= n; j += kStep)
@@ -127,8 +141,8 @@ MINIRL_INLINE void write_gradient(const T* x, T* out, int64_t n, float c, float 
 }
 
 // The same with k1 = 0 from kept exponentials, which may lie in `out` itself.
-template <class T>
-MINIRL_INLINE void write_kept_gradient(const KeepExponentials& kept, T* out, int64_t n, float c, float shift,
+template <class U>
+MINIRL_INLINE void write_kept_gradient(const KeepExponentials& kept, U* out, int64_t n, float c, float shift,
                                        float k0) {
   for (int64_t begin = 0; begin < n; begin += kTile) {
     const int64_t end = n - begin < kTile ? n : begin + kTile;
@@ -166,28 +180,39 @@ MINIRL_INLINE RowGradient row_gradient(TokenStats stats, float shift, float logi
 }
 
 // `out` may be `x`.
-template <class T>
-MINIRL_INLINE void write_row(const T* x, T* out, int64_t n, int64_t id, float temperature, float shift,
-                             TokenStats stats, float log_prob_grad, float entropy_grad) {
+template <class T, class U, class Cap>
+MINIRL_INLINE void write_row(const T* x, U* out, int64_t n, int64_t id, float temperature, float shift,
+                             TokenStats stats, float log_prob_grad, float entropy_grad, Cap cap) {
   if (log_prob_grad == 0.f && entropy_grad == 0.f) {
-    memset((void*)out, 0, n * sizeof(T));
+    memset((void*)out, 0, n * sizeof(U));
     return;
   }
-  const float c = kLog2E / temperature;
-  const RowGradient g = row_gradient(stats, shift, load_one(x + id), temperature, log_prob_grad, entropy_grad);
+  const float c = kLog2E / temperature, logit = id < 0 ? 0.f : load_one(x + id);
+  const RowGradient g = row_gradient(stats, shift, logit, temperature, log_prob_grad, entropy_grad);
   if (g.k1 == 0.f)
-    write_gradient<false>(x, out, n, c, shift, g.k0, 0.f);
+    write_gradient<false>(x, out, n, c, shift, g.k0, 0.f, cap);
   else
-    write_gradient<true>(x, out, n, c, shift, g.k0, g.k1);
-  store_one(out + id, g.at_id);
+    write_gradient<true>(x, out, n, c, shift, g.k0, g.k1, cap);
+  if (id >= 0) store_one(out + id, g.at_id * cap.slope_one(logit));
 }
 
-// The same without entropy_grad, from kept exponentials; `logit` is that of id, whose place may hold one of them.
-template <class T>
-MINIRL_INLINE void write_kept_row(const KeepExponentials& kept, T* out, int64_t n, int64_t id, float temperature,
+// The same, with a softcap unless it is 0.
+template <class T, class U>
+MINIRL_INLINE void write_row(const T* x, U* out, int64_t n, int64_t id, float temperature, float shift,
+                             TokenStats stats, float log_prob_grad, float entropy_grad, float softcap) {
+  if (softcap == 0.f)
+    write_row(x, out, n, id, temperature, shift, stats, log_prob_grad, entropy_grad, NoSoftcap{});
+  else
+    write_row(x, out, n, id, temperature, shift, stats, log_prob_grad, entropy_grad, Softcap{1.f / softcap});
+}
+
+// The same without entropy_grad or softcap, from kept exponentials; `logit` is that of id, whose place may hold one of
+// them.
+template <class U>
+MINIRL_INLINE void write_kept_row(const KeepExponentials& kept, U* out, int64_t n, int64_t id, float temperature,
                                   float shift, TokenStats stats, float logit, float log_prob_grad) {
   if (log_prob_grad == 0.f) {
-    memset((void*)out, 0, n * sizeof(T));
+    memset((void*)out, 0, n * sizeof(U));
     return;
   }
   const RowGradient g = row_gradient(stats, shift, logit, temperature, log_prob_grad, 0.f);

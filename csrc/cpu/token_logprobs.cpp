@@ -23,13 +23,14 @@ void MINIRL_KERNEL(token_logprobs)(const TokenLogprobs& args, int64_t begin, int
 }
 
 void MINIRL_KERNEL(token_logprobs_backward)(const TokenLogprobsBackward& args, int64_t begin, int64_t end) {
-  for_each_row(args.logits, begin, end, [&](int64_t row, auto* x, int64_t id, float temperature) {
-    auto* out = gradient_row(args.out, args.logits, row, x);
-    const bool counts = id != kIgnoreIndex;
-    const TokenStats stats = {0.f, args.entropy ? args.entropy[row] : 0.f, args.log_sum[row]};
-    write_row(x, out, args.logits.vocab_size, id, temperature, args.shift[row], stats,
-              counts ? args.log_prob_grad[row] : 0.f, counts && args.entropy_grad ? args.entropy_grad[row] : 0.f);
-  });
+  for_each_gradient_row(args.logits, args.out, begin, end,
+                        [&](int64_t row, auto* x, auto* out, int64_t id, float temperature) {
+                          const bool counts = id != kIgnoreIndex;
+                          const TokenStats stats = {0.f, args.entropy ? args.entropy[row] : 0.f, args.log_sum[row]};
+                          write_row(x, out, args.logits.vocab_size, id, temperature, args.shift[row], stats,
+                                    counts ? args.log_prob_grad[row] : 0.f,
+                                    counts && args.entropy_grad ? args.entropy_grad[row] : 0.f, args.out.softcap);
+                        });
 }
 
 }  // namespace minirl

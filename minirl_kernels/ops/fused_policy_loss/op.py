@@ -113,22 +113,26 @@ def fused_policy_loss(
     if not (logits.requires_grad and torch.is_grad_enabled()):
         log_probs, entropy, *_ = token_logprobs_forward(logits.detach(), *rows, True, backend)
         return loss_of_log_probs(log_probs, entropy, inputs)
-    # the behaviour policy of sequence-level IS sums over the response, so it must be known before the sweep
-    one_sweep = not config.is_sequence_level and (config.rollout_is != "sequence" or old_log_probs is not None)
-    sweep = _one_sweep if one_sweep else _two_phases
+    sweep = _one_sweep if takes_one_sweep(inputs) else _two_phases
     with torch.no_grad():
         output, grad_logits = sweep(logits.detach(), *rows, inputs, overwrite_logits, backend)
-    loss = attach_gradient_once(output.loss, logits, grad_logits, "fused_policy_loss")
+    loss = attach_gradient_once(output.loss, [(logits, grad_logits)], "fused_policy_loss")
     return output._replace(loss=loss)
 
 
-def _one_sweep(logits, token_ids, temperature, inputs: PolicyLossInputs, in_place, backend):
+def takes_one_sweep(inputs: PolicyLossInputs) -> bool:
+    """Whether a token's loss is known from its own row: else log-probabilities first, then the gradient."""
+    config = inputs.config
+    # the behaviour policy of sequence-level IS sums over the response, so it must be known before the sweep
+    return not config.is_sequence_level and (config.rollout_is != "sequence" or inputs.old_log_probs is not None)
+
+
+def sweep_arguments(inputs: PolicyLossInputs) -> tuple:
+    """What the kernels are told of the loss: five per-token tensors or None, then the objective and its numbers."""
     config = inputs.config
     behaviour = None if config.rollout_is is None else behaviour_log_probs(inputs.old_log_probs, inputs)
     per_token = (inputs.old_log_probs, behaviour, inputs.ref_log_probs if config.kl_coef else None)
-    arguments = (
-        token_ids,
-        temperature,
+    return (
         *(None if values is None else values.float().contiguous() for values in per_token),
         inputs.advantages.contiguous(),
         inputs.weights.contiguous(),
@@ -140,8 +144,11 @@ def _one_sweep(logits, token_ids, temperature, inputs: PolicyLossInputs, in_plac
         config.kl_coef,
         config.kl_estimator,
         config.entropy_coef,
-        backend,
     )
+
+
+def _one_sweep(logits, token_ids, temperature, inputs: PolicyLossInputs, in_place, backend):
+    arguments = (token_ids, temperature, *sweep_arguments(inputs), backend)
     if in_place:
         log_probs, entropy, token_loss, token_grad = fused_policy_loss_in_place(logits, *arguments)
         grad_logits = logits
@@ -186,19 +193,20 @@ def _forward_fake(logits, token_ids, *_):
     return *_forward_in_place_fake(logits, token_ids), out
 
 
-_ARGUMENTS = (
-    "Tensor token_ids, Tensor temperature, Tensor? old_log_probs, Tensor? behaviour_log_probs, "
-    "Tensor? ref_log_probs, Tensor advantages, Tensor weights, str objective, bool clip, float ratio_low, "
-    "float ratio_high, float threshold, float kl_coef, str kl_estimator, float entropy_coef, str backend"
+SWEEP_ARGUMENTS = (
+    "Tensor? old_log_probs, Tensor? behaviour_log_probs, Tensor? ref_log_probs, Tensor advantages, Tensor weights, "
+    "str objective, bool clip, float ratio_low, float ratio_high, float threshold, float kl_coef, str kl_estimator, "
+    "float entropy_coef"
 )
-_RESULTS = "Tensor log_probs, Tensor entropy, Tensor token_loss, Tensor token_grad"
+_ARGUMENTS = f"Tensor token_ids, Tensor temperature, {SWEEP_ARGUMENTS}, str backend"
+SWEEP_RESULTS = "Tensor log_probs, Tensor entropy, Tensor token_loss, Tensor token_grad"
 fused_policy_loss_forward = register(
-    f"fused_policy_loss(Tensor logits, {_ARGUMENTS}) -> ({_RESULTS}, Tensor grad_logits)",
+    f"fused_policy_loss(Tensor logits, {_ARGUMENTS}) -> ({SWEEP_RESULTS}, Tensor grad_logits)",
     _forward,
     _forward_fake,
 )
 fused_policy_loss_in_place = register(
-    f"fused_policy_loss_(Tensor(a!) logits, {_ARGUMENTS}) -> ({_RESULTS})",
+    f"fused_policy_loss_(Tensor(a!) logits, {_ARGUMENTS}) -> ({SWEEP_RESULTS})",
     _forward_in_place,
     _forward_in_place_fake,
 )

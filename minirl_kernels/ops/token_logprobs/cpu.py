@@ -36,8 +36,9 @@ def backward(
     grad_log_probs: Tensor,
     grad_entropy: Tensor | None,
     out: Tensor,
+    softcap: float = 0.0,
 ) -> None:
-    """d logits into `out`, which may be `logits` itself."""
+    """d logits into `out`, which may be `logits` itself, or 16-bit memory that begins each row where logits' does."""
     native().token_logprobs_backward(
         *logits_arguments(logits),
         *ids_arguments(token_ids),
@@ -47,7 +48,7 @@ def backward(
         entropy.data_ptr() if grad_entropy is not None else 0,
         grad_log_probs.data_ptr(),
         grad_entropy.data_ptr() if grad_entropy is not None else 0,
-        *output_arguments(out),
+        *output_arguments(out, softcap),
     )
 
 
@@ -59,9 +60,12 @@ def logits_arguments(logits: Tensor) -> tuple:
     return logits.data_ptr(), str(logits.dtype), batch, outer[-1], vocab_size, batch_stride, logits.stride(-2)
 
 
-def output_arguments(out: Tensor) -> tuple:
-    """(pointer, strides of B and L) of a gradient of the logits' shape and dtype."""
-    return out.data_ptr(), out.stride(0) if out.dim() == 3 else 0, out.stride(-2)
+def output_arguments(out: Tensor, softcap: float = 0.0) -> tuple:
+    """(pointer, dtype, strides of B and L, softcap) of a gradient of the logits' shape.
+
+    softcap: the gradient is by u where the logits are softcap * tanh(u / softcap); 0 where they are u themselves.
+    """
+    return out.data_ptr(), str(out.dtype), out.stride(0) if out.dim() == 3 else 0, out.stride(-2), softcap
 
 
 def ids_arguments(token_ids: Tensor) -> tuple:

@@ -1,0 +1,3 @@
+from .op import fused_linear_policy_loss
+
+__all__ = ["fused_linear_policy_loss"]

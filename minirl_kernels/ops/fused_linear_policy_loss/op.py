@@ -1,0 +1,168 @@
+"""fused_linear_policy_loss: hidden states in; loss, metrics and the gradients of hidden states and head out.
+
+Three matmuls and no [T, V]: for some hundreds of rows at a time the logits, then c_t of `fused_policy_loss` and the
+gradient of the logits in their place, then what that adds to the two gradients. Where a token's c_t depends on other
+tokens, and where the vocabulary is sharded, `linear_token_logprobs` runs forward and backward: a fourth matmul.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from ...autograd import attach_gradient_once
+from ...backends import resolve
+from ...checks import IGNORE_INDEX
+from ...config import PolicyLossConfig
+from ...library import register
+from ..fused_policy_loss.op import SWEEP_ARGUMENTS, SWEEP_RESULTS, sweep_arguments, takes_one_sweep
+from ..linear_token_logprobs.op import (
+    GRADIENT_RESULTS,
+    HEAD_ARGUMENTS,
+    NEEDS_ARGUMENTS,
+    Head,
+    gradients_fake,
+    linear_gradients,
+    linear_stats,
+    prepare_head,
+)
+from ..policy_loss.inputs import PolicyLossInputs, prepare_inputs
+from ..policy_loss.op import PolicyLossOutput, assemble_output, differentiable_loss, loss_of_log_probs
+from ..token_logprobs.op import token_logprobs
+
+_BACKENDS = ("reference", "cpu")
+
+
+def fused_linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    old_log_probs: Tensor | None,
+    rollout_log_probs: Tensor | None,
+    advantages: Tensor,
+    loss_mask: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+    group_ids: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    num_responses: float | Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    num_groups: float | Tensor | None = None,
+    config: PolicyLossConfig = PolicyLossConfig(),
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    process_group: torch.distributed.ProcessGroup | None = None,
+    check: bool = False,
+    backend: str = "auto",
+) -> PolicyLossOutput:
+    """`fused_policy_loss` of the logits that a linear head would give, [T, V] of which never exist at once.
+
+    hidden: [B, L, H] (padded, rows are responses) or [T, H] (packed with cu_seqlens); float32, bfloat16 or float16.
+        hidden[t] scores token_ids[t]: nothing is shifted.
+    weight, bias, logit_softcap, logit_scale, process_group: those of `linear_token_logprobs`; temperature too.
+    token_ids: [B, L] or [T], int32 or int64; -100 takes the token out of the loss, as loss_mask = 0 does. The rows
+        of such tokens are not computed. An id out of range raises ValueError on the CPU, gives NaN on the GPU, and
+        raises there too with check=True, which waits for it.
+    The others are those of `policy_loss`.
+
+    Returns PolicyLossOutput; entropy is exact over the vocabulary. All gradients are made in the forward, for those
+    of hidden, weight and bias that require one, and rows whose c_t is 0 are left out of their matmuls; the first
+    backward consumes them and a second one raises RuntimeError. That of weight is summed over tokens in float32.
+    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    """
+    head = prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group)
+    backend = resolve(backend, hidden.device, op="fused_linear_policy_loss", supported=_BACKENDS)
+    token_ids = head.check_contents(token_ids, check, backend)
+    inputs = prepare_inputs(
+        token_ids.shape,
+        hidden.device,
+        old_log_probs=old_log_probs,
+        rollout_log_probs=rollout_log_probs,
+        advantages=advantages,
+        loss_mask=loss_mask,
+        ignored=token_ids == IGNORE_INDEX,
+        cu_seqlens=cu_seqlens,
+        group_ids=group_ids,
+        ref_log_probs=ref_log_probs,
+        num_responses=num_responses,
+        num_tokens=num_tokens,
+        num_groups=num_groups,
+        config=config,
+    )
+    token_ids = token_ids.masked_fill(~inputs.mask, IGNORE_INDEX).contiguous()
+    if backend == "reference":
+        stats = token_logprobs(
+            head.logits(), token_ids, temperature=head.temperature, with_entropy=True, backend=backend
+        )
+        return differentiable_loss(*stats, inputs)
+    operands = (head.hidden, head.weight, head.bias)
+    needs = tuple(operand is not None and operand.requires_grad and torch.is_grad_enabled() for operand in operands)
+    one_sweep = any(needs) and head.shard is None and takes_one_sweep(inputs)
+    sweep = _one_sweep if one_sweep else _two_phases
+    with torch.no_grad():
+        output, grads = sweep(head, token_ids, inputs, needs, backend)
+    pairs = [(operand, grad) for operand, grad, needed in zip(operands, grads, needs, strict=True) if needed]
+    if not pairs:
+        return output
+    return output._replace(loss=attach_gradient_once(output.loss, pairs, "fused_linear_policy_loss"))
+
+
+def _flat(head: Head, token_ids: Tensor) -> tuple:
+    """What the kernels are told of the head and the tokens, rows flat."""
+    return (
+        head.hidden.detach().flatten(0, -2),
+        head.weight.detach(),
+        None if head.bias is None else head.bias.detach().float(),
+        token_ids.flatten(),
+        head.temperature.flatten().contiguous(),
+        head.softcap,
+    )
+
+
+def _one_sweep(head: Head, token_ids, inputs: PolicyLossInputs, needs, backend):
+    arguments = (value.flatten() if isinstance(value, Tensor) else value for value in sweep_arguments(inputs))
+    *per_token, grad_hidden, grad_weight, grad_bias = fused_linear_policy_loss_forward(
+        *_flat(head, token_ids), *arguments, *needs, backend
+    )
+    output = assemble_output(*(values.view(token_ids.shape) for values in per_token), inputs)
+    return output, (grad_hidden.view(head.hidden.shape) if needs[0] else None, grad_weight, grad_bias)
+
+
+def _two_phases(head: Head, token_ids, inputs: PolicyLossInputs, needs, backend):
+    arguments = _flat(head, token_ids)
+    log_probs, entropy, shift, log_sum = linear_stats(*arguments, True, head.shard, backend)
+    output = loss_of_log_probs(log_probs.view(token_ids.shape), entropy.view(token_ids.shape), inputs)
+    if not any(needs):
+        return output, (None, None, None)
+    entropy_coef = inputs.config.entropy_coef
+    entropy_grad = (-entropy_coef * inputs.weights).flatten() if entropy_coef else None
+    grad_hidden, *others = linear_gradients(
+        *arguments, shift, log_sum, entropy, output.token_grad.flatten(), entropy_grad, needs, head.shard, backend
+    )
+    return output, (grad_hidden.view(head.hidden.shape) if needs[0] else None, *others)
+
+
+def _kernels(backend: str):
+    return importlib.import_module({"cpu": ".cpu"}[backend], __package__)
+
+
+def _forward(*arguments):
+    *arguments, needs_hidden, needs_weight, needs_bias, backend = arguments
+    return _kernels(backend).forward_backward(*arguments, needs=(needs_hidden, needs_weight, needs_bias))
+
+
+def _forward_fake(hidden, weight, bias, token_ids, *arguments):
+    per_token = (hidden.new_empty(token_ids.shape, dtype=torch.float32) for _ in range(4))
+    return *per_token, *gradients_fake(hidden, weight, *arguments[-4:-1])
+
+
+fused_linear_policy_loss_forward = register(
+    f"fused_linear_policy_loss({HEAD_ARGUMENTS}, {SWEEP_ARGUMENTS}, {NEEDS_ARGUMENTS}, str backend)"
+    f" -> ({SWEEP_RESULTS}, {GRADIENT_RESULTS})",
+    _forward,
+    _forward_fake,
+)

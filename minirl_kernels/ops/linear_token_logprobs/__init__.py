@@ -1,0 +1,3 @@
+from .op import linear_token_logprobs
+
+__all__ = ["linear_token_logprobs"]

@@ -1,0 +1,78 @@
+"""Two gloo processes with half of the vocabulary each, against one with all of it. Run by the tests of the losses."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from linear_head import random_head
+
+from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss, linear_token_logprobs
+
+RANKS = 2
+
+
+def run(call: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_check_rank, (call, Path(folder) / "store"), nprocs=RANKS)
+
+
+def _check_rank(rank: int, call: str, store: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    hidden, weight, token_ids, bias = random_head(12, 9, 34, with_bias=True)
+    token_ids[5] = -100
+    part = slice(17 * rank, 17 * (rank + 1))
+    for case in CASES[call]:
+        whole = case(hidden, weight, bias, token_ids, None)
+        ours = case(hidden, weight[part], bias[part], token_ids, dist.group.WORLD)
+        *values, grad_weight, grad_bias = whole
+        for actual, expected in zip(ours, (*values, grad_weight[part], grad_bias[part]), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
+    dist.destroy_process_group()
+
+
+def _log_probs(options):
+    def case(hidden, weight, bias, token_ids, group):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        outs = linear_token_logprobs(
+            *leaves[:2], token_ids, bias=leaves[2], process_group=group, with_entropy=True, **options
+        )
+        steps = torch.arange(len(token_ids)).float()
+        grads = torch.autograd.grad(outs, leaves, (steps - 5, 1 - steps % 3))
+        return *(out.detach() for out in outs), *grads
+
+    return case
+
+
+def _policy_loss(config):
+    def case(hidden, weight, bias, token_ids, group):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        gen = torch.Generator().manual_seed(1)
+        old, mu = (-4 + 0.3 * torch.randn(12, generator=gen) for _ in range(2))
+        out = fused_linear_policy_loss(
+            *leaves[:2],
+            token_ids,
+            old_log_probs=old,
+            rollout_log_probs=mu,
+            advantages=torch.tensor([1.0, -0.5, 0.0]),
+            loss_mask=None,
+            cu_seqlens=torch.tensor([0, 4, 9, 12], dtype=torch.int32),
+            config=config,
+            bias=leaves[2],
+            process_group=group,
+        )
+        return out.loss.detach(), out.log_probs, out.entropy, out.token_grad, *torch.autograd.grad(out.loss, leaves)
+
+    return case
+
+
+CASES = {
+    "linear_token_logprobs": [_log_probs({}), _log_probs({"temperature": 0.7, "logit_softcap": 3.0})],
+    "fused_linear_policy_loss": [
+        _policy_loss(PolicyLossConfig(entropy_coef=0.1)),
+        _policy_loss(PolicyLossConfig.gspo()),
+    ],
+}
