@@ -16,7 +16,7 @@ from harness import TOLERANCE, check_agreement, measure
 from minirl_kernels.env import environment
 
 RECORDS = pytest.StashKey[dict]()
-PEER_PACKAGES = ("trl", "liger-kernel")
+PEER_PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy")
 # launch costs would be most of a GPU's time on what a CPU does in a second
 DEFAULT_SCALE = {"cpu": 1.0, "cuda": 4.0}
 

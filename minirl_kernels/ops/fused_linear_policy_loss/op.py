@@ -76,7 +76,6 @@ def fused_linear_policy_loss(
     """
     head = prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group)
     backend = resolve(backend, hidden.device, op="fused_linear_policy_loss", supported=_BACKENDS)
-    token_ids = head.check_contents(token_ids, check, backend)
     inputs = prepare_inputs(
         token_ids.shape,
         hidden.device,
@@ -94,6 +93,7 @@ def fused_linear_policy_loss(
         config=config,
     )
     token_ids = token_ids.masked_fill(~inputs.mask, IGNORE_INDEX).contiguous()
+    token_ids = head.check_contents(token_ids, check, backend)
     if backend == "reference":
         stats = token_logprobs(
             head.logits(), token_ids, temperature=head.temperature, with_entropy=True, backend=backend
