@@ -184,6 +184,9 @@ template <class Word, int kRows>
 static void multiply_panels(const uint32_t* a, const uint32_t* b, int64_t words, float* out, int64_t out_stride,
                             int64_t columns, bool add) {
   NativeFloat sum[kRows][2] = {};
+  // what is added to comes from memory while the chunk is summed
+  for (int i = 0; i < kRows; ++i)
+    for (int64_t j = 0; j < kPanelColumns; j += 16) __builtin_prefetch(out + i * out_stride + j, 1);
   for (int64_t k = 0; k < words; ++k) {
     const NativeFloat left = *(const UnalignedFloat*)(b + k * kPanelColumns);
     const NativeFloat right = *(const UnalignedFloat*)(b + k * kPanelColumns + kNative);
