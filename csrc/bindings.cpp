@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -125,7 +126,7 @@ void softcap(Address logits, int64_t rows, int64_t vocab_size, int64_t stride, f
   minirl::parallel_rows(rows, vocab_size, MINIRL_PICK(minirl::softcap, minirl::SoftcapLogits), args);
 }
 
-// out (+)= a b; the blocks are made small enough that there is one for every thread.
+// out (+)= a b. Few blocks are made one for every thread along the longer side, so that little is packed twice.
 void matmul(Address a, int64_t a_row_stride, int64_t a_column_stride, Address b, int64_t b_row_stride,
             int64_t b_column_stride, const std::string& dtype, Address out, int64_t out_stride, int64_t rows,
             int64_t columns, int64_t depth, bool accumulate, int64_t threads) {
@@ -138,10 +139,14 @@ void matmul(Address a, int64_t a_row_stride, int64_t a_column_stride, Address b,
                          columns,
                          depth,
                          accumulate,
-                         1008};
-  while (args.block_rows > 126 && minirl::matmul_blocks(args) < threads) args.block_rows /= 2;
+                         minirl::kBlockRows,
+                         minirl::kBlockColumns};
+  if (minirl::matmul_blocks(args) < 4 * threads) {
+    int64_t& block = rows < columns ? args.block_columns : args.block_rows;
+    block = std::min(block, minirl::pieces(std::max(rows, columns), threads));
+  }
   py::gil_scoped_release no_gil;
-  minirl::parallel_rows(minirl::matmul_blocks(args), minirl::kMinElementsPerThread,
+  minirl::parallel_rows(minirl::matmul_blocks(args), args.block_rows * args.block_columns,
                         MINIRL_PICK(minirl::matmul, minirl::Matmul), args);
 }
 

@@ -7,6 +7,8 @@ import importlib
 import torch
 from torch import Tensor
 
+from .memory import empty_gradient
+
 
 def attach_gradient(loss: Tensor, tensor: Tensor, grad: Tensor) -> Tensor:
     """`loss` with d loss / d tensor = grad, added to what gradient it already carries."""
@@ -58,7 +60,11 @@ class _HandOverGradients(torch.autograd.Function):
             ctx.grads = None
             for grad in grads:
                 _scale_in_place(grad, grad_output)
-        return grad_output, None, *(grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), *none
+        return grad_output, None, *(_rounded(grad, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), *none
+
+
+def _rounded(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad if grad.dtype == dtype else empty_gradient(grad, dtype).copy_(grad)
 
 
 def _scale_in_place(grad: Tensor, factor: Tensor) -> None:

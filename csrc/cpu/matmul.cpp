@@ -10,16 +10,16 @@ MINIRL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
 MINIRL_INLINE void multiply_blocks(const Matmul& args, int64_t begin, int64_t end) {
-  const int64_t across = pieces(args.columns, kBlockColumns);
+  const int64_t across = pieces(args.columns, args.block_columns);
   uint32_t* scratch =
-      (uint32_t*)aligned_alloc(64, (scratch_words<T>(least(args.columns, kBlockColumns)) + 15) / 16 * 64);
+      (uint32_t*)aligned_alloc(64, (scratch_words<T>(least(args.columns, args.block_columns)) + 15) / 16 * 64);
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t m = index / across * args.block_rows, n = index % across * kBlockColumns;
+    const int64_t m = index / across * args.block_rows, n = index % across * args.block_columns;
     const int64_t rows = args.rows - m, columns = args.columns - n;
     multiply_block<T>({(const T*)args.a.data + m * args.a.row_stride, (const T*)args.b.data + n * args.b.column_stride,
                        args.a.row_stride, args.a.column_stride, args.b.row_stride, args.b.column_stride,
                        args.out + m * args.out_stride + n, args.out_stride, least(rows, args.block_rows),
-                       least(columns, kBlockColumns), args.depth, rows, columns, args.accumulate},
+                       least(columns, args.block_columns), args.depth, rows, columns, args.accumulate},
                       scratch);
   }
   free(scratch);

@@ -17,14 +17,15 @@ struct Matmul {
   int64_t out_stride;  // from row to row
   int64_t rows, columns, depth;
   bool accumulate;
-  int64_t block_rows;  // a piece of work is block_rows by kBlockColumns of the output, whatever number of threads
+  int64_t block_rows, block_columns;  // of the output: a piece of work; no bit of the output depends on it
 };
 
-constexpr int64_t kBlockColumns = 512;
+// A chunk of a block's columns, packed, is half of a second-level cache; more rows than these would not pay.
+constexpr int64_t kBlockRows = 1008, kBlockColumns = 512;
 
 static inline int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
 static inline int64_t matmul_blocks(const Matmul& args) {
-  return pieces(args.rows, args.block_rows) * pieces(args.columns, kBlockColumns);
+  return pieces(args.rows, args.block_rows) * pieces(args.columns, args.block_columns);
 }
 
 // over the blocks of the output

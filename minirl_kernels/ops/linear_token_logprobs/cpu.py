@@ -17,14 +17,14 @@ from ...memory import empty
 from ...native_matmul import matmul_into
 from ..token_logprobs import cpu as token_logprobs
 
-# More rows to a tile read and pack the weight, and add to its gradient, less often. Up to here it pays, and a tile of
-# this many bytes is what the whole call costs in memory; heads so large that this is few rows get more.
-TILE_BYTES, MIN_ROWS, MAX_ROWS = 64 * 2**20, 256, 512
+# A tile of this many bytes is what the whole call costs in memory beside its results. Fewer rows than these read and
+# pack the weight, and add to its gradient, so often that it shows; large heads get a larger tile.
+TILE_BYTES, MIN_ROWS = 32 * 2**20, 256
 
 
 def rows_per_tile(num_rows: int, vocab_size: int) -> int:
     """Tiles of equal size; no result of a row depends on it."""
-    most = min(max(TILE_BYTES // (4 * vocab_size), MIN_ROWS), MAX_ROWS)
+    most = max(TILE_BYTES // (4 * vocab_size), MIN_ROWS)
     tiles = max(-(-num_rows // most), 1)
     return -(-num_rows // tiles)
 
