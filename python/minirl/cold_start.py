@@ -9,8 +9,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from minirl_kernels import token_logprobs
-
 from .batch import next_token_targets
 from .config import TrainConfig
 from .models import autocast
@@ -49,8 +47,8 @@ def supervised_loss(model: PreTrainedModel, input_ids: Tensor, is_answer: Tensor
     token_ids, loss_mask = next_token_targets(input_ids, is_answer)
     with autocast(model.device, dtype):
         # a causal model does not see its padding, which stands on the right
-        logits = model(input_ids, use_cache=False).logits
-    return -token_logprobs(logits, token_ids).sum() / loss_mask.sum()
+        log_probs = model(input_ids, use_cache=False, token_ids=token_ids).log_probs
+    return -log_probs.sum() / loss_mask.sum()
 
 
 def answered(problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from minirl_kernels.integrations.transformers import enable_log_probs
+
 from .config import ModelConfig, TrainConfig
 from .errors import MiniRLError
 from .seeds import derive_seed
@@ -24,13 +26,19 @@ from .tokenizer import character_tokenizer
 
 
 def make_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy, float32 and on the run's device, and its tokenizer. Raises MiniRLError."""
+    """The policy, float32 and on the run's device, and its tokenizer; it takes token_ids (`enable_log_probs`).
+
+    Raises MiniRLError.
+    """
     if config.model.path is not None:
         model, tokenizer = load_model(config.model.path)
     else:
         tokenizer = character_tokenizer(ArithmeticTask.characters)
         model = build_model(config.model, tokenizer, derive_seed(config.seed, "weights"))
-    return model.to(pick_device(config.device)), tokenizer
+    try:
+        return enable_log_probs(model.to(pick_device(config.device))), tokenizer
+    except (TypeError, ValueError) as error:
+        raise MiniRLError(f"this model cannot be trained: {error}") from None
 
 
 def load_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

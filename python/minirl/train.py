@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
-from minirl_kernels import PolicyLossMetrics, fused_policy_loss, group_advantages, token_logprobs
+from minirl_kernels import PolicyLossMetrics, group_advantages
 
 from .batch import Batch
 from .config import TrainConfig
@@ -100,9 +101,7 @@ class Trainer:
         parts = []
         for minibatch in batch.split(self.config.minibatch_size):
             for micro in minibatch.micro_batches(self.config.micro_batch_size, model.device):
-                log_probs = token_logprobs(
-                    self._logits(model, micro), micro.token_ids, temperature=self.config.rollout.temperature
-                )
+                log_probs = self._forward(model, micro).log_probs
                 parts.append(pad(log_probs.cpu(), (0, batch.token_ids.shape[1] - log_probs.shape[1])))
         return torch.cat(parts)
 
@@ -115,20 +114,17 @@ class Trainer:
         }
         outputs = []
         for micro in minibatch.micro_batches(self.config.micro_batch_size, self.model.device):
-            output = fused_policy_loss(
-                self._logits(self.model, micro),
-                micro.token_ids,
-                old_log_probs=micro.old_log_probs,
-                rollout_log_probs=micro.rollout_log_probs,
-                ref_log_probs=micro.ref_log_probs,
-                advantages=micro.advantages,
-                loss_mask=micro.loss_mask,
-                group_ids=micro.group_ids,
-                config=self.config.policy_loss,
-                temperature=self.config.rollout.temperature,
-                overwrite_logits=True,
+            policy_loss = {
+                "old_log_probs": micro.old_log_probs,
+                "rollout_log_probs": micro.rollout_log_probs,
+                "ref_log_probs": micro.ref_log_probs,
+                "advantages": micro.advantages,
+                "loss_mask": micro.loss_mask,
+                "group_ids": micro.group_ids,
+                "config": self.config.policy_loss,
                 **counts,
-            )
+            }
+            output = self._forward(self.model, micro, policy_loss=policy_loss).policy_loss
             output.loss.backward()
             outputs.append(output)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm).item()
@@ -142,9 +138,17 @@ class Trainer:
             metrics=reduce(add, [output.metrics for output in outputs]),
         )
 
-    def _logits(self, model: PreTrainedModel, batch: Batch) -> Tensor:
+    def _forward(self, model: PreTrainedModel, batch: Batch, **policy_loss) -> ModelOutput:
+        """What the model says of the batch's tokens; logits are never made."""
         with autocast(model.device, self.config.dtype):
-            return model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+            return model(
+                batch.input_ids,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+                token_ids=batch.token_ids,
+                temperature=self.config.rollout.temperature,
+                **policy_loss,
+            )
 
 
 @contextmanager

@@ -88,6 +88,27 @@ def test_step(config, make_trainer):
     assert any(not torch.equal(before[name], value) for name, value in trainer.model.state_dict().items())
 
 
+def test_no_logits_but_those_to_sample_from(config, make_trainer):
+    trainer = make_trainer(config)
+    sizes = []
+    trainer.model.lm_head.register_forward_hook(lambda module, arguments, logits: sizes.append(logits.shape[:-1]))
+    batch, _ = trainer.collect(1)
+    assert {length for _, length in sizes} == {1}
+    sizes.clear()
+    trainer.update(next(trainer.with_old_log_probs(batch).split(config.minibatch_size)))
+    supervised_loss(trainer.model, batch.input_ids, batch.attention_mask, config.dtype)
+    assert len(sizes) > 2
+    assert {size.numel() for size in sizes} == {0}
+
+
+def test_a_head_that_is_not_linear_is_told(config, monkeypatch):
+    model, _ = make_model(config)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    monkeypatch.setattr("minirl.models.build_model", lambda *arguments: model)
+    with pytest.raises(MiniRLError, match="this model cannot be trained: the output embeddings of Qwen3MoeForCausalLM"):
+        make_model(config)
+
+
 def test_same_seed_same_metrics(config, make_trainer):
     first, again, other = (make_trainer(config, seed=seed) for seed in (0, 0, 1))
     steps = [[untimed(trainer.step(number)) for number in (1, 2)] for trainer in (first, again, other)]
