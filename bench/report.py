@@ -30,7 +30,17 @@ def render_full(records: list[dict]) -> str:
 
 
 def _summary(record):
-    cases = _headlines(record)
+    lines = [_headline_table(record, cases) for cases in _by_shape(_headlines(record))]
+    verdicts = [met(case, bar) for case in record["cases"] for bar in case["bars"]]
+    if verdicts:
+        lines.append(
+            f"{verdicts.count(True)} of the {len(verdicts)} bars that the project set itself for {record['op']} are "
+            "met; [bench/README.md](bench/README.md) has each of them.\n"
+        )
+    return "\n".join(lines)
+
+
+def _headline_table(record, cases):
     others = list(dict.fromkeys(entry["name"] for case in cases for entry in case["contenders"] if _is_other(entry)))
     rows = [
         [
@@ -47,25 +57,18 @@ def _summary(record):
         for entry in case["contenders"]
         if entry["kind"] == "ours"
     ]
-    verdicts = [met(case, bar) for case in record["cases"] for bar in case["bars"]]
-    lines = [
+    return (
         f"**{record['op']}**, {_shape(cases[0])}, on {_machine(record)}. The columns after memory say how many times "
-        "as long as our call each alternative takes.\n",
-        _table(["call", "", "dtype", "threads", "time", "GB/s", "memory", *others], rows),
-    ]
-    if verdicts:
-        lines.append(
-            f"{verdicts.count(True)} of the {len(verdicts)} bars that the project set itself for {record['op']} are "
-            "met; [bench/README.md](bench/README.md) has each of them.\n"
-        )
-    return "\n".join(lines)
+        "as long as our call each alternative takes.\n\n"
+        + _table(["call", "", "dtype", "threads", "time", "GB/s", "memory", *others], rows)
+    )
 
 
 def _full(record):
     lines = [f"### {record['op']} on {_machine(record)}\n", _surroundings(record)]
-    bars = [(case, bar) for case in record["cases"] for bar in case["bars"]]
-    if bars:
-        lines += [f"#### Bars of {record['op']}, {_shape(bars[0][0])}\n", _bars(bars)]
+    for cases in _by_shape([case for case in record["cases"] if case["bars"]]):
+        bars = [(case, bar) for case in cases for bar in case["bars"]]
+        lines += [f"#### Bars of {record['op']}, {_shape(cases[0])}\n", _bars(bars)]
     for case in record["cases"]:
         lines += [f"#### {case['what']}, {case['dtype']}, {_shape(case)}, {_threads(case, unit=True)}\n", _case(case)]
     return "\n".join(lines)
@@ -158,6 +161,14 @@ def _headlines(record):
     return sorted(cases, key=lambda case: (case["what"], case["dtype"], case["threads"] or 0))
 
 
+def _by_shape(cases):
+    """Lists of cases of one shape each, in the order of their first ones."""
+    groups = {}
+    for case in cases:
+        groups.setdefault(_shape(case), []).append(case)
+    return groups.values()
+
+
 def _is_other(entry):
     return entry["kind"] != "ours" and not entry["missing"]
 
@@ -187,7 +198,7 @@ def _surroundings(record):
 
 
 def _shape(case):
-    letters = {"tokens": "T", "vocab_size": "V"}
+    letters = {"tokens": "T", "hidden_size": "H", "vocab_size": "V"}
     return ", ".join(f"{letters.get(name, name)} = {size:,}" for name, size in case["shape"].items())
 
 

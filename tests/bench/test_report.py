@@ -84,6 +84,15 @@ def test_readme_leaves_a_gap_where_a_case_lacks_a_peer(record, case):
     assert row(text, "`ours` | forward + backward | float32")[-2:] == ["", "0.4 ×"]
 
 
+def test_every_shape_has_its_own_table(record, case):
+    record["cases"].append({**case, "shape": {"tokens": 64, "hidden_size": 8, "vocab_size": 100}})
+    for text in (report.render_readme([record]), report.render_full([record])):
+        first, second = text.index("T = 512, V = 151,936"), text.index("T = 64, H = 8, V = 100")
+        assert "16.0" in text[first:second]
+        assert "16.0" in text[second:]
+    assert report.render_readme([record]).count("4 of the 8 bars") == 1
+
+
 def test_readme_leaves_other_cases_to_the_full_report(record):
     record["cases"][0]["headline"] = False
     assert report.render_readme([record]) == ""
