@@ -4,6 +4,7 @@ import copy
 import inspect
 
 import pytest
+import sharded_model
 import torch
 from linear_head import assert_matrices_as_exact
 from torch import nn
@@ -223,6 +224,11 @@ def test_twice_is_once_and_randomness_is_left_alone(ids):
     assert enable_log_probs(enable_log_probs(model)) is model
     assert torch.equal(torch.get_rng_state(), before)
     assert model(input_ids, token_ids=token_ids).log_probs.shape == token_ids.shape
+
+
+@pytest.mark.usefixtures("cpu")
+def test_fsdp(tmp_path):
+    sharded_model.run(tmp_path)
 
 
 def test_peft(ids):
