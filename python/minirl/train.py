@@ -138,8 +138,8 @@ class Trainer:
             metrics=reduce(add, [output.metrics for output in outputs]),
         )
 
-    def _forward(self, model: PreTrainedModel, batch: Batch, **policy_loss) -> ModelOutput:
-        """What the model says of the batch's tokens; logits are never made."""
+    def _forward(self, model: PreTrainedModel, batch: Batch, policy_loss: dict | None = None) -> ModelOutput:
+        """Log-probabilities of the batch's tokens, and their loss if told what it is made of; no logits."""
         with autocast(model.device, self.config.dtype):
             return model(
                 batch.input_ids,
@@ -147,7 +147,7 @@ class Trainer:
                 use_cache=False,
                 token_ids=batch.token_ids,
                 temperature=self.config.rollout.temperature,
-                **policy_loss,
+                policy_loss=policy_loss,
             )
 
 
