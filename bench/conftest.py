@@ -25,7 +25,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("bench")
     group.addoption("--scale", type=float, help="multiply every case's tokens by this (default: 1; 4 on a GPU)")
     group.addoption(
-        "--seconds", type=float, default=10, help="length of a case's timed rounds, at least 5 (default: 10)"
+        "--seconds", type=float, default=10, help="length of a case's timed rounds, at least 3 (default: 10)"
     )
     group.addoption("--machine", help="what to call this machine (default: the model of its GPU or processor)")
     group.addoption("--results", type=Path, default=report.RESULTS, help="folder for the JSON (default: %(default)s)")

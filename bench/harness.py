@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
+# Contenders that take many seconds average the machine's noise themselves: fewer rounds do, from this long a round on.
+LONG_ROUND, LONG_ROUNDS = 60.0, 3
 # A wrong call is off by far more, and eager bfloat16 paths round log-probabilities of about 10 nats to 8 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
@@ -65,7 +67,8 @@ def measure(benchmark, contenders: list[Contender], restore: Callable[[], None],
         restore()
         peaks[contender.name] = peak_memory(contender.run, device)
     one_round = time.perf_counter() - start
-    rounds = min(max(int(seconds / one_round), MIN_ROUNDS), MAX_ROUNDS)
+    least = LONG_ROUNDS if one_round > LONG_ROUND else MIN_ROUNDS
+    rounds = min(max(int(seconds / one_round), least), MAX_ROUNDS)
     times = _take_turns(benchmark, present, restore, device, rounds)
     return [
         {
