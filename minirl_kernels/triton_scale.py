@@ -32,7 +32,8 @@ def scale_kernel(tensor, factor, L, V, stride_b, stride_l, LANES: tl.constexpr, 
 
 
 def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
-    """tensor *= factor. tensor [B, L, V] or [T, V] by its outer strides; factor: one float on the same device."""
+    """tensor *= factor. tensor [B, L, V] or [T, V] by its outer strides, or [V]; factor: one float on its device."""
+    tensor = torch.atleast_2d(tensor)
     length, *strides = row_strides(tensor)
     launch(
         scale_kernel,

@@ -18,6 +18,7 @@ from torch import Tensor
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 IGNORE_INDEX = tl.constexpr(-100)
+ELSEWHERE = tl.constexpr(-1)  # the id counts, and is in another shard of the vocabulary
 # the maximum of nothing: finite, so that a row that begins with -inf subtracts no infinities
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # 2**-160 is 0 in float32, and 0 * -160 is 0 where 0 * -inf would be NaN
@@ -79,6 +80,49 @@ def round_to(b_x, dtype: tl.constexpr):
 
 
 @triton.jit
+def tanh(b_x):
+    """By an odd polynomial of least squares below 0.64 (relative error 6e-9), by 1 - 2 / (e^2|x| + 1) above."""
+    b_z = b_x * b_x
+    b_p = b_z * -5.59025e-3 + 2.053771e-2
+    b_p = b_z * b_p - 5.37091e-2
+    b_p = b_z * b_p + 0.13331081
+    b_p = b_z * b_p - 0.33333269
+    b_e = tl.exp2(exponent(tl.abs(b_x), -2 * LOG2E))
+    b_large = (1 - b_e) / (1 + b_e)
+    return tl.where(tl.abs(b_x) < 0.64, b_x + b_x * b_z * b_p, tl.where(b_x < 0, -b_large, b_large))
+
+
+@triton.jit
+def logits_of(b_x, i_tile, V, bias, softcap, LANES: tl.constexpr, VEC: tl.constexpr):
+    """A tile of logits in float32 from what was loaded: u = b_x + bias, and softcap * tanh(u / softcap); either may
+    be None, which costs nothing. -inf beyond V."""
+    b_x = b_x.to(tl.float32)
+    start = i_tile * (LANES * VEC)
+    o_v = tile_offsets(LANES, VEC)
+    if bias is not None:
+        b_x += tl.load(bias + start + o_v, mask=o_v < V - start, other=0.0)
+    if softcap is not None:
+        b_x = tl.where(o_v < V - start, capped(b_x, softcap), -float("inf"))
+    return b_x
+
+
+@triton.jit
+def logit_of_id(p_row, b_id, bias, softcap):
+    """The same for the logit of one token."""
+    logit = tl.load(p_row + b_id).to(tl.float32)
+    if bias is not None:
+        logit += tl.load(bias + b_id)
+    if softcap is not None:
+        logit = capped(logit, softcap)
+    return logit
+
+
+@triton.jit
+def capped(b_x, softcap):
+    return softcap * tanh(b_x * (1.0 / softcap))
+
+
+@triton.jit
 def exponent(b_x, c):
     """b_x * c for exp2, never below LOWEST_EXPONENT; NaN stays NaN."""
     return tl.maximum(b_x * c, LOWEST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
@@ -88,9 +132,9 @@ def exponent(b_x, c):
 def softmax_step(b_x, b_shift, b_sum, b_weighted, c):
     """One more tile in each lane's softmax: the largest logit, sum of 2**y, sum of 2**y * y; y = (x - shift) * c.
 
-    b_x [LANES, VEC]; b_shift, b_sum, b_weighted [LANES]. Online softmax of Milakov and Gimelshein (arXiv 1805.02867).
+    b_x [LANES, VEC] float32; b_shift, b_sum, b_weighted [LANES]. Online softmax of Milakov and Gimelshein (arXiv
+    1805.02867).
     """
-    b_x = b_x.to(tl.float32)
     b_max = tl.maximum(b_shift, tl.max(b_x, 1))
     b_y = exponent(b_x - b_max[:, None], c)
     b_e = tl.exp2(b_y)
@@ -110,8 +154,10 @@ def softmax_merge(b_shift, b_sum, b_weighted, c):
 
 
 @triton.jit
-def softmax_of_row(p_row, V, temperature, LANES: tl.constexpr, VEC: tl.constexpr, ONE_TILE: tl.constexpr):
-    """(shift, log_sum, entropy, first tile): log p_j = (x_j - shift) / temperature - log_sum.
+def softmax_of_row(
+    p_row, V, bias, softcap, temperature, LANES: tl.constexpr, VEC: tl.constexpr, ONE_TILE: tl.constexpr
+):
+    """(shift, log_sum, entropy, first tile as it is stored): log p_j = (x_j - shift) / temperature - log_sum.
 
     The row is read once, a tile ahead, from its end: so the tile that is left on chip for a second reading is full.
     """
@@ -124,9 +170,11 @@ def softmax_of_row(p_row, V, temperature, LANES: tl.constexpr, VEC: tl.constexpr
     if not ONE_TILE:
         for i in range(i_last):
             b_next = load_tile(p_row, i_last - 1 - i, V, LANES, VEC)
-            b_shift, b_sum, b_weighted = softmax_step(b_x, b_shift, b_sum, b_weighted, c)
+            b_logits = logits_of(b_x, i_last - i, V, bias, softcap, LANES, VEC)
+            b_shift, b_sum, b_weighted = softmax_step(b_logits, b_shift, b_sum, b_weighted, c)
             b_x = b_next
-    b_shift, b_sum, b_weighted = softmax_step(b_x, b_shift, b_sum, b_weighted, c)
+    b_logits = logits_of(b_x, 0, V, bias, softcap, LANES, VEC)
+    b_shift, b_sum, b_weighted = softmax_step(b_logits, b_shift, b_sum, b_weighted, c)
     shift, row_sum, weighted = softmax_merge(b_shift, b_sum, b_weighted, c)
     log_sum = tl.log(row_sum)
     return shift, log_sum, log_sum - LN2 * (weighted / row_sum), b_x
@@ -145,10 +193,59 @@ def gradient_factors(log_prob_grad, entropy_grad, log_sum, entropy, temperature)
 
 
 @triton.jit
-def gradient_tile(b_x, i_tile, b_id, shift, c, k0, k1, at_id, LANES: tl.constexpr, VEC: tl.constexpr):
-    b_y = exponent(b_x.to(tl.float32) - shift, c)
+def gradient_tile(b_x, i_tile, V, bias, softcap, b_id, shift, c, k0, k1, at_id, LANES: tl.constexpr, VEC: tl.constexpr):
+    """By what was loaded, where logits_of makes the logits of it. No token is at an id below 0."""
+    b_x = logits_of(b_x, i_tile, V, bias, softcap, LANES, VEC)
+    b_y = exponent(b_x - shift, c)
     is_id = tile_offsets(LANES, VEC) == (b_id - i_tile * (LANES * VEC)).to(tl.int32)
-    return tl.exp2(b_y) * (k0 + k1 * b_y) + tl.where(is_id, at_id, 0.0)
+    b_grad = tl.exp2(b_y) * (k0 + k1 * b_y) + tl.where(is_id, at_id, 0.0)
+    if softcap is not None:
+        b_part = b_x * (1.0 / softcap)
+        b_grad *= 1 - b_part * b_part
+    return b_grad
+
+
+@triton.jit
+def store_gradient_row(
+    b_x,
+    p_row,
+    p_out,
+    V,
+    bias,
+    softcap,
+    b_id,
+    shift,
+    c,
+    k0,
+    k1,
+    at_id,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):
+    """gradient_tile over a row whose first tile is b_x, a tile ahead. p_out may be p_row; then the rest of the row is
+    still to be read.
+
+    A gradient narrower than the logits has its tile i over the first half of their tiles up to i, which upward have
+    been read; the barrier is for the warps that have not come so far, and keeps them less than a tile apart.
+    """
+    i_last = tl.cdiv(V, LANES * VEC) - 1
+    if not ONE_TILE:
+        for i_tile in range(i_last):
+            b_next = load_tile(p_row, i_tile + 1, V, LANES, VEC, EVICT="evict_first")
+            b_out = gradient_tile(b_x, i_tile, V, bias, softcap, b_id, shift, c, k0, k1, at_id, LANES, VEC)
+            barrier_if_narrower(p_out, p_row)
+            store_tile(p_out, b_out, i_tile, V, LANES, VEC, EVICT="evict_first")
+            b_x = b_next
+    b_last = gradient_tile(b_x, i_last, V, bias, softcap, b_id, shift, c, k0, k1, at_id, LANES, VEC)
+    barrier_if_narrower(p_out, p_row)
+    store_tile(p_out, b_last, i_last, V, LANES, VEC, EVICT="evict_first")
+
+
+@triton.jit
+def barrier_if_narrower(p_out, p_row):
+    if p_out.dtype.element_ty != p_row.dtype.element_ty:
+        tl.debug_barrier()
 
 
 @dataclass(frozen=True)
@@ -172,7 +269,10 @@ class LaunchConfig:
 
 
 def make_config(vocab_size: int, dtype: torch.dtype, *, threads: int, per_thread: int) -> LaunchConfig:
-    """A tile of `per_thread` logits for each of `threads` threads; for a short row fewer, down to AMD's warp."""
+    """A tile of `per_thread` logits for each of `threads` threads; for a short row fewer, down to AMD's warp.
+
+    dtype: the narrowest of what is loaded and stored.
+    """
     wanted = triton.next_power_of_2(vocab_size) // per_thread
     threads = min(max(wanted, 64), threads)
     vec = 16 // dtype.itemsize

@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import triton_scale
 from ..checks import IGNORE_INDEX
 from ..ops.fused_policy_loss import triton_kernel as fused_policy_loss
+from ..ops.linear_token_logprobs.tiles import gradient_in_place
 from ..ops.token_logprobs import triton_kernel as token_logprobs
 from ..triton_tiles import LaunchConfig
 
@@ -26,6 +27,7 @@ class Rows:
     token_ids: Tensor
     temperature: Tensor
     values: Tensor  # log-probabilities, advantages, weights, gradients: what is in them does not matter here
+    bias: Tensor  # [V]
 
     @classmethod
     def make(cls, vocab_size: int, dtype: torch.dtype, *, padding: int = 0, traps: bool = False) -> Rows:
@@ -37,7 +39,8 @@ class Rows:
         values = torch.rand(4, generator=random) - 1.5
         if traps:
             values[0], token_ids[1], token_ids[2] = 0, IGNORE_INDEX, vocab_size
-        return cls(buffer[:, :vocab_size], token_ids, torch.full((4,), 0.7), values)
+        bias = torch.randn(vocab_size, generator=random)
+        return cls(buffer[:, :vocab_size], token_ids, torch.full((4,), 0.7), values, bias)
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Kernel:
     """call(rows) launches it once and returns every tensor it writes; config(V, dtype) is its launch configuration.
 
     reads(config, V): how many times it may read the logits. streams_out: whether it writes a tensor of their size.
+    out_dtype: of that tensor, where it is not the logits'.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Kernel:
     config: Callable[[int, torch.dtype], LaunchConfig]
     reads: Callable[[LaunchConfig, int], float]
     streams_out: bool = True
+    out_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ class Case:
     @property
     def is_aligned(self) -> bool:
         """Whether every row begins and ends at a multiple of 128 bits."""
-        return all(n * self.dtype.itemsize % 16 == 0 for n in (self.vocab_size, self.padding))
+        narrowest = self.kernel.out_dtype or self.dtype
+        return all(n * narrowest.itemsize % 16 == 0 for n in (self.vocab_size, self.padding))
 
     def __str__(self) -> str:
         apart = f", {self.padding} between rows" if self.padding else ""
@@ -86,15 +92,24 @@ def _twice_less_a_tile(config: LaunchConfig, vocab_size: int) -> float:
     return 2 - min(config.tile / vocab_size, 1)
 
 
-def _token_logprobs_forward(rows: Rows, *, with_entropy: bool = True) -> tuple[Tensor, ...]:
-    return token_logprobs.forward(rows.logits, rows.token_ids, rows.temperature, with_entropy)
+def _with_bias(reads: Callable[[LaunchConfig, int], float], sweeps: int) -> Callable[[LaunchConfig, int], float]:
+    """A bias is as long as a row, and read whole in each sweep over the row."""
+    return lambda config, vocab_size: reads(config, vocab_size) + sweeps
+
+
+def _token_logprobs_forward(rows: Rows, *, with_entropy: bool = True, **head) -> tuple[Tensor, ...]:
+    return token_logprobs.forward(rows.logits, rows.token_ids, rows.temperature, with_entropy, **head)
 
 
 def _token_logprobs_backward(rows: Rows, *, with_entropy: bool = True) -> tuple[Tensor, ...]:
     out = torch.empty_like(rows.logits, memory_format=torch.contiguous_format)
+    return _token_logprobs_backward_into(rows, out, with_entropy=with_entropy)
+
+
+def _token_logprobs_backward_into(rows: Rows, out: Tensor, *, with_entropy: bool = True, **head) -> tuple[Tensor]:
     shift = rows.logits.float().amax(-1)
     per_token = (shift, rows.values, rows.values, rows.values, rows.values if with_entropy else None)
-    token_logprobs.backward(rows.logits, rows.token_ids, rows.temperature, *per_token, out)
+    token_logprobs.backward(rows.logits, rows.token_ids, rows.temperature, *per_token, out, **head)
     return (out,)
 
 
@@ -141,6 +156,40 @@ KERNELS = (
 FUSED_IN_PLACE = replace(KERNELS[2], name="fused_policy_loss in place", call=_fused_policy_loss_in_place)
 
 
+def _narrower(dtype: torch.dtype, *, softcap: float | None = None, with_bias: bool = False) -> Iterator[Kernel]:
+    """On tiles of a linear head: a 16-bit gradient over float32 logits, and what may come between the two."""
+
+    def head(rows):
+        return {"softcap": softcap, "bias": rows.bias if with_bias else None}
+
+    between = "".join([", softcap" if softcap else "", ", bias" if with_bias else ""])
+    kernels = (
+        (KERNELS[1], 1, lambda rows, out: _token_logprobs_backward_into(rows, out, **head(rows))),
+        (KERNELS[2], 2, lambda rows, out: _fused_policy_loss(rows, out, **head(rows))),
+    )
+    for kernel, sweeps, call in kernels:
+        yield replace(
+            kernel,
+            name=f"{kernel.name}, {str(dtype).removeprefix('torch.')} in place{between}",
+            call=lambda rows, call=call: call(rows, gradient_in_place(rows.logits, dtype)),
+            config=partial(kernel.config, out_dtype=dtype),
+            reads=_with_bias(kernel.reads, sweeps) if with_bias else kernel.reads,
+            out_dtype=dtype,
+        )
+
+
+NARROWER = tuple(_narrower(torch.bfloat16))
+HEADS = (
+    replace(
+        KERNELS[0],
+        name=f"{KERNELS[0].name}, softcap, bias",
+        call=lambda rows: _token_logprobs_forward(rows, softcap=3.0, bias=rows.bias),
+        reads=_with_bias(_once, 1),
+    ),
+    *_narrower(torch.bfloat16, softcap=3.0, with_bias=True),
+)
+
+
 def _other_branches() -> Iterator[Kernel]:
     """The kernels again with other options, until every branch that a compiler would see has been in one of them."""
     for kernel in KERNELS[:2]:
@@ -166,6 +215,10 @@ def interpreter_cases() -> Iterator[Case]:
         yield Case(kernel, 777, torch.bfloat16, padding=15)
         yield Case(kernel, 20_011, torch.float32)
         yield Case(kernel, 40_000, torch.bfloat16, padding=8)
+    for kernel in (*NARROWER, *HEADS):
+        yield Case(kernel, 777, torch.float32, padding=15)
+        yield Case(kernel, 20_011, torch.float32)
+        yield Case(kernel, 40_000, torch.float32, padding=8)
 
 
 def compile_cases() -> Iterator[Case]:
@@ -173,20 +226,30 @@ def compile_cases() -> Iterator[Case]:
     below, whose rows allow no 128-bit access; rows of many tiles at a real vocabulary, 151,936 or the odd 50,257. Then
     every other branch of the kernels, once."""
     powers = [2**n for n in range(9, 16)]
+    odd = [power - 1 for power in powers]
     for kernel in KERNELS:
-        for dtype, one_tile, many_tiles in (
-            (torch.bfloat16, powers, QWEN3_VOCAB),
-            (torch.float32, powers, QWEN3_VOCAB),
-            (torch.bfloat16, [power - 1 for power in powers], GPT2_VOCAB),
-            (torch.float32, [], GPT2_VOCAB),
-            (torch.float16, [], QWEN3_VOCAB),
-        ):
-            seen = set()
-            for vocab_size in one_tile:
-                config = kernel.config(vocab_size, dtype)
-                if vocab_size <= config.tile and config not in seen:
-                    seen.add(config)
-                    yield Case(kernel, vocab_size, dtype)
-            yield Case(kernel, many_tiles, dtype)
+        yield from _launch_configurations(kernel, torch.bfloat16, powers, QWEN3_VOCAB)
+        yield from _launch_configurations(kernel, torch.float32, powers, QWEN3_VOCAB)
+        yield from _launch_configurations(kernel, torch.bfloat16, odd, GPT2_VOCAB)
+        yield from _launch_configurations(kernel, torch.float32, [], GPT2_VOCAB)
+        yield from _launch_configurations(kernel, torch.float16, [], QWEN3_VOCAB)
+    for kernel in NARROWER:
+        yield from _launch_configurations(kernel, torch.float32, powers, QWEN3_VOCAB)
+        yield from _launch_configurations(kernel, torch.float32, odd, GPT2_VOCAB)
+    for kernel in HEADS:
+        yield from _launch_configurations(kernel, torch.float32, [], QWEN3_VOCAB)
+        yield from _launch_configurations(kernel, torch.float32, [], GPT2_VOCAB)
+    for kernel in _narrower(torch.float16):
+        yield Case(kernel, QWEN3_VOCAB, torch.float32)
     for kernel in _other_branches():
         yield Case(kernel, QWEN3_VOCAB, torch.bfloat16)
+
+
+def _launch_configurations(kernel: Kernel, dtype: torch.dtype, one_tile: list[int], many_tiles: int) -> Iterator[Case]:
+    seen = set()
+    for vocab_size in one_tile:
+        config = kernel.config(vocab_size, dtype)
+        if vocab_size <= config.tile and config not in seen:
+            seen.add(config)
+            yield Case(kernel, vocab_size, dtype)
+    yield Case(kernel, many_tiles, dtype)

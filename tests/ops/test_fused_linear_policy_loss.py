@@ -12,6 +12,7 @@ from linear_head import TINY_TEMPERATURE, assert_matrices_as_exact, cancelling_h
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss, fused_policy_loss
 from minirl_kernels.ops.fused_linear_policy_loss.op import fused_linear_policy_loss_forward
 from minirl_kernels.ops.linear_token_logprobs import cpu
+from minirl_kernels.ops.linear_token_logprobs.tiles import logit_tiles
 
 PRESETS = ("minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -118,7 +119,7 @@ def test_equal_to_fused_policy_loss_of_the_same_logits(preset, entropy_coef):
     head, batch = head_and_batch(20, 130)
     hidden, weight, token_ids, _ = head
     config = PolicyLossConfig.preset(preset, entropy_coef=entropy_coef)
-    x = torch.cat([tile.clone() for _, tile in cpu.logit_tiles(hidden, weight, None, 0.0)]).requires_grad_()
+    x = torch.cat([tile.clone() for _, tile in logit_tiles(cpu, hidden, weight, None, 0.0)]).requires_grad_()
     expected = fused_policy_loss(x, token_ids, config=config, **batch.arguments("packed"))
     (grad,) = torch.autograd.grad(expected.loss, x)
     out, (grad_hidden, grad_weight) = call(head, batch, "cpu", config=config)
@@ -346,7 +347,7 @@ PER_TOKEN = torch.zeros(2, 3)
         ({"logit_softcap": -3}, ValueError, "logit_softcap", "-3", "above 0"),
         ({"temperature": -1.0}, ValueError, "temperature", "-1.0", "above 0"),
         ({"num_responses": 0}, ValueError, "num_responses", "0", "above 0"),
-        ({"backend": "triton"}, ValueError, "backend", "'triton'", "auto, reference, cpu"),
+        ({"backend": "cuda"}, ValueError, "backend", "'cuda'", "auto, reference, cpu, triton"),
     ],
 )
 def test_bad_input(bad, error, named, was, must_be, backend):

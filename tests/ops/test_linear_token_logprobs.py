@@ -9,6 +9,7 @@ from linear_head import TINY_TEMPERATURE, assert_matrices_as_exact, cancelling_h
 from minirl_kernels import linear_token_logprobs, token_logprobs
 from minirl_kernels.ops.linear_token_logprobs import cpu
 from minirl_kernels.ops.linear_token_logprobs import op as linear_op
+from minirl_kernels.ops.linear_token_logprobs.tiles import logit_tiles
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = {
@@ -136,7 +137,7 @@ def test_bits_depend_on_the_token_alone(dtype, threads, monkeypatch):
 
 def test_equal_to_token_logprobs_of_the_same_logits():
     hidden, weight, token_ids, _ = random_head(20, 16, 500)
-    tiles = [tile.clone() for _, tile in cpu.logit_tiles(hidden, weight, None, 0.0)]
+    tiles = [tile.clone() for _, tile in logit_tiles(cpu, hidden, weight, None, 0.0)]
     expected = token_logprobs(torch.cat(tiles), token_ids, with_entropy=True)
     ours = linear_token_logprobs(hidden, weight, token_ids, with_entropy=True)
     assert all(map(torch.equal, ours, expected))
@@ -260,7 +261,7 @@ HIDDEN, WEIGHT, IDS = torch.zeros(2, 3, 5), torch.zeros(7, 5), torch.zeros(2, 3,
         ({"logit_scale": "2"}, TypeError, "logit_scale", "'2'", "a number"),
         ({"logit_softcap": -3}, ValueError, "logit_softcap", "-3", "above 0"),
         ({"logit_softcap": True}, TypeError, "logit_softcap", "True", "a number"),
-        ({"backend": "triton"}, ValueError, "backend", "'triton'", "auto, reference, cpu"),
+        ({"backend": "cuda"}, ValueError, "backend", "'cuda'", "auto, reference, cpu, triton"),
     ],
 )
 def test_bad_input(bad, error, named, was, must_be, backend):

@@ -31,8 +31,9 @@ from ..linear_token_logprobs.op import (
 from ..policy_loss.inputs import PolicyLossInputs, prepare_inputs
 from ..policy_loss.op import PolicyLossOutput, assemble_output, differentiable_loss, loss_of_log_probs
 from ..token_logprobs.op import token_logprobs
+from . import tiles
 
-_BACKENDS = ("reference", "cpu")
+_BACKENDS = ("reference", "cpu", "triton")
 
 
 def fused_linear_policy_loss(
@@ -147,12 +148,13 @@ def _two_phases(head: Head, token_ids, inputs: PolicyLossInputs, needs, backend)
 
 
 def _kernels(backend: str):
-    return importlib.import_module({"cpu": ".cpu"}[backend], __package__)
+    """The backend's module, imported when first called: Triton may be absent."""
+    return importlib.import_module({"cpu": ".cpu", "triton": ".gpu"}[backend], __package__)
 
 
 def _forward(*arguments):
     *arguments, needs_hidden, needs_weight, needs_bias, backend = arguments
-    return _kernels(backend).forward_backward(*arguments, needs=(needs_hidden, needs_weight, needs_bias))
+    return tiles.forward_backward(_kernels(backend), *arguments, needs=(needs_hidden, needs_weight, needs_bias))
 
 
 def _forward_fake(hidden, weight, bias, token_ids, *arguments):

@@ -18,15 +18,14 @@ from ...triton_tiles import (
     LaunchConfig,
     fill_row,
     gradient_factors,
-    gradient_tile,
     is_whole,
     launch,
-    load_tile,
+    logit_of_id,
     make_config,
     row_offset,
     row_strides,
     softmax_of_row,
-    store_tile,
+    store_gradient_row,
 )
 
 
@@ -113,6 +112,8 @@ def kl_penalty(log_prob, ref_log_prob, ESTIMATOR: tl.constexpr):
 @triton.jit(do_not_specialize=SIZES)
 def fused_policy_loss_kernel(
     logits,
+    bias,
+    softcap,
     token_ids,
     temperature,
     old_log_probs,
@@ -160,8 +161,8 @@ def fused_policy_loss_kernel(
     p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
     b_temperature = tl.load(temperature + i_t)
     # where the gradient overwrites it, the barriers of the row's sums stand between this and the first store
-    b_logit = tl.load(p_row + b_id).to(tl.float32)
-    b_shift, b_log_sum, b_entropy, b_x = softmax_of_row(p_row, V, b_temperature, LANES, VEC, ONE_TILE)
+    b_logit = logit_of_id(p_row, b_id, bias, softcap)
+    b_shift, b_log_sum, b_entropy, b_x = softmax_of_row(p_row, V, bias, softcap, b_temperature, LANES, VEC, ONE_TILE)
     b_log_prob = tl.div_rn(b_logit - b_shift, b_temperature) - b_log_sum
 
     b_old = b_log_prob
@@ -199,15 +200,7 @@ def fused_policy_loss_kernel(
         return
     c = LOG2E / b_temperature
     k0, k1, at_id = gradient_factors(b_c, b_e, b_log_sum, b_entropy, b_temperature)
-    i_last = tl.cdiv(V, LANES * VEC) - 1
-    if not ONE_TILE:
-        for i_tile in range(i_last):
-            b_next = load_tile(p_row, i_tile + 1, V, LANES, VEC, EVICT="evict_first")
-            b_out = gradient_tile(b_x, i_tile, b_id, b_shift, c, k0, k1, at_id, LANES, VEC)
-            store_tile(p_out, b_out, i_tile, V, LANES, VEC, EVICT="evict_first")
-            b_x = b_next
-    b_last = gradient_tile(b_x, i_last, b_id, b_shift, c, k0, k1, at_id, LANES, VEC)
-    store_tile(p_out, b_last, i_last, V, LANES, VEC, EVICT="evict_first")
+    store_gradient_row(b_x, p_row, p_out, V, bias, softcap, b_id, b_shift, c, k0, k1, at_id, LANES, VEC, ONE_TILE)
 
 
 def forward_backward(
@@ -228,17 +221,25 @@ def forward_backward(
     kl_estimator: str,
     entropy_coef: float,
     out: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log_probs, entropy, token_loss, token_grad); the gradient goes into `out`, which may be `logits` itself."""
+    """(log_probs, entropy, token_loss, token_grad); the gradient goes into `out`, which may be `logits` itself, or
+    16-bit memory that begins each row where that of float32 logits does.
+
+    It is by u = logits, and the loss is of softcap * tanh((u + bias) / softcap); bias [V] float32, either may be None.
+    """
     results = tuple(torch.empty_like(temperature) for _ in range(4))
     vocab_size = logits.shape[-1]
-    config = launch_config(vocab_size, logits.dtype)
+    config = launch_config(vocab_size, logits.dtype, out.dtype)
     length, *strides = row_strides(logits)
     _, *out_strides = row_strides(out)
     launch(
         fused_policy_loss_kernel,
         (token_ids.numel(),),
         logits,
+        bias,
+        softcap,
         token_ids,
         temperature,
         old_log_probs,
@@ -267,7 +268,7 @@ def forward_backward(
     return results
 
 
-def launch_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
+def launch_config(vocab_size: int, dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> LaunchConfig:
     """At most 1,024 threads, so that each has 64 registers, and no more logits to a thread than these hold.
 
     One tile: 16 to a thread; 32 if they are 16 bits wide, since packed they take half a register (not on AMD, where
@@ -277,9 +278,10 @@ def launch_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
     One program of 1,024 threads to a processor keeps the rows in flight few, so that the second reading of a long row
     can come from the second-level cache (132 rows of 304 KB are 40 MB).
     """
-    whole = is_whole(vocab_size, dtype)
+    narrowest = out_dtype or dtype
+    whole = is_whole(vocab_size, narrowest)
     one_tile, many_tiles = (16, 8) if whole else (8, 4)
     if vocab_size > 1024 * one_tile and whole and dtype.itemsize == 2 and not torch.version.hip:
         one_tile = 32
     per_thread = one_tile if vocab_size <= 1024 * one_tile else many_tiles
-    return make_config(vocab_size, dtype, threads=1024, per_thread=per_thread)
+    return make_config(vocab_size, narrowest, threads=1024, per_thread=per_thread)

@@ -26,10 +26,11 @@ from ...checks import (
 )
 from ...library import register
 from ..token_logprobs.op import token_logprobs
+from . import tiles
 from .reference import linear_logits
 from .sharded import Shard
 
-_BACKENDS = ("reference", "cpu")
+_BACKENDS = ("reference", "cpu", "triton")
 
 
 def linear_token_logprobs(
@@ -96,8 +97,11 @@ class Head(NamedTuple):
     def check_contents(self, token_ids: Tensor, check: bool, backend: str) -> Tensor:
         """token_ids, looked at where the caller asked or the kernels cannot; a shard does not see what others have."""
         if self.shard and backend == "reference":
-            raise ValueError("process_group is given with backend='reference': it must be None, or the backend 'cpu'")
-        if check or (self.hidden.device.type == "cpu" and (self.shard or backend == "reference")):
+            raise ValueError(
+                "process_group is given with backend='reference': it must be None, or the backend 'cpu' or 'triton'"
+            )
+        on_cpu = self.hidden.device.type == "cpu"
+        if check or (self.shard and backend == "cpu") or (on_cpu and backend == "reference"):
             return check_contents(token_ids, self.vocab_size, self.temperature)
         return token_ids
 
@@ -215,11 +219,12 @@ def linear_gradients(
 
 
 def _kernels(backend: str):
-    return importlib.import_module({"cpu": ".cpu"}[backend], __package__)
+    """The backend's module, imported when first called: Triton may be absent."""
+    return importlib.import_module({"cpu": ".cpu", "triton": ".gpu"}[backend], __package__)
 
 
 def _forward(*arguments):
-    return _kernels(arguments[-1]).forward(*arguments[:-1])
+    return tiles.forward(_kernels(arguments[-1]), *arguments[:-1])
 
 
 def _forward_fake(hidden, weight, bias, token_ids, temperature, softcap, with_entropy, backend):
@@ -229,7 +234,7 @@ def _forward_fake(hidden, weight, bias, token_ids, temperature, softcap, with_en
 
 def _backward(*arguments):
     *tensors, needs_hidden, needs_weight, needs_bias, backend = arguments
-    return _kernels(backend).backward(*tensors, (needs_hidden, needs_weight, needs_bias))
+    return tiles.backward(_kernels(backend), *tensors, (needs_hidden, needs_weight, needs_bias))
 
 
 def gradients_fake(hidden, weight, needs_hidden, needs_weight, needs_bias):

@@ -47,8 +47,9 @@ class Shard:
         """Each [T], of the shard -> of the vocabulary; entropy may be empty. Two collectives."""
         largest = shift.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        # a shard of -inf alone has no probability, and no finite shift to speak of
-        fall = torch.where(shift == -torch.inf, -torch.inf, (shift.double() - largest.double()) / temperature)
+        # a shard of -inf alone has no probability, and no shift to speak of: -inf or the lowest number, and that
+        empty = (shift == -torch.inf) | (log_sum == -torch.inf)
+        fall = torch.where(empty, -torch.inf, (shift.double() - largest.double()) / temperature)
         log_share = log_sum.double() + fall
         mean = torch.where(fall == -torch.inf, 0.0, log_share - entropy if entropy.numel() else log_share)
         share = torch.where(fall == -torch.inf, 0.0, log_share.exp())
@@ -59,8 +60,11 @@ class Shard:
         total, weighted, target = sums
         log_total = total.log()
         ignored = token_ids == IGNORE_INDEX
+        # an id that no shard has
+        invalid = ~ignored & ((token_ids < 0) | (token_ids >= self.size * self.world_size))
         log_prob, log_sum, mean = (
-            values.masked_fill(ignored, 0.0).float() for values in (target - log_total, log_total, weighted / total)
+            values.masked_fill(ignored, 0.0).masked_fill(invalid, torch.nan).float()
+            for values in (target - log_total, log_total, weighted / total)
         )
         return log_prob, (log_sum - mean if entropy.numel() else entropy), largest, log_sum
 

@@ -1,4 +1,8 @@
-"""token_logprobs on the GPU: one program per token forward, one per token and tile backward."""
+"""token_logprobs on the GPU: one program per token forward, one per token and tile backward.
+
+One per token backward too where the gradient is narrower than the logits and lies over them: tiles of a row that were
+programs of their own would write what others read.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,23 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_tiles import (
+    ELSEWHERE,
     IGNORE_INDEX,
     LOG2E,
     SIZES,
     LaunchConfig,
+    fill_row,
     gradient_factors,
     gradient_tile,
     is_whole,
     launch,
     load_tile,
+    logit_of_id,
     make_config,
     row_offset,
     row_strides,
     softmax_of_row,
+    store_gradient_row,
     store_tile,
 )
 
@@ -28,6 +36,8 @@ from ...triton_tiles import (
 @triton.jit(do_not_specialize=SIZES)
 def token_logprobs_fwd_kernel(
     logits,
+    bias,
+    softcap,
     token_ids,
     temperature,
     log_probs,
@@ -57,8 +67,8 @@ def token_logprobs_fwd_kernel(
         return
     p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
     b_temperature = tl.load(temperature + i_t)
-    b_logit = tl.load(p_row + b_id).to(tl.float32)
-    b_shift, b_log_sum, b_entropy, _ = softmax_of_row(p_row, V, b_temperature, LANES, VEC, ONE_TILE)
+    b_logit = logit_of_id(p_row, b_id, bias, softcap)
+    b_shift, b_log_sum, b_entropy, _ = softmax_of_row(p_row, V, bias, softcap, b_temperature, LANES, VEC, ONE_TILE)
     tl.store(log_probs + i_t, tl.div_rn(b_logit - b_shift, b_temperature) - b_log_sum)
     tl.store(shift + i_t, b_shift)
     tl.store(log_sum + i_t, b_log_sum)
@@ -69,6 +79,8 @@ def token_logprobs_fwd_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def token_logprobs_bwd_kernel(
     logits,
+    bias,
+    softcap,
     token_ids,
     temperature,
     shift,
@@ -86,10 +98,12 @@ def token_logprobs_bwd_kernel(
     LANES: tl.constexpr,
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):
     i_t = tl.program_id(0).to(tl.int64)
     V = V // ALIGN * ALIGN
     i_tile = tl.program_id(1)
+    BY_ROW: tl.constexpr = out.dtype.element_ty != logits.dtype.element_ty
     p_out = out + row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN)
     b_id = tl.load(token_ids + i_t)
     b_c = tl.load(grad_log_probs + i_t)
@@ -98,22 +112,38 @@ def token_logprobs_bwd_kernel(
     if grad_entropy is not None:
         b_e = tl.load(grad_entropy + i_t)
         b_entropy = tl.load(entropy + i_t)
-    if (b_id < 0) | (b_id >= V) | ((b_c == 0) & (b_e == 0)):
-        nothing = tl.where((b_id == IGNORE_INDEX) | ((b_id >= 0) & (b_id < V)), 0.0, float("nan"))
-        store_tile(p_out, tl.full([LANES, VEC], nothing, tl.float32), i_tile, V, LANES, VEC)
+    # an id out of range that is below 0 might be ELSEWHERE: then the forward left NaN in log_sum
+    if (b_id < ELSEWHERE) | (b_id >= V) | ((b_c == 0) & (b_e == 0)):
+        nothing = tl.where((b_id == IGNORE_INDEX) | ((b_id >= ELSEWHERE) & (b_id < V)), 0.0, float("nan"))
+        if BY_ROW:
+            fill_row(p_out, nothing, V, LANES, VEC)
+        else:
+            store_tile(p_out, tl.full([LANES, VEC], nothing, tl.float32), i_tile, V, LANES, VEC)
         return
     b_temperature = tl.load(temperature + i_t)
     b_log_sum = tl.load(log_sum + i_t)
     k0, k1, at_id = gradient_factors(b_c, b_e, b_log_sum, b_entropy, b_temperature)
     b_shift = tl.load(shift + i_t)
-    b_x = load_tile(logits + row_offset(i_t, L, stride_b, stride_l, ALIGN), i_tile, V, LANES, VEC)
+    p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
+    b_x = load_tile(p_row, i_tile, V, LANES, VEC)
     c = LOG2E / b_temperature
-    b_grad = gradient_tile(b_x, i_tile, b_id, b_shift, c, k0, k1, at_id, LANES, VEC)
-    store_tile(p_out, b_grad, i_tile, V, LANES, VEC)
+    if BY_ROW:
+        store_gradient_row(b_x, p_row, p_out, V, bias, softcap, b_id, b_shift, c, k0, k1, at_id, LANES, VEC, ONE_TILE)
+    else:
+        b_grad = gradient_tile(b_x, i_tile, V, bias, softcap, b_id, b_shift, c, k0, k1, at_id, LANES, VEC)
+        store_tile(p_out, b_grad, i_tile, V, LANES, VEC)
 
 
-def forward(logits: Tensor, token_ids: Tensor, temperature: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
-    """(log_probs, entropy or empty, shift, log_sum), each of token_ids' shape."""
+def forward(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    with_entropy: bool,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, ...]:
+    """(log_probs, entropy or empty, shift, log_sum), each of token_ids' shape, of softcap * tanh((logits + bias) /
+    softcap); bias [V] float32, either may be None."""
     log_probs, shift, log_sum = (torch.empty_like(temperature) for _ in range(3))
     entropy = torch.empty_like(temperature) if with_entropy else temperature.new_empty(0)
     vocab_size = logits.shape[-1]
@@ -123,6 +153,8 @@ def forward(logits: Tensor, token_ids: Tensor, temperature: Tensor, with_entropy
         token_logprobs_fwd_kernel,
         (token_ids.numel(),),
         logits,
+        bias,
+        softcap,
         token_ids,
         temperature,
         log_probs,
@@ -150,16 +182,22 @@ def backward(
     grad_log_probs: Tensor,
     grad_entropy: Tensor | None,
     out: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> None:
-    """d logits into `out`, which may be `logits` itself."""
+    """d logits into `out`, which may be `logits` itself, or 16-bit memory that begins each row where that of float32
+    logits does. bias and softcap as in the forward."""
     vocab_size = logits.shape[-1]
-    config = backward_config(vocab_size, logits.dtype)
+    config = backward_config(vocab_size, logits.dtype, out.dtype)
+    tiles = 1 if out.dtype != logits.dtype else triton.cdiv(vocab_size, config.tile)
     length, *strides = row_strides(logits)
     _, *out_strides = row_strides(out)
     launch(
         token_logprobs_bwd_kernel,
-        (token_ids.numel(), triton.cdiv(vocab_size, config.tile)),
+        (token_ids.numel(), tiles),
         logits,
+        bias,
+        softcap,
         token_ids,
         temperature,
         shift,
@@ -172,6 +210,7 @@ def backward(
         vocab_size,
         *strides,
         *out_strides,
+        ONE_TILE=vocab_size <= config.tile,
         config=config,
         rows=(logits, out),
     )
@@ -184,6 +223,10 @@ def forward_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
     return make_config(vocab_size, dtype, threads=512, per_thread=per_thread)
 
 
-def backward_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
-    """Nothing is reduced, so a program is one tile, small enough that a row makes many."""
-    return make_config(vocab_size, dtype, threads=256, per_thread=32 // dtype.itemsize)
+def backward_config(vocab_size: int, dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> LaunchConfig:
+    """Nothing is reduced, so a program is one tile, small enough that a row makes many. Where a program is a row, twice
+    the threads keep more of it in flight; one logit at a time takes more registers, as in the forward."""
+    if out_dtype is None or out_dtype == dtype:
+        return make_config(vocab_size, dtype, threads=256, per_thread=32 // dtype.itemsize)
+    per_thread = 8 if is_whole(vocab_size, out_dtype) else 4
+    return make_config(vocab_size, out_dtype, threads=512, per_thread=per_thread)
