@@ -1,10 +1,10 @@
 """linear_token_logprobs against float64: values and gradients in every dtype and option, invariance, bad input."""
 
-import equations
 import pytest
 import sharded_head
 import torch
-from linear_head import TINY_TEMPERATURE, assert_matrices_as_exact, cancelling_head, logits, random_head
+from linear_head import TINY_TEMPERATURE, cancelling_head, random_head
+from linear_logprobs_cases import OPTIONS, call, check_against_equations, upstream
 
 from minirl_kernels import linear_token_logprobs, token_logprobs
 from minirl_kernels.ops.linear_token_logprobs import cpu
@@ -12,48 +12,7 @@ from minirl_kernels.ops.linear_token_logprobs import op as linear_op
 from minirl_kernels.ops.linear_token_logprobs.tiles import logit_tiles
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OPTIONS = {
-    "plain": {},
-    "bias": {"with_bias": True},
-    "temperature": {"temperature": 0.7},
-    "each": {"temperature": torch.tensor([0.4, 1.0, 0.7, 3.0, 1.3, 0.9, 1.1])},
-    "softcap": {"logit_softcap": 3.0},
-    "scale": {"logit_scale": 0.6},
-    "all": {"with_bias": True, "temperature": 0.8, "logit_softcap": 4.0, "logit_scale": 1.5},
-}
 META = torch.device("meta")
-
-
-def upstream(token_ids):
-    steps = torch.arange(token_ids.numel()).reshape(token_ids.shape)
-    return (1.5 - steps % 4).float(), (0.75 - steps % 3).float()
-
-
-def call(hidden, weight, token_ids, bias, backend, with_entropy=True, **options):
-    """[log_probs, entropy, d hidden, d weight, d bias if there is one]."""
-    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias) if x is not None]
-    options = {**options, **({} if bias is None else {"bias": leaves[2]})}
-    outs = linear_token_logprobs(*leaves[:2], token_ids, with_entropy=True, backend=backend, **options)
-    count = 2 if with_entropy else 1
-    return [*(out.detach() for out in outs),
-            *torch.autograd.grad(outs[:count], leaves, upstream(token_ids)[:count])]  # fmt: skip
-
-
-def by_equations(hidden, weight, token_ids, bias, dtype, *, temperature=1.0, logit_softcap=None, logit_scale=1.0):
-    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias) if x is not None]
-    if dtype == torch.float64:
-        leaves = [x.detach().double().requires_grad_() for x in leaves]
-    x = logits(*leaves[:2], leaves[2] if bias is not None else None, dtype, softcap=logit_softcap, scale=logit_scale)
-    outs = equations.token_log_probs(x, token_ids, temperature)
-    grads = [values.to(dtype) for values in upstream(token_ids)]
-    return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, grads)]
-
-
-def check_against_equations(head, backend, **options):
-    ours = call(*head, backend, **options)
-    exact, eager = (by_equations(*head, dtype, **options) for dtype in (torch.float64, torch.float32))
-    for result, theirs, truth in zip(ours, eager, exact, strict=True):
-        assert_matrices_as_exact(result, theirs, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
