@@ -14,31 +14,47 @@ from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss, linear_to
 RANKS = 2
 
 
-def run(call: str) -> None:
+def run(call: str, backend: str = "cpu") -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_check_rank, (call, Path(folder) / "store"), nprocs=RANKS)
+        torch.multiprocessing.spawn(_check_rank, (call, backend, Path(folder) / "store"), nprocs=RANKS)
 
 
-def _check_rank(rank: int, call: str, store: Path) -> None:
+def _check_rank(rank: int, call: str, backend: str, store: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     hidden, weight, token_ids, bias = random_head(12, 9, 34, with_bias=True)
     token_ids[5] = -100
     part = slice(17 * rank, 17 * (rank + 1))
     for case in CASES[call]:
-        whole = case(hidden, weight, bias, token_ids, None)
-        ours = case(hidden, weight[part], bias[part], token_ids, dist.group.WORLD)
+        whole = case(hidden, weight, bias, token_ids, None, backend)
+        ours = case(hidden, weight[part], bias[part], token_ids, dist.group.WORLD, backend)
         *values, grad_weight, grad_bias = whole
         for actual, expected in zip(ours, (*values, grad_weight[part], grad_bias[part]), strict=True):
             torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
+    if backend == "triton":
+        _check_an_id_that_no_shard_has(hidden, weight[part], token_ids)
     dist.destroy_process_group()
 
 
+def _check_an_id_that_no_shard_has(hidden, weight, token_ids):
+    for bad in (34, -1):
+        leaf, ids = hidden.clone().requires_grad_(), token_ids.clone()
+        ids[3] = bad
+        outs = linear_token_logprobs(
+            leaf, weight, ids, process_group=dist.group.WORLD, with_entropy=True, backend="triton"
+        )
+        (grad,) = torch.autograd.grad(sum(outs).sum(), leaf)
+        for values in (*outs, grad):
+            assert values[3].isnan().all()
+            assert values[:3].isfinite().all()
+            assert values[4:].isfinite().all()
+
+
 def _log_probs(options):
-    def case(hidden, weight, bias, token_ids, group):
+    def case(hidden, weight, bias, token_ids, group, backend):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
         outs = linear_token_logprobs(
-            *leaves[:2], token_ids, bias=leaves[2], process_group=group, with_entropy=True, **options
+            *leaves[:2], token_ids, bias=leaves[2], process_group=group, with_entropy=True, backend=backend, **options
         )
         steps = torch.arange(len(token_ids)).float()
         grads = torch.autograd.grad(outs, leaves, (steps - 5, 1 - steps % 3))
@@ -48,7 +64,7 @@ def _log_probs(options):
 
 
 def _policy_loss(config):
-    def case(hidden, weight, bias, token_ids, group):
+    def case(hidden, weight, bias, token_ids, group, backend):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
         gen = torch.Generator().manual_seed(1)
         old, mu = (-4 + 0.3 * torch.randn(12, generator=gen) for _ in range(2))
@@ -63,6 +79,7 @@ def _policy_loss(config):
             config=config,
             bias=leaves[2],
             process_group=group,
+            backend=backend,
         )
         return out.loss.detach(), out.log_probs, out.entropy, out.token_grad, *torch.autograd.grad(out.loss, leaves)
 
