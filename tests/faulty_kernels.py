@@ -49,6 +49,18 @@ def atomic_kernel(x, out):
 
 
 @triton.jit
+def halves_kernel(x, out, V, stride, BLOCK: tl.constexpr, BARRIER: tl.constexpr, UPWARDS: tl.constexpr):
+    """16-bit values over the float32 row that they come from, in two blocks."""
+    i_t = tl.program_id(0)
+    for i in tl.static_range(2):
+        o_v = (i if UPWARDS else 1 - i) * BLOCK + tl.arange(0, BLOCK)
+        b_x = tl.load(x + i_t * stride + o_v, mask=o_v < V)
+        if BARRIER:
+            tl.debug_barrier()
+        tl.store(out + 2 * i_t * stride + o_v, b_x.to(tl.float16), mask=o_v < V)
+
+
+@triton.jit
 def gluttonous_kernel(x, out, V, BLOCK: tl.constexpr):
     """A tile far too large for its threads: it must spill."""
     o_v = tl.arange(0, BLOCK)
@@ -88,6 +100,17 @@ def _rowwise(kernel):
     return call
 
 
+def _halves(barrier, upwards):
+    def call(rows):
+        x = rows.logits
+        out = x.view(torch.float16)[:, : x.shape[1]]
+        options = {"BLOCK": _block(rows) // 2, "BARRIER": barrier, "UPWARDS": upwards}
+        halves_kernel[(x.shape[0],)](x, out, x.shape[1], x.stride(0), **options)
+        return (out,)
+
+    return call
+
+
 def _to_one_element(kernel):
     def call(rows):
         out = torch.zeros(1)
@@ -115,6 +138,9 @@ CALLS = {
     "reads what others write": _copy(shift=1, in_place=True),
     "all write one element": _to_one_element(last_writer_kernel),
     "atomic": _to_one_element(atomic_kernel),
+    "narrows upwards": _halves(barrier=True, upwards=True),
+    "overwrites unread halves": _halves(barrier=False, upwards=True),
+    "reads what it overwrote": _halves(barrier=True, upwards=False),
     "gluttonous": _one_program(gluttonous_kernel),
     "narrow": _one_program(narrow_kernel),
 }

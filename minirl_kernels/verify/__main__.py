@@ -17,12 +17,13 @@ in Triton's interpreter, which checks maths, masks and addresses, not the hardwa
   ownership    each output element is written by exactly one program, and read by no other
   order        the same bits when the programs run in reverse and in shuffled order
   bounds       no access outside the elements of the tensors that a kernel was given
+  races        a barrier between reading an element and overwriting it at another width
 by Triton's compiler, ahead of time:
   compile      registers, spills, shared memory and width of accesses on sm_80, sm_90, sm_100 and gfx942;
                rewrites docs/compile_matrix.md (--output PATH for another file)
   all          everything above
 """
-INTERPRETED = ("traffic", "ownership", "order", "bounds")
+INTERPRETED = ("traffic", "ownership", "order", "bounds", "races")
 
 
 def main() -> int:

@@ -15,9 +15,9 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 
 
 class Access(NamedTuple):
-    """The active lanes of one load or store of one program."""
+    """The active lanes of one load or store of one program; or a barrier of its threads, which has none."""
 
-    kind: str  # "load", "store" or "atomic"
+    kind: str  # "load", "store", "atomic" or "barrier"
     program: int
     addresses: np.ndarray  # of bytes, uint64
     size: int  # bytes per lane
@@ -64,6 +64,7 @@ def recording(order: Sequence[int] | None = None) -> Iterator[list[Launch]]:
         replace(InterpreterBuilder, "create_masked_store", lambda store: _recorded_store(store, launches))
         replace(InterpreterBuilder, "create_atomic_rmw", lambda rmw: _recorded_rmw(rmw, launches))
         replace(InterpreterBuilder, "create_atomic_cas", lambda cas: _recorded_cas(cas, launches))
+        replace(InterpreterBuilder, "create_barrier", lambda barrier: _recorded_barrier(barrier, launches))
         yield launches
 
 
@@ -107,6 +108,14 @@ def _recorded_store(store, launches):
     def recorded(self, ptrs, value, mask, *args):
         _record(launches, self, "store", ptrs, mask.data)
         return store(self, ptrs, value, mask, *args)
+
+    return recorded
+
+
+def _recorded_barrier(barrier, launches):
+    def recorded(self):
+        launches[-1].accesses.append(Access("barrier", self.program, np.empty(0, np.uint64), 0))
+        return barrier(self)
 
     return recorded
 

@@ -8,11 +8,11 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from faulty_kernels import faulty_case
 
-from minirl_kernels.verify import bounds, cases, order, ownership, traffic
+from minirl_kernels.verify import bounds, cases, order, ownership, races, traffic
 
 pytestmark = triton_cases.interpreter_only()
 
-CHECKS = {check.__name__.rpartition(".")[2]: check for check in (traffic, ownership, order, bounds)}
+CHECKS = {check.__name__.rpartition(".")[2]: check for check in (traffic, ownership, order, bounds, races)}
 FAULTS = {
     "reads twice": ["traffic"],
     "writes twice": ["traffic"],
@@ -21,6 +21,8 @@ FAULTS = {
     "reads what others write": ["ownership", "order"],
     "all write one element": ["ownership", "order"],
     "atomic": ["ownership"],
+    "overwrites unread halves": ["races"],
+    "reads what it overwrote": ["races"],
 }
 
 
@@ -31,8 +33,9 @@ def test_every_kernel_holds(case, check):
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_a_sound_kernel_holds(check):
-    assert CHECKS[check].check(faulty_case("sound")) == []
+@pytest.mark.parametrize("name", ["sound", "narrows upwards"])
+def test_a_sound_kernel_holds(name, check):
+    assert CHECKS[check].check(faulty_case(name)) == []
 
 
 @pytest.mark.parametrize(("fault", "check"), [(fault, check) for fault, checks in FAULTS.items() for check in checks])

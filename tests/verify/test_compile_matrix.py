@@ -103,7 +103,9 @@ def test_faults_are_found_in_what_is_compiled():
 
 def test_command_without_a_check_explains_itself():
     result = compiling(["-m", "minirl_kernels.verify"], check=True)
-    assert all(check in result.stdout for check in ("traffic", "ownership", "order", "bounds", "compile", "all"))
+    assert all(
+        check in result.stdout for check in ("traffic", "ownership", "order", "bounds", "races", "compile", "all")
+    )
 
 
 def test_command_names_a_folder_that_does_not_exist(tmp_path):

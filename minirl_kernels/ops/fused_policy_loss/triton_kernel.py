@@ -16,6 +16,7 @@ from ...triton_tiles import (
     LOG2E,
     SIZES,
     LaunchConfig,
+    barrier_if_narrower,
     fill_row,
     gradient_factors,
     is_whole,
@@ -196,6 +197,7 @@ def fused_policy_loss_kernel(
     tl.store(token_grad + i_t, b_c)
 
     if (b_c == 0) & (b_e == 0):
+        barrier_if_narrower(p_out, p_row)
         fill_row(p_out, 0.0, V, LANES, VEC)
         return
     c = LOG2E / b_temperature
