@@ -120,6 +120,7 @@ _checked_token_ids = register(
     "checked_token_ids(Tensor token_ids, SymInt vocab_size, Tensor temperature) -> Tensor",
     _check_contents,
     lambda token_ids, *_: torch.empty_like(token_ids),
+    waits=True,
 )
 
 

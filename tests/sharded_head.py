@@ -25,9 +25,12 @@ def _check_rank(rank: int, call: str, backend: str, store: Path) -> None:
     hidden, weight, token_ids, bias = random_head(12, 9, 34, with_bias=True)
     token_ids[5] = -100
     part = slice(17 * rank, 17 * (rank + 1))
-    for case in CASES[call]:
-        whole = case(hidden, weight, bias, token_ids, None, backend)
-        ours = case(hidden, weight[part], bias[part], token_ids, dist.group.WORLD, backend)
+    # a shard of padding alone: no token is there, and nothing has a probability
+    padding, ids_beyond = bias.clone(), torch.where(token_ids < 0, token_ids, 17 + token_ids % 17)
+    padding[:17] = -torch.inf
+    for case, bias, ids in [(case, bias, token_ids) for case in CASES[call]] + [(CASES[call][0], padding, ids_beyond)]:
+        whole = case(hidden, weight, bias, ids, None, backend)
+        ours = case(hidden, weight[part], bias[part], ids, dist.group.WORLD, backend)
         *values, grad_weight, grad_bias = whole
         for actual, expected in zip(ours, (*values, grad_weight[part], grad_bias[part]), strict=True):
             torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)

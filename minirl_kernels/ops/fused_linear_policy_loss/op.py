@@ -167,4 +167,5 @@ fused_linear_policy_loss_forward = register(
     f" -> ({SWEEP_RESULTS}, {GRADIENT_RESULTS})",
     _forward,
     _forward_fake,
+    waits=True,
 )

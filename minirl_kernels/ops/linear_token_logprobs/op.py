@@ -253,10 +253,12 @@ linear_token_logprobs_forward = register(
     " -> (Tensor log_probs, Tensor entropy, Tensor shift, Tensor log_sum)",
     _forward,
     _forward_fake,
+    waits=True,
 )
 linear_token_logprobs_backward = register(
     f"linear_token_logprobs_backward({HEAD_ARGUMENTS}, Tensor shift, Tensor log_sum, Tensor entropy, "
     f"Tensor grad_log_probs, Tensor? grad_entropy, {NEEDS_ARGUMENTS}, str backend) -> ({GRADIENT_RESULTS})",
     _backward,
     lambda hidden, weight, *arguments: gradients_fake(hidden, weight, *arguments[-4:-1]),
+    waits=True,
 )
