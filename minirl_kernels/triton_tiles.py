@@ -226,8 +226,8 @@ def store_gradient_row(
     """gradient_tile over a row whose first tile is b_x, a tile ahead. p_out may be p_row; then the rest of the row is
     still to be read.
 
-    A gradient narrower than the logits has its tile i over the first half of their tiles up to i, which upward have
-    been read; the barrier is for the warps that have not come so far, and keeps them less than a tile apart.
+    A gradient narrower than the logits has its tile i in the memory of their tiles up to i: walking upwards, these have
+    been read. By this warp; the barrier is for those that have not come so far, and keeps all within a tile.
     """
     i_last = tl.cdiv(V, LANES * VEC) - 1
     if not ONE_TILE:

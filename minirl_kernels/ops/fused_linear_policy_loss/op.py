@@ -71,8 +71,10 @@ def fused_linear_policy_loss(
     The others are those of `policy_loss`.
 
     Returns PolicyLossOutput; entropy is exact over the vocabulary. All gradients are made in the forward, for those
-    of hidden, weight and bias that require one, and rows whose c_t is 0 are left out of their matmuls; the first
-    backward consumes them and a second one raises RuntimeError. That of weight is summed over tokens in float32.
+    of hidden, weight and bias that require one; the first backward consumes them and a second one raises
+    RuntimeError. That of weight is summed over tokens in float32. Rows whose c_t is 0 are left out of the matmuls of
+    the gradients; on a GPU those of advantage 0, without KL or entropy term, and others that are 0 add exact zeros.
+    There the host waits once, for the number of rows.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
     """
     head = prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group)

@@ -112,7 +112,7 @@ def token_logprobs_bwd_kernel(
     if grad_entropy is not None:
         b_e = tl.load(grad_entropy + i_t)
         b_entropy = tl.load(entropy + i_t)
-    # an id out of range that is below 0 might be ELSEWHERE: then the forward left NaN in log_sum
+    # where there are no shards, ELSEWHERE is out of range: the forward has left NaN in log_sum, which makes NaN here
     if (b_id < ELSEWHERE) | (b_id >= V) | ((b_c == 0) & (b_e == 0)):
         nothing = tl.where((b_id == IGNORE_INDEX) | ((b_id >= ELSEWHERE) & (b_id < V)), 0.0, float("nan"))
         if BY_ROW:
