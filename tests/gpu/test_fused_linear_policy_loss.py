@@ -55,8 +55,8 @@ def test_objectives(preset, extra):
 def test_rows_of_many_blocks(vocab_size, dtype, config):
     """16-bit gradients are written over float32 logits that are still to be read, in one sweep and in two phases."""
     options = {"logit_softcap": 4.0}
-    head = random_head(6, 64, vocab_size, dtype, with_bias=True)
-    batch = replace(batch_of(head, [2, 4], **options), loss_mask=torch.ones(6, dtype=torch.bool))
+    head = random_head(48, 64, vocab_size, dtype, with_bias=True)
+    batch = replace(batch_of(head, [20, 28], **options), loss_mask=torch.ones(48, dtype=torch.bool))
     check_against_equations(head, batch, config, "triton", DEVICE, **options)
 
 

@@ -72,8 +72,8 @@ def test_objectives(preset, extra, tiles_of_five):
 def test_rows_of_many_blocks(vocab_size, dtype, config):
     """16-bit gradients are written over float32 logits that are still to be read, in one sweep and in two phases."""
     options = {"logit_softcap": 4.0}
-    head = random_head(4, 8, vocab_size, dtype, with_bias=True)
-    batch = replace(batch_of(head, [2, 2], **options), loss_mask=torch.ones(4, dtype=torch.bool))
+    head = random_head(9, 16, vocab_size, dtype, with_bias=True)
+    batch = replace(batch_of(head, [5, 4], **options), loss_mask=torch.ones(9, dtype=torch.bool))
     check_against_equations(head, batch, config, "triton", **options)
 
 
