@@ -44,7 +44,7 @@ def contenders(batch):
     return [
         Contender(FRESH, partial(ours, batch, False), kind="ours"),
         Contender(OVERWRITE, partial(ours, batch, True), kind="ours"),
-        *peers.contenders(peers.POLICY_LOSS, batch),
+        *peers.contenders(peers.POLICY_LOSS, batch, batch.logits.device),
         Contender(WARM_COPY, lambda: {"copy": warm.copy_(logits)}, kind="floor"),
         Contender(FRESH_COPY, lambda: {"copy": logits.clone()}, kind="floor"),
     ]

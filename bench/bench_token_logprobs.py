@@ -33,7 +33,7 @@ def contenders(batch, ours, alternatives):
     warm = torch.empty_like(logits)
     return [
         Contender(OURS, partial(ours, batch), kind="ours"),
-        *peers.contenders(alternatives, batch),
+        *peers.contenders(alternatives, batch, batch.logits.device),
         Contender("copy_ into a warm tensor", lambda: {"copy": warm.copy_(logits)}, kind="floor"),
         Contender("copy into a fresh tensor", lambda: {"copy": logits.clone()}, kind="floor"),
     ]

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
-# Contenders that take many seconds average the machine's noise themselves: fewer rounds do, from this long a round on.
-LONG_ROUND, LONG_ROUNDS = 60.0, 3
+# A run of this many seconds averages the machine's noise itself, and has no use for warm caches: MIN_LONG_ROUNDS of
+# them do, and one alone where it takes SLOW times as long as ours.
+LONG_RUN, MIN_LONG_ROUNDS, SLOW = 5.0, 3, 2.0
 # A wrong call is off by far more, and eager bfloat16 paths round log-probabilities of about 10 nats to 8 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
@@ -29,6 +30,7 @@ class Contender:
     run: Callable[[], dict[str, Tensor]]
     kind: Literal["ours", "peer", "floor"] = "peer"
     missing: str | None = None  # why it cannot run here
+    compiles: bool = False  # its first call of a shape
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,17 @@ def check_agreement(contenders: list[Contender], restore: Callable[[], None], to
 def measure(benchmark, contenders: list[Contender], restore: Callable[[], None], device, seconds: float) -> list[dict]:
     """Times and peak memory of every contender, ready for JSON; `restore` runs untimed before every single run."""
     present = [contender for contender in contenders if contender.missing is None]
-    for contender in present:  # first calls compile, import and fault in what later ones find ready
-        restore()
-        contender.run()
-    start, peaks = time.perf_counter(), {}
+    peaks, once = {}, {}
     for contender in present:
-        restore()
-        peaks[contender.name] = peak_memory(contender.run, device)
-    one_round = time.perf_counter() - start
-    least = LONG_ROUNDS if one_round > LONG_ROUND else MIN_ROUNDS
+        # first calls compile, import and fault in what later ones find ready
+        if contender.compiles or _peak_and_seconds(contender, restore, device, peaks, once) < LONG_RUN:
+            _peak_and_seconds(contender, restore, device, peaks, once)
+    ours = next(once[contender.name] for contender in present if contender.kind == "ours")
+    in_turns = [contender for contender in present if once[contender.name] < max(LONG_RUN, SLOW * ours)]
+    one_round = sum(once[contender.name] for contender in in_turns)
+    least = MIN_LONG_ROUNDS if one_round > LONG_RUN * len(in_turns) else MIN_ROUNDS
     rounds = min(max(int(seconds / one_round), least), MAX_ROUNDS)
-    times = _take_turns(benchmark, present, restore, device, rounds)
+    times = {name: [value] for name, value in once.items()} | _take_turns(benchmark, in_turns, restore, device, rounds)
     return [
         {
             "name": contender.name,
@@ -80,6 +82,15 @@ def measure(benchmark, contenders: list[Contender], restore: Callable[[], None],
         }
         for contender in contenders
     ]
+
+
+def _peak_and_seconds(contender, restore, device, peaks, once) -> float:
+    restore()
+    synchronize(device)
+    start = time.perf_counter()
+    peaks[contender.name] = peak_memory(contender.run, device)
+    once[contender.name] = time.perf_counter() - start
+    return once[contender.name]
 
 
 def _take_turns(benchmark, contenders, restore, device, rounds) -> dict[str, list[float]]:

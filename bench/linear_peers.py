@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
+import peers
 import torch
 from harness import Contender
-from peers import Peer, available
+from peers import Peer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -61,8 +61,7 @@ def linear_batch(tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dt
 
 
 def contenders(batch: LinearBatch) -> list[Contender]:
-    device = batch.hidden.device
-    return [Contender(peer.name, partial(peer.call, batch), missing=available(peer, device)) for peer in PEERS]
+    return peers.contenders(PEERS, batch, batch.hidden.device)
 
 
 def bare_matmuls(batch: LinearBatch) -> dict[str, Tensor]:
@@ -149,7 +148,7 @@ NAIVE, TORCH, LIGER, TRL, CCE = "naive", "F.linear_cross_entropy", "Liger", "TRL
 PEERS = (
     Peer(NAIVE, _minirl(_naive)),
     Peer(TORCH, _minirl(_torch)),
-    Peer(LIGER, _liger_cispo, package="liger_kernel"),
+    Peer(LIGER, _liger_cispo, package="liger_kernel", compiles=True),
     Peer(TRL, _minirl(_trl), package="trl"),
-    Peer(CCE, _minirl(_cut_cross_entropy), package="cut_cross_entropy"),
+    Peer(CCE, _minirl(_cut_cross_entropy), package="cut_cross_entropy", compiles=True),
 )

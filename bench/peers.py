@@ -23,11 +23,14 @@ class Peer:
     call: Callable[[PolicyBatch], dict[str, Tensor]]
     package: str = "torch"
     gpu_only: bool = False
+    compiles: bool = False  # its first call of a shape
 
 
-def contenders(alternatives: tuple[Peer, ...], batch: PolicyBatch) -> list[Contender]:
-    device = batch.logits.device
-    return [Contender(peer.name, partial(peer.call, batch), missing=available(peer, device)) for peer in alternatives]
+def contenders(alternatives: tuple[Peer, ...], batch, device: torch.device) -> list[Contender]:
+    return [
+        Contender(peer.name, partial(peer.call, batch), missing=available(peer, device), compiles=peer.compiles)
+        for peer in alternatives
+    ]
 
 
 def available(peer: Peer, device: torch.device) -> str | None:
@@ -158,7 +161,7 @@ def _from_log_probs(way) -> tuple[Peer, ...]:
     """The three that make log-probabilities and entropy, each put to use in the same `way`."""
     return (
         Peer(EAGER, way(_eager)),
-        Peer(COMPILED, way(_compiled)),
+        Peer(COMPILED, way(_compiled), compiles=True),
         Peer(TRL, way(_trl), package="trl"),
     )
 

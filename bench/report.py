@@ -143,7 +143,10 @@ def _spread(case, bar):
         return ""
     if bar["measure"] == "speed":
         of, against = against, of
-    low, high = _quartiles([mine / theirs for mine, theirs in zip(of["seconds"], against["seconds"], strict=True)])
+    if len(of["seconds"]) == len(against["seconds"]):  # in the same rounds
+        low, high = _quartiles([mine / theirs for mine, theirs in zip(of["seconds"], against["seconds"], strict=True)])
+    else:
+        low, high = (value / median(against) for value in _quartiles(of["seconds"]))
     return f" ({_number(low)} … {_number(high)})"
 
 
@@ -152,6 +155,8 @@ def median(entry: dict) -> float | None:
 
 
 def _quartiles(values):
+    if len(values) == 1:
+        return values * 2
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, high
 
