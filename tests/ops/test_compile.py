@@ -33,7 +33,26 @@ def op_arguments():
         (ids, ones, -ones, -ones, -ones, ones, ones, *objective, 0.1, "k3", 0.1, "cpu"),
         (ids.int(), ones, none, none, none, ones, ones, *objective, 0.0, "k1", 0.0, "cpu"),
     ]
+    # the head of a linear loss, rows flat: with bias and softcap, and without; which gradients are needed
+    hidden, weight, flat_ids, flat = torch.randn(6, 5), torch.randn(7, 5), ids.flatten(), torch.ones(6)
+    heads = [
+        (hidden, weight, torch.randn(7), flat_ids, flat, 3.0),
+        (hidden.bfloat16(), weight.bfloat16(), none, flat_ids.int(), flat, 0.0),
+    ]
+    needs = [(True, True, True), (True, False, False)]
+    of_linear_loss = [
+        (flat, -flat, -flat, flat, flat, *objective, 0.1, "k3", 0.1),
+        (none, none, none, flat, flat, *objective, 0.0, "k1", 0.0),
+    ]
     return {
+        "linear_token_logprobs": [(*heads[0], True, "cpu"), (*heads[1], False, "cpu")],
+        "linear_token_logprobs_backward": [
+            (*heads[0], flat, flat, flat, flat, flat, *needs[0], "cpu"),
+            (*heads[1], flat, flat, flat, flat, none, *needs[1], "cpu"),
+        ],
+        "fused_linear_policy_loss": [
+            (*head, *loss, *which, "cpu") for head, loss, which in zip(heads, of_linear_loss, needs, strict=True)
+        ],
         "checked_token_ids": [(ids, 7, ones)],
         "checked_offsets": [(torch.tensor([0, 2, 6]), 6), (torch.tensor([0, 6], dtype=torch.int32), 6)],
         "group_advantages": [(torch.rand(4), torch.tensor([0, 1, 0, 1]), False)],
