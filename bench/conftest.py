@@ -41,7 +41,10 @@ def pytest_generate_tests(metafunc):
     """Every benchmark on one thread and on all of them; a GPU's does not care."""
     if "compare" in metafunc.fixturenames:
         counts = [None] if torch.cuda.is_available() else sorted({1, torch.get_num_threads()})
-        metafunc.parametrize("threads", counts, ids=lambda count: "gpu" if count is None else f"{count}threads")
+        # indirect: through the fixture below, which is what sets the number
+        metafunc.parametrize(
+            "threads", counts, indirect=True, ids=lambda count: "gpu" if count is None else f"{count}threads"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +93,7 @@ def compare(benchmark, request, device, surroundings, threads):
         what no way of doing the work can do without moving, flops(batch) likewise where arithmetic is the limit.
         bars: what is promised of the case. headline: whether the project's README shows it.
         """
+        assert threads in (None, torch.get_num_threads())
         torch.compiler.reset()  # each case compiles its own shapes; without this dynamo's limit is soon met
         batch = make(**small)
         check_agreement(contenders(batch), batch.restore, TOLERANCE[dtype])
