@@ -10,6 +10,7 @@
 #include "cpu/isa.h"
 #include "cpu/logits.h"
 #include "cpu/matmul.h"
+#include "cpu/moe_routing.h"
 #include "cpu/pages.h"
 #include "cpu/softcap.h"
 #include "cpu/token_logprobs.h"
@@ -150,6 +151,62 @@ void matmul(Address a, int64_t a_row_stride, int64_t a_column_stride, Address b,
                         MINIRL_PICK(minirl::matmul, minirl::Matmul), args);
 }
 
+// The arguments that both calls over router logits begin with.
+#define MINIRL_ROUTER_PARAMETERS                                                                                   \
+  Address logits_data, const std::string &dtype, int64_t rows, int64_t num_experts, int64_t stride, int64_t top_k, \
+      bool normalize, bool sigmoid, float scale
+#define MINIRL_ROUTER                                                                                  \
+  minirl::RouterLogits {                                                                               \
+    pointer<void>(logits_data), dtype_of(dtype), num_experts, stride, top_k, normalize, sigmoid, scale \
+  }
+// Ranking an expert among those that were chosen so far costs about as much as this many of them.
+constexpr int64_t kElementsPerChoice = 16;
+
+// Returns the first row whose replayed experts are no such thing, or -1.
+int64_t moe_routing(MINIRL_ROUTER_PARAMETERS, Address bias, int64_t num_groups, int64_t top_k_groups, Address routed,
+                    const std::string& routed_dtype, int64_t routed_stride, Address valid, Address weights,
+                    Address experts, Address natural, Address agreement, Address mass, Address margin) {
+  using minirl::IdType;
+  if (num_experts > minirl::kMaxExperts) throw std::invalid_argument("router_logits has more experts than fit");
+  const auto routed_type = routed ? choice<IdType>("routed_experts' dtype", routed_dtype,
+                                                   {{"torch.uint8", IdType::kUInt8},
+                                                    {"torch.int8", IdType::kInt8},
+                                                    {"torch.uint16", IdType::kUInt16},
+                                                    {"torch.int16", IdType::kInt16},
+                                                    {"torch.int32", IdType::kInt32},
+                                                    {"torch.int64", IdType::kInt64}})
+                                  : IdType::kInt64;
+  const minirl::MoERouting args = {MINIRL_ROUTER,
+                                   pointer<float>(bias),
+                                   num_groups,
+                                   top_k_groups,
+                                   pointer<void>(routed),
+                                   routed_type,
+                                   routed_stride,
+                                   pointer<bool>(valid),
+                                   pointer<float>(weights),
+                                   pointer<int64_t>(experts),
+                                   pointer<int64_t>(natural),
+                                   pointer<float>(agreement),
+                                   pointer<float>(mass),
+                                   pointer<float>(margin)};
+  py::gil_scoped_release no_gil;
+  minirl::parallel_rows(rows, num_experts + kElementsPerChoice * top_k,
+                        MINIRL_PICK(minirl::moe_routing, minirl::MoERouting), args);
+  for (int64_t row = 0; routed && row < rows; ++row)
+    if (args.agreement[row] != args.agreement[row]) return row;
+  return -1;
+}
+
+void moe_routing_backward(MINIRL_ROUTER_PARAMETERS, Address weights, Address experts, Address weight_grad,
+                          Address out) {
+  const minirl::MoERoutingBackward args = {MINIRL_ROUTER, pointer<float>(weights), pointer<int64_t>(experts),
+                                           pointer<float>(weight_grad), pointer<void>(out)};
+  py::gil_scoped_release no_gil;
+  minirl::parallel_rows(rows, num_experts + kElementsPerChoice * top_k,
+                        MINIRL_PICK(minirl::moe_routing_backward, minirl::MoERoutingBackward), args);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -160,6 +217,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_isa", minirl::set_isa);
   module.def("advise_huge_pages", [](Address begin, int64_t bytes) { minirl::advise_huge_pages(begin, bytes); });
   module.def("matmul", matmul);
+  module.def("moe_routing", moe_routing);
+  module.def("moe_routing_backward", moe_routing_backward);
   module.def("softcap", softcap);
   module.def("token_logprobs", token_logprobs);
   module.def("token_logprobs_backward", token_logprobs_backward);

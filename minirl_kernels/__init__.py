@@ -4,6 +4,7 @@ from .config import PolicyLossConfig
 from .ops.fused_linear_policy_loss import fused_linear_policy_loss
 from .ops.fused_policy_loss import fused_policy_loss
 from .ops.linear_token_logprobs import linear_token_logprobs
+from .ops.moe_routing import Routing, moe_routing
 from .ops.policy_loss import PolicyLossMetrics, PolicyLossOutput, group_advantages, policy_loss
 from .ops.token_logprobs import token_logprobs
 
@@ -11,10 +12,12 @@ __all__ = [
     "PolicyLossConfig",
     "PolicyLossMetrics",
     "PolicyLossOutput",
+    "Routing",
     "fused_linear_policy_loss",
     "fused_policy_loss",
     "group_advantages",
     "linear_token_logprobs",
+    "moe_routing",
     "policy_loss",
     "token_logprobs",
 ]

@@ -1,0 +1,3 @@
+from .op import Routing, moe_routing
+
+__all__ = ["Routing", "moe_routing"]

@@ -1,0 +1,44 @@
+"""What replayed experts must be, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...library import register
+
+
+def routed_experts_message(row: int, routed_experts: Tensor, num_experts: int) -> str:
+    """Of a row with an id out of range or one that it holds twice."""
+    ids = routed_experts[row].tolist()
+    for expert in ids:
+        if not 0 <= expert < num_experts:
+            return (
+                f"routed_experts has the expert {expert} at row {row}: an expert must be in [0, {num_experts}), and a "
+                "row without any must be marked in valid"
+            )
+    twice = next(expert for expert in ids if ids.count(expert) > 1)
+    return f"routed_experts has the expert {twice} twice at row {row} ({ids}): the experts of a row must differ"
+
+
+def bad_rows(ids: Tensor, num_experts: int) -> Tensor:
+    """[...] bool: rows of int64 ids [..., K] with one out of range, or one twice."""
+    ordered = ids.sort(-1).values
+    return ((ids < 0) | (ids >= num_experts)).any(-1) | (ordered[..., 1:] == ordered[..., :-1]).any(-1)
+
+
+def _check_routed_experts(routed_experts, valid, num_experts):
+    bad = bad_rows(routed_experts.long(), num_experts)
+    if valid is not None:
+        bad &= valid
+    if bool(bad.any()):
+        raise ValueError(routed_experts_message(bad.nonzero()[0].item(), routed_experts, num_experts))
+    return routed_experts.clone()
+
+
+# an op that returns a copy, for the reasons that checked_token_ids has
+checked_routed_experts = register(
+    "checked_routed_experts(Tensor routed_experts, Tensor? valid, SymInt num_experts) -> Tensor",
+    _check_routed_experts,
+    lambda routed_experts, *_: torch.empty_like(routed_experts),
+)

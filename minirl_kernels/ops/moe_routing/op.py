@@ -1,0 +1,210 @@
+"""moe_routing: the experts of each token and their weights, natural or replayed, from the current router logits.
+
+With x the logits of a token, s_j = softmax(x)_j or sigmoid(x_j), and C its K chosen experts:
+    weight_i = scale s_i / sum_{j in C} s_j   (norm_topk_prob: for softmax, the softmax over the K gathered logits)
+    weight_i = scale s_i                      (otherwise: for softmax its gradient reaches all E logits)
+The gate stays live: replayed experts get their weights, and send their gradient, by the logits of this call.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...backends import resolve
+from ...checks import check_float_matrix, check_integers, check_like, check_tensor
+from ...library import register
+from .checks import checked_routed_experts
+from .reference import moe_routing_reference
+
+_BACKENDS = ("reference", "cpu", "triton")
+MAX_EXPERTS = 4096  # the kernels keep a row on the stack, or in registers
+
+
+class Routing(NamedTuple):
+    """Where each of T tokens goes. Only weights carry a gradient."""
+
+    weights: Tensor  # [T, K] float32
+    experts: Tensor  # [T, K] int64, in the order of weights: as replayed, or by descending selection score
+    natural_experts: Tensor  # [T, K] int64, by descending selection score, ties to the lower id
+    agreement: Tensor  # [T] float32: the fraction of the K experts that are natural ones too
+    mass: Tensor  # [T] float32: sum of s over the K experts / sum of s over all E
+    margin: Tensor  # [T] float32: K-th less (K+1)-th selection score; inf where there is no (K+1)-th
+
+
+def moe_routing(
+    router_logits: Tensor,
+    top_k: int,
+    *,
+    routed_experts: Tensor | None = None,
+    valid: Tensor | None = None,
+    norm_topk_prob: bool = True,
+    scoring: str = "softmax",
+    correction_bias: Tensor | None = None,
+    num_groups: int | None = None,
+    top_k_groups: int | None = None,
+    scale: float = 1.0,
+    check: bool = False,
+    backend: str = "auto",
+) -> Routing:
+    """Route each token to its natural experts, or to those that were recorded; both by the same arithmetic.
+
+    router_logits: [T, E], float32, bfloat16 or float16, last dimension contiguous, E up to 4096.
+    top_k: K, from 1 to E (with groups, to the experts of top_k_groups of them).
+    routed_experts: [T, K] integers of any width, the experts to replay, in an order that is kept. An id out of range
+        or twice in its row raises ValueError on the CPU, makes the row's weights, agreement and mass NaN on the GPU
+        (and its experts the natural ones), and raises there too with check=True, which waits for the device.
+    valid: [T] bool; a row that is False routes naturally, whatever routed_experts holds there.
+    norm_topk_prob: whether the weights of a token sum to scale. K = 1 then leaves the router without a gradient.
+    scoring: "softmax" or "sigmoid".
+    correction_bias: [E], added to s for the selection and for nothing else.
+    num_groups, top_k_groups: E in equal groups, of which those with the largest sums of their two best selection
+        scores are kept (DeepSeek-V3, arXiv 2412.19437). Both or neither.
+    scale: factor of the weights, above 0.
+    The selection score is the logit; with a correction_bias or groups it is s_j + bias_j. NaN ranks above all.
+    Returns Routing. Replaying the experts of a natural routing of the same logits gives the bits of its weights.
+    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    """
+    num_experts = _check_logits(router_logits, top_k)
+    groups = _check_groups(num_experts, top_k, num_groups, top_k_groups)
+    if scoring not in ("softmax", "sigmoid"):
+        raise ValueError(f"scoring is {scoring!r}: it must be 'softmax' or 'sigmoid'")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale is {scale!r}: it must be a number")
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale is {scale}: it must be above 0 and finite")
+    if correction_bias is not None:
+        check_tensor("correction_bias", correction_bias)
+        if not correction_bias.is_floating_point():
+            raise TypeError(f"correction_bias has dtype {correction_bias.dtype}: it must be a floating point tensor")
+        check_like("correction_bias", correction_bias, torch.Size([num_experts]), router_logits.device)
+        correction_bias = correction_bias.detach().float().contiguous()
+    routed_experts, valid = _check_replay(router_logits, top_k, routed_experts, valid)
+    backend = resolve(backend, router_logits.device, op="moe_routing", supported=_BACKENDS)
+    if routed_experts is not None and (check or (backend == "reference" and router_logits.device.type == "cpu")):
+        routed_experts = checked_routed_experts(routed_experts, valid, num_experts)
+    options = (norm_topk_prob, scoring, correction_bias, *groups, float(scale))
+    if backend == "reference":
+        return Routing(*moe_routing_reference(router_logits, top_k, routed_experts, valid, *options))
+    weights, experts, natural, agreement, mass, margin = _MoERouting.apply(
+        router_logits, top_k, routed_experts, valid, *options, backend
+    )
+    return Routing(weights, experts, experts if routed_experts is None else natural, agreement, mass, margin)
+
+
+def _check_logits(router_logits, top_k) -> int:
+    check_float_matrix("router_logits", router_logits)
+    if router_logits.dim() != 2:
+        raise ValueError(f"router_logits has shape {tuple(router_logits.shape)}: it must be [T, E]")
+    num_experts = router_logits.shape[1]
+    if num_experts > MAX_EXPERTS:
+        raise ValueError(f"router_logits has {num_experts} experts: it must have at most {MAX_EXPERTS}")
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise TypeError(f"top_k is {top_k!r}: it must be an integer")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k is {top_k}: it must be from 1 to the number of experts, {num_experts}")
+    return num_experts
+
+
+def _check_groups(num_experts, top_k, num_groups, top_k_groups) -> tuple[int, int]:
+    """(number of groups, groups to keep); (1, 1) without groups, or where all would be kept."""
+    if (num_groups is None) != (top_k_groups is None):
+        raise ValueError(f"num_groups is {num_groups} and top_k_groups {top_k_groups}: both or neither must be given")
+    if num_groups is None or num_groups == top_k_groups == 1:
+        return 1, 1
+    if num_groups < 1 or num_experts % num_groups or num_experts // num_groups < 2:
+        raise ValueError(
+            f"num_groups is {num_groups}: it must divide the {num_experts} experts into groups of two or more"
+        )
+    if not 1 <= top_k_groups <= num_groups:
+        raise ValueError(f"top_k_groups is {top_k_groups}: it must be from 1 to num_groups, {num_groups}")
+    candidates = num_experts // num_groups * top_k_groups
+    if top_k > candidates:
+        raise ValueError(f"top_k is {top_k}: it must be at most the {candidates} experts of the kept groups")
+    return num_groups, top_k_groups
+
+
+def _check_replay(router_logits, top_k, routed_experts, valid) -> tuple[Tensor | None, Tensor | None]:
+    if routed_experts is None:
+        if valid is not None:
+            raise ValueError("valid is given without routed_experts: it must be None where nothing is replayed")
+        return None, None
+    tokens = router_logits.shape[0]
+    check_integers("routed_experts", routed_experts)
+    check_like("routed_experts", routed_experts, torch.Size([tokens, top_k]), router_logits.device)
+    if routed_experts.stride(1) != 1:
+        routed_experts = routed_experts.contiguous()
+    if valid is not None:
+        check_tensor("valid", valid)
+        if valid.dtype != torch.bool:
+            raise TypeError(f"valid has dtype {valid.dtype}: it must be bool")
+        check_like("valid", valid, torch.Size([tokens]), router_logits.device)
+        valid = valid.contiguous()
+    return routed_experts, valid
+
+
+class _MoERouting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, router_logits, top_k, routed_experts, valid, *options):
+        weights, experts, *others = moe_routing_forward(router_logits, top_k, routed_experts, valid, *options)
+        ctx.save_for_backward(router_logits, weights, experts)
+        norm_topk_prob, scoring, *_, scale, backend = options
+        ctx.options = (norm_topk_prob, scoring, scale, backend)
+        ctx.mark_non_differentiable(experts, *others)
+        ctx.set_materialize_grads(False)
+        return weights, experts, *others
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_weights, *_):
+        none = [None] * 10
+        if grad_weights is None:
+            return None, *none
+        router_logits, weights, experts = ctx.saved_tensors
+        return moe_routing_backward(router_logits, weights, experts, grad_weights.contiguous(), *ctx.options), *none
+
+
+def _kernels(backend: str):
+    """The backend's module, imported when first called: Triton may be absent."""
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+
+
+def _forward(router_logits, top_k, routed_experts, valid, *options_and_backend):
+    *options, backend = options_and_backend
+    return _kernels(backend).forward(router_logits, top_k, routed_experts, valid, *options)
+
+
+def _forward_fake(router_logits, top_k, routed_experts, *_):
+    tokens = router_logits.shape[0]
+    weights = router_logits.new_empty((tokens, top_k), dtype=torch.float32)
+    experts = torch.empty_like(weights, dtype=torch.int64)
+    natural = experts.new_empty(0) if routed_experts is None else torch.empty_like(experts)
+    return weights, experts, natural, *(weights.new_empty(tokens) for _ in range(3))
+
+
+def _backward(router_logits, weights, experts, grad_weights, norm_topk_prob, scoring, scale, backend):
+    out = torch.empty(router_logits.shape, dtype=router_logits.dtype, device=router_logits.device)
+    _kernels(backend).backward(router_logits, weights, experts, grad_weights, norm_topk_prob, scoring, scale, out)
+    return out
+
+
+def _backward_fake(router_logits, *_):
+    return torch.empty_like(router_logits, memory_format=torch.contiguous_format)
+
+
+moe_routing_forward = register(
+    "moe_routing(Tensor router_logits, SymInt top_k, Tensor? routed_experts, Tensor? valid, bool norm_topk_prob, "
+    "str scoring, Tensor? correction_bias, SymInt num_groups, SymInt top_k_groups, float scale, str backend) -> "
+    "(Tensor weights, Tensor experts, Tensor natural_experts, Tensor agreement, Tensor mass, Tensor margin)",
+    _forward,
+    _forward_fake,
+)
+moe_routing_backward = register(
+    "moe_routing_backward(Tensor router_logits, Tensor weights, Tensor experts, Tensor grad_weights, "
+    "bool norm_topk_prob, str scoring, float scale, str backend) -> Tensor",
+    _backward,
+    _backward_fake,
+)
