@@ -13,6 +13,7 @@ from .. import triton_scale
 from ..checks import IGNORE_INDEX
 from ..ops.fused_policy_loss import triton_kernel as fused_policy_loss
 from ..ops.linear_token_logprobs.tiles import gradient_in_place
+from ..ops.moe_routing import triton_kernel as moe_routing
 from ..ops.token_logprobs import triton_kernel as token_logprobs
 from ..triton_tiles import LaunchConfig
 
@@ -146,11 +147,50 @@ def _scale(rows: Rows) -> tuple[Tensor, ...]:
     return (rows.logits,)
 
 
+def _moe_routing(
+    rows: Rows, *, replay=True, norm=True, scoring="softmax", with_bias=False, groups=(1, 1), top_k=4
+) -> tuple[Tensor, ...]:
+    """Here V is the number of experts. With traps, a row routes naturally and a row has an expert out of range."""
+    ids, num_experts = rows.token_ids[:, None], rows.logits.shape[1]
+    routed = ((ids + torch.arange(top_k)) % num_experts).where(ids < num_experts, ids) if replay else None
+    valid = rows.token_ids != IGNORE_INDEX if replay else None
+    bias = torch.zeros(num_experts) if with_bias else None
+    found = moe_routing.forward(rows.logits, top_k, routed, valid, norm, scoring, bias, *groups, 2.0)
+    return tuple(values for values in found if values.numel())
+
+
+def _moe_routing_backward(rows: Rows, *, norm=False, scoring="softmax", top_k=4) -> tuple[Tensor, ...]:
+    weights = rows.values[:, None].expand(-1, top_k).contiguous()
+    experts = (rows.token_ids[:, None] + torch.arange(top_k)) % rows.logits.shape[1]
+    out = torch.empty_like(rows.logits, memory_format=torch.contiguous_format)
+    moe_routing.backward(rows.logits, weights, experts, weights, norm, scoring, 2.0, out)
+    return (out,)
+
+
+def _once_and_a_bias(config: LaunchConfig, vocab_size: int) -> float:
+    return 1 + config.vec / 4  # float32, beside logits of 16 / vec bytes
+
+
+def _chosen_ones(config: LaunchConfig, vocab_size: int) -> float:
+    return 4 / vocab_size
+
+
 KERNELS = (
     Kernel("token_logprobs", _token_logprobs_forward, token_logprobs.forward_config, _once, streams_out=False),
     Kernel("token_logprobs_backward", _token_logprobs_backward, token_logprobs.backward_config, _once),
     Kernel("fused_policy_loss", _fused_policy_loss_apart, fused_policy_loss.launch_config, _twice_less_a_tile),
     Kernel("scale_in_place", _scale, triton_scale.launch_config, _once),
+)
+# over router logits, of which a row is one tile: they have sizes of their own
+ROUTERS = (
+    Kernel("moe_routing", _moe_routing, moe_routing.launch_config, _once, streams_out=False),
+    Kernel("moe_routing_backward", _moe_routing_backward, moe_routing.launch_config, _once),
+)
+_BY_GROUPS = replace(
+    ROUTERS[0],
+    name="moe_routing by groups",
+    call=partial(_moe_routing, scoring="sigmoid", with_bias=True, groups=(4, 2)),
+    reads=_once_and_a_bias,
 )
 # compiled, it is the same kernel
 FUSED_IN_PLACE = replace(KERNELS[2], name="fused_policy_loss in place", call=_fused_policy_loss_in_place)
@@ -208,6 +248,25 @@ def _other_branches() -> Iterator[Kernel]:
         yield replace(KERNELS[2], name=f"fused_policy_loss: {name}", call=partial(_fused_policy_loss_apart, **options))
 
 
+def _other_branches_of_routers() -> Iterator[Kernel]:
+    yield _BY_GROUPS
+    for name, options in (
+        ("softmax of all", {"norm": False, "replay": False}),
+        ("sigmoid", {"norm": False, "scoring": "sigmoid"}),
+        ("sigmoid, normalised", {"scoring": "sigmoid"}),
+        ("softmax and bias", {"with_bias": True, "top_k": 8}),
+        ("softmax by groups", {"groups": (4, 2)}),
+    ):
+        yield replace(ROUTERS[0], name=f"moe_routing: {name}", call=partial(_moe_routing, **options))
+    for name, options in (
+        ("softmax, normalised", {"norm": True}),
+        ("sigmoid", {"scoring": "sigmoid"}),
+        ("sigmoid, normalised", {"norm": True, "scoring": "sigmoid", "top_k": 8}),
+    ):
+        call = partial(_moe_routing_backward, **options)
+        yield replace(ROUTERS[1], name=f"moe_routing_backward: {name}", call=call, reads=_chosen_ones)
+
+
 def interpreter_cases() -> Iterator[Case]:
     """Rows of one tile, of several, of a size that no tile divides, and rows that lie apart."""
     for kernel in (*KERNELS, FUSED_IN_PLACE):
@@ -219,6 +278,10 @@ def interpreter_cases() -> Iterator[Case]:
         yield Case(kernel, 777, torch.float32, padding=15)
         yield Case(kernel, 20_011, torch.float32)
         yield Case(kernel, 40_000, torch.float32, padding=8)
+    for kernel in (*ROUTERS, _BY_GROUPS):
+        yield Case(kernel, 128, torch.float32)
+        yield Case(kernel, 60, torch.bfloat16, padding=15)
+        yield Case(kernel, 1_024, torch.bfloat16, padding=8)
 
 
 def compile_cases() -> Iterator[Case]:
@@ -243,6 +306,15 @@ def compile_cases() -> Iterator[Case]:
         yield Case(kernel, QWEN3_VOCAB, torch.float32)
     for kernel in _other_branches():
         yield Case(kernel, QWEN3_VOCAB, torch.bfloat16)
+    for kernel in ROUTERS:
+        for dtype, sizes in (
+            (torch.bfloat16, [512, 1_024, 2_048, 4_096, 60]),
+            (torch.float32, [256, 512, 1_024, 2_048, 4_096, 60]),
+            (torch.float16, [128]),
+        ):
+            yield from (Case(kernel, num_experts, dtype) for num_experts in sizes)
+    for kernel in _other_branches_of_routers():
+        yield Case(kernel, 256, torch.float32)
 
 
 def _launch_configurations(kernel: Kernel, dtype: torch.dtype, one_tile: list[int], many_tiles: int) -> Iterator[Case]:

@@ -90,7 +90,8 @@ def faults(case: Case, name: str, found: Needs) -> list[str]:
         reasons.append(f"{threads} threads of {found.registers} registers do not fit in {part.registers}")
     if found.shared > part.shared:
         reasons.append(f"{found.shared} bytes of shared memory do not fit in {part.shared}")
-    if case.is_aligned and found.load_bits < 128:
+    streams_in = case.kernel.reads(case.config, case.vocab_size) >= 1
+    if case.is_aligned and streams_in and found.load_bits < 128:
         reasons.append(f"loads at most {found.load_bits} bits at once")
     if case.is_aligned and case.kernel.streams_out and found.store_bits < 128:
         reasons.append(f"stores at most {found.store_bits} bits at once")

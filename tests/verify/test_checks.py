@@ -60,7 +60,7 @@ def test_every_kernel_is_listed():
         if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
     }
     launched = set()
-    for kernel in cases.KERNELS:
+    for kernel in (*cases.KERNELS, *cases.ROUTERS):
         with captured() as launches:
             kernel.call(cases.Rows.make(64, torch.float32))
         launched |= {launch.kernel.__name__ for launch in launches}
