@@ -1,6 +1,7 @@
 """Kernels for training language models by reinforcement learning: MiniRL's policy loss, fused."""
 
 from .config import PolicyLossConfig
+from .moe import RoutedExperts, moe_layer_indices, record_routing, replay_routing
 from .ops.fused_linear_policy_loss import fused_linear_policy_loss
 from .ops.fused_policy_loss import fused_policy_loss
 from .ops.linear_token_logprobs import linear_token_logprobs
@@ -12,12 +13,16 @@ __all__ = [
     "PolicyLossConfig",
     "PolicyLossMetrics",
     "PolicyLossOutput",
+    "RoutedExperts",
     "Routing",
     "fused_linear_policy_loss",
     "fused_policy_loss",
     "group_advantages",
     "linear_token_logprobs",
+    "moe_layer_indices",
     "moe_routing",
     "policy_loss",
+    "record_routing",
+    "replay_routing",
     "token_logprobs",
 ]

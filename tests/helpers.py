@@ -167,3 +167,9 @@ def assert_as_exact_as_eager(actual, eager, exact, scale=None) -> None:
 def per_row(gradient) -> torch.Tensor:
     """The scale that makes a row of small gradients count like any other."""
     return gradient.abs().amax(-1, keepdim=True) if gradient.numel() else gradient.sum(-1, keepdim=True)
+
+
+def per_row_of_terms(weights, upstream) -> torch.Tensor:
+    """The scale of the gradient of routing weights [T, K]: a row's largest weight_i upstream_i, of which it is made
+    by subtraction."""
+    return (weights.double() * upstream).abs().amax(-1, keepdim=True)

@@ -199,6 +199,7 @@ MINIRL_INLINE void route_row(const MoERouting& args, int64_t row, Scratch& s) {
   } else {
     for (int64_t i = 0; i < k; ++i) weights[i] = plain[s.chosen[i]] * logits.scale;
   }
+  for (int64_t i = 0; i < k && total != total; ++i) weights[i] = NAN;  // wherever in the row it came from
   float mass = 0.f;
   for (int64_t i = 0; i < k; ++i) {
     mass += s.t[s.chosen[i]];

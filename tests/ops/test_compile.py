@@ -7,7 +7,14 @@ import pytest
 import torch
 from helpers import random_batch
 
-from minirl_kernels import PolicyLossConfig, fused_policy_loss, group_advantages, policy_loss, token_logprobs
+from minirl_kernels import (
+    PolicyLossConfig,
+    fused_policy_loss,
+    group_advantages,
+    moe_routing,
+    policy_loss,
+    token_logprobs,
+)
 
 PRESETS = ("minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo")
 LENGTHS = [5, 1, 4, 9]
@@ -28,6 +35,7 @@ def op_arguments():
     logits, ids = torch.randn(*rows, 7), torch.randint(7, rows)
     ones, none = torch.ones(rows), None
     of_backward = (ids, ones, ones, ones, ones, ones)
+    router, routed, bias = torch.randn(3, 9), torch.tensor([[0, 8], [3, 1], [4, 5]]), torch.randn(9)
     objective = ("minirl", True, 0.8, 1.27, 5.0)
     of_loss = [
         (ids, ones, -ones, -ones, -ones, ones, ones, *objective, 0.1, "k3", 0.1, "cpu"),
@@ -56,6 +64,14 @@ def op_arguments():
         "checked_token_ids": [(ids, 7, ones)],
         "checked_offsets": [(torch.tensor([0, 2, 6]), 6), (torch.tensor([0, 6], dtype=torch.int32), 6)],
         "group_advantages": [(torch.rand(4), torch.tensor([0, 1, 0, 1]), False)],
+        "checked_routed_experts": [(routed, none, 9), (routed.to(torch.uint8), torch.tensor([True, False, True]), 9)],
+        "moe_routing": [
+            (router, 2, none, none, True, "softmax", none, 1, 1, 1.0, "cpu"),
+            (router.bfloat16(), 2, routed, torch.tensor([True, False, True]), False, "sigmoid", bias, 3, 2, 2.5, "cpu"),
+        ],
+        "moe_routing_backward": [
+            (router, torch.rand(3, 2), routed, torch.rand(3, 2), norm, "softmax", 2.5, "cpu") for norm in (True, False)
+        ],
         "token_logprobs": [(logits, ids, ones, with_entropy, "cpu") for with_entropy in (True, False)],
         "token_logprobs_backward": [(logits, *of_backward, grad_entropy, "cpu") for grad_entropy in (ones, none)],
         "token_logprobs_backward_": [(logits, *of_backward, grad_entropy, "cpu") for grad_entropy in (ones, none)],
@@ -193,6 +209,32 @@ def test_token_logprobs(compiler, cpu):
         *values, total = f(leaf)
         results.append((*values, *torch.autograd.grad(total, leaf)))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_moe_routing(compiler, cpu):
+    """Weights, diagnostics and gradient; replayed experts that are wrong raise when compiled code runs."""
+    logits, bias = torch.randn(7, 24).bfloat16(), torch.randn(24)
+    experts = torch.rand(7, 24).argsort(-1)[:, :3].to(torch.uint8)
+    options = {"scoring": "sigmoid", "correction_bias": bias, "num_groups": 4, "top_k_groups": 2, "scale": 2.5}
+
+    def call(logits, experts, scale):
+        replayed = moe_routing(logits, 3, routed_experts=experts, scale=scale, backend=cpu)
+        natural = moe_routing(logits, 3, **options, backend=cpu)
+        total = (replayed.weights * natural.weights).sum()
+        return total, *replayed, *natural
+
+    compiled = torch.compile(call, fullgraph=True, backend=compiler)
+    results = []
+    for f in (compiled, call):
+        leaf = logits.clone().requires_grad_()
+        total, *values = f(leaf, experts, 1.5)
+        results.append((*values, *torch.autograd.grad(total, leaf)))
+    assert all(map(torch.equal, *results))
+    wrong = experts.clone()
+    wrong[5, 1] = 24
+    with pytest.raises(ValueError, match="routed_experts has the expert 24 at row 5"):
+        compiled(logits, wrong, 1.5)
 
 
 def test_group_advantages():

@@ -64,7 +64,8 @@ def moe_routing(
     num_groups, top_k_groups: E in equal groups, of which those with the largest sums of their two best selection
         scores are kept (DeepSeek-V3, arXiv 2412.19437). Both or neither.
     scale: factor of the weights, above 0.
-    The selection score is the logit; with a correction_bias or groups it is s_j + bias_j. NaN ranks above all.
+    The selection score is the logit; with a correction_bias or groups it is s_j + bias_j. NaN ranks above all, and a
+    row whose scores have no sum (a logit of NaN, say) has weights of NaN; no row touches another.
     Returns Routing. Replaying the experts of a natural routing of the same logits gives the bits of its weights.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
     """

@@ -47,8 +47,9 @@ def moe_routing_reference(
     # over the K gathered: the scores themselves may all underflow to 0
     normalised = torch.softmax(log_scores.gather(-1, chosen), -1)
     weights = normalised if norm_topk_prob else scores.gather(-1, chosen)
-    weights = (weights * scale).masked_fill(bad[:, None], torch.nan)
     agreement, mass = (values.masked_fill(bad, torch.nan) for values in (agreement, mass))
+    # a product, so that its gradient is NaN too
+    weights = weights * torch.where(mass.isnan(), torch.nan, scale)[:, None]
     return weights, chosen, natural, agreement, mass, margin
 
 

@@ -159,7 +159,8 @@ def moe_routing_fwd_kernel(
         b_w = scores_of(b_xk, 0.0, True)
     else:
         b_w = scores_of(b_xk, shift, False) / total
-    tl.store(weights + i_t * K + o_k, tl.where(is_bad, float("nan"), b_w * scale), mask=m_k)
+    is_broken = is_bad | (total != total)
+    tl.store(weights + i_t * K + o_k, tl.where(is_broken, float("nan"), b_w * scale), mask=m_k)
     tl.store(experts + i_t * K + o_k, b_ids, mask=m_k)
     tl.store(natural_experts + i_t * K + o_k, b_natural, mask=m_k)
     tl.store(agreement + i_t, tl.where(is_bad, float("nan"), shared.to(tl.float32) / K))

@@ -1,0 +1,71 @@
+"""Tiny mixture-of-experts models of transformers, by name; their routers are far from undecided."""
+
+import torch
+import transformers
+
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+DEEPSEEK = {
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "n_shared_experts": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+}
+CONFIGS = {
+    "Qwen3Moe": {
+        "moe_intermediate_size": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "head_dim": 8,
+    },
+    "Olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": False},
+    "Mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "GptOss": {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 8, "sliding_window": 8},
+    "DeepseekV3": {
+        **DEEPSEEK,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "Glm4Moe": {**DEEPSEEK, "head_dim": 8},
+}
+
+
+def tiny(name, *, seed=0, **changes):
+    """`<name>ForCausalLM` in float32, in training mode, with drop-out nowhere."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **CONFIGS[name], **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in gates(model):
+            module.weight.copy_(torch.randn(module.weight.shape, generator=generator) / 3)
+            if hasattr(module, "e_score_correction_bias"):
+                bias = module.e_score_correction_bias
+                bias.copy_(torch.randn(bias.shape, generator=generator) / 10)
+    return model.train()
+
+
+def gates(model):
+    return [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+
+
+def token_ids(batch=2, length=9, seed=0):
+    return torch.randint(1, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
