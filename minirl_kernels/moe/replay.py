@@ -206,13 +206,13 @@ class _Hooks:
                 f"{self._routers[index].name} is computed again inside a {self._name} that its forward was not in: "
                 "run that backward outside"
             )
-        self._ran[index] = True
         if is_recompute:
             self._pending[index] -= 1
         elif _may_be_checkpointed():
             self._pending[index] += 1
         logits, weights, _ = output
         routing = self._context._route(index, logits, is_recompute)
+        self._ran[index] = True
         return logits, routing.weights.to(weights.dtype), routing.experts
 
 
@@ -235,10 +235,11 @@ def _routed(name, model, context):
 
 
 def _node_in_backward() -> int | None:
-    """The sequence number of the node that a running backward is at; None where none is running."""
+    """The sequence number of the node that a running backward is at, -1 between nodes; None where none is running."""
     if torch._C._current_graph_task_id() == -1:
         return None
-    return torch._C._current_autograd_node()._sequence_nr()
+    node = torch._C._current_autograd_node()
+    return -1 if node is None else node._sequence_nr()
 
 
 def _may_be_checkpointed() -> bool:

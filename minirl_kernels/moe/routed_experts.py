@@ -70,6 +70,7 @@ class RoutedExperts:
         Raises ValueError that names token and layer for an id out of range or twice in its row, and for more rows
         than tokens.
         """
+        dtype = compact_dtype(num_experts)
         ids = _as_tensor(ids)
         check_integers("routed_experts", ids)
         if ids.dim() != 3:
@@ -90,10 +91,10 @@ class RoutedExperts:
         wide = ids.long()
         valid = valid & ~(wide == -1).all(-1)
         _check_ids(wide, valid, num_experts, first_token)
-        experts = torch.zeros((num_tokens, *ids.shape[1:]), dtype=compact_dtype(num_experts), device=ids.device)
+        experts = torch.zeros((num_tokens, *ids.shape[1:]), dtype=dtype, device=ids.device)
         known = torch.zeros(experts.shape[:2], dtype=torch.bool, device=ids.device)
         span = slice(first_token, first_token + rows)
-        experts[span] = wide.masked_fill(~valid[..., None], 0).to(experts.dtype)
+        experts[span] = wide.masked_fill(~valid[..., None], 0).to(dtype)
         known[span] = valid
         return cls(experts, known, num_experts)
 
