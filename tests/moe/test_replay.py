@@ -269,6 +269,19 @@ def test_a_part_of_the_model_under_checkpointing():
     assert all(torch.equal(grads[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("reentrant", CHECKPOINTING.values(), ids=CHECKPOINTING)
+def test_a_recompute_is_not_recorded_again(reentrant):
+    model, ids = tiny("Qwen3Moe"), token_ids()
+    with record_routing(model) as record:
+        expected = gradients(model, loss_of(model, ids))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with record_routing(model) as checkpointed:
+        grads = gradients(model, loss_of(model, ids))
+    assert torch.equal(checkpointed.routed_experts.experts, record.routed_experts.experts)
+    assert all(torch.equal(grads[key], expected[key]) for key in expected)
+
+
 def test_two_passes_of_r2():
     """The pass that makes old_log_probs records; the update replays, and log r is 0 to the bit before it."""
     model, ids = tiny("Qwen3Moe"), token_ids()

@@ -173,6 +173,7 @@ def test_what_gets_gradient(scoring, norm, backend):
     is_chosen = torch.zeros_like(reached).scatter(1, experts, True)
     assert torch.equal(reached, is_chosen if norm or scoring == "sigmoid" else torch.ones_like(reached))
     assert bias.grad is None
+    assert not moe_routing(leaf.detach(), 4, correction_bias=bias, backend=backend).weights.requires_grad
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])

@@ -6,11 +6,10 @@ import math
 import pytest
 import torch
 import triton_cases
-from helpers import assert_as_exact_as_eager, per_row_of_terms
+from routing_cases import KINDS, check_moe_routing, forward_backward, random_experts
 
 from minirl_kernels import moe_routing
 from minirl_kernels.ops.moe_routing.op import moe_routing_backward, moe_routing_forward
-from minirl_kernels.ops.moe_routing.reference import moe_routing_reference
 from minirl_kernels.verify import bounds
 from minirl_kernels.verify.interpreter import recording
 from minirl_kernels.verify.launches import captured
@@ -18,40 +17,6 @@ from minirl_kernels.verify.launches import captured
 pytestmark = triton_cases.interpreter_only()
 
 DTYPES = triton_cases.DTYPES
-KINDS = list(itertools.product(["softmax", "sigmoid"], [True, False]))
-
-
-def random_experts(tokens, num_experts, top_k, seed=1):
-    return torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(seed)).argsort(-1)[:, :top_k]
-
-
-def forward_backward(logits, top_k, *, backend="triton", **options):
-    """The fields of Routing, and the gradient under a random one of the weights."""
-    leaf = logits.detach().requires_grad_()
-    routing = moe_routing(leaf, top_k, backend=backend, **options)
-    upstream = torch.randn(len(logits), top_k, generator=torch.Generator().manual_seed(5))
-    (grad,) = torch.autograd.grad(routing.weights, leaf, upstream)
-    return routing._replace(weights=routing.weights.detach()), grad
-
-
-def check_against_float64(logits, top_k, **options):
-    ours, grad = forward_backward(logits, top_k, **options)
-    eager, eager_grad = forward_backward(logits, top_k, backend="reference", **options)
-    leaf = logits.detach().double().requires_grad_()
-    groups = {name: options[name] or 1 for name in ("num_groups", "top_k_groups") if name in options}
-    weights, *others = moe_routing_reference(leaf, top_k, **{**options, **groups})
-    upstream = torch.randn(len(logits), top_k, generator=torch.Generator().manual_seed(5))
-    (exact_grad,) = torch.autograd.grad(weights, leaf, upstream.double())
-    for values, theirs, exact in zip(ours, eager, (weights.detach(), *others), strict=True):
-        if values.dtype == torch.int64:
-            assert torch.equal(values, exact)
-        else:
-            finite = exact.isfinite()
-            assert torch.equal(values.isfinite(), finite)
-            # the margin is a difference of scores
-            scale = torch.ones(()) if values is ours.margin else None
-            assert_as_exact_as_eager(values[finite], theirs[finite], exact[finite], scale)
-    assert_as_exact_as_eager(grad, eager_grad, exact_grad, per_row_of_terms(weights.detach(), upstream))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,7 +24,7 @@ def check_against_float64(logits, top_k, **options):
 def test_any_number_of_experts(num_experts, top_k, dtype):
     logits, experts = triton_cases.random_logits(4, num_experts, dtype=dtype), random_experts(4, num_experts, top_k)
     for (scoring, norm), replayed in itertools.product(KINDS, (None, experts)):
-        check_against_float64(logits, top_k, routed_experts=replayed, norm_topk_prob=norm, scoring=scoring, scale=1.7)
+        check_moe_routing(logits, top_k, routed_experts=replayed, norm_topk_prob=norm, scoring=scoring, scale=1.7)
 
 
 @pytest.mark.parametrize(("num_groups", "top_k_groups"), [(1, 1), (4, 2), (3, 3), (6, 1)])
@@ -68,7 +33,7 @@ def test_bias_and_groups(scoring, num_groups, top_k_groups):
     logits = triton_cases.random_logits(6, 24)
     bias = torch.randn(24, generator=torch.Generator().manual_seed(2)) / 8
     for correction_bias in (None, bias):
-        check_against_float64(
+        check_moe_routing(
             logits,
             3,
             scoring=scoring,
@@ -146,7 +111,7 @@ def test_rows_that_are_not_valid_route_naturally():
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_ties_and_what_is_no_number():
-    logits = torch.tensor([[0.0, 1.0, 1.0, -0.0], [0.0, math.nan, 1.0, 2.0], [-math.inf, 1.0, -math.inf, -math.inf]])
+    logits = torch.tensor([[-0.0, 1.0, 1.0, 0.0], [0.0, math.nan, 1.0, 2.0], [-math.inf, 1.0, -math.inf, -math.inf]])
     routing, _ = forward_backward(logits, 3)
     assert routing.experts.tolist() == [[1, 2, 0], [1, 3, 2], [1, 0, 2]]
     assert routing.margin[[0, 2]].tolist() == [0.0, 0.0]
