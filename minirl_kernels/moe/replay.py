@@ -34,7 +34,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
     Raises ValueError that names the module where a router cannot be replayed; RuntimeError where routers are in
     another of these contexts, a forward leaves a router out, or a recompute comes after the context has ended.
     """
-    with _routed("record_routing", model, RoutingRecord(routers(model))) as record:
+    with _routed("record_routing", RoutingRecord(routers(model))) as record:
         yield record
 
 
@@ -51,7 +51,7 @@ def replay_routing(model: nn.Module, routed_experts: RoutedExperts, *, check: bo
     """
     if not isinstance(routed_experts, RoutedExperts):
         raise TypeError(f"routed_experts is a {type(routed_experts).__name__}: it must be RoutedExperts")
-    with _routed("replay_routing", model, RoutingReplay(routers(model), routed_experts, check)) as replay:
+    with _routed("replay_routing", RoutingReplay(routers(model), routed_experts, check)) as replay:
         yield replay
 
 
@@ -163,7 +163,8 @@ class RoutingReplay:
             logits, router.top_k, routed_experts=ids, valid=valid, check=self._check, **router.options()
         )
         if not is_recompute:
-            self._routings[index] = routing._replace(weights=None)  # which would keep the graph alive
+            # the others would keep the graph, and 16 K bytes of each token
+            self._routings[index] = routing._replace(weights=None, experts=None, natural_experts=None)
         return routing
 
 
@@ -217,7 +218,7 @@ class _Hooks:
 
 
 @contextmanager
-def _routed(name, model, context):
+def _routed(name, context):
     found = context._routers
     for router in found:
         if router.module in _ACTIVE:

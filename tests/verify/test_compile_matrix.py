@@ -25,6 +25,7 @@ import json, sys
 from minirl_kernels.verify import cases, compile_matrix
 kernels = [cases.Case(kernel, cases.QWEN3_VOCAB, dtype) for kernel in cases.KERNELS for dtype in
            (cases.torch.bfloat16, cases.torch.float32)]
+kernels += [cases.Case(kernel, 256, cases.torch.float32) for kernel in cases.ROUTERS]
 print(json.dumps(list(compile_matrix.table_rows(kernels))))
 """
 FAULTY = """
