@@ -41,4 +41,5 @@ checked_routed_experts = register(
     "checked_routed_experts(Tensor routed_experts, Tensor? valid, SymInt num_experts) -> Tensor",
     _check_routed_experts,
     lambda routed_experts, *_: torch.empty_like(routed_experts),
+    waits=True,
 )
