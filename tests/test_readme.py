@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 ROWS, LENGTH, V = 4, 6, 11
@@ -17,17 +17,20 @@ def small_model():
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "head_dim": 8,
+        "moe_intermediate_size": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
     }
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        config = Qwen3Config(vocab_size=V, num_key_value_heads=1, initializer_range=0.3, **sizes)
+        config = Qwen3MoeConfig(vocab_size=V, num_key_value_heads=1, initializer_range=0.3, **sizes)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def test_examples():
     generator = torch.Generator().manual_seed(0)
     examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
     model = small_model()
     loss_mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)
     loss_mask[:, :2] = loss_mask[:, -1] = False  # the prompt, and the last position, which scores nothing
@@ -54,7 +57,7 @@ def test_examples():
         losses.append(names["out"].loss.detach())
         gradients.append([weight.grad.clone() for weight in model.parameters()])
     assert seen[0].numel()
-    assert not any(values.numel() for values in seen[-2:])
+    assert not any(values.numel() for values in seen[-4:])
     assert losses[0] != 0
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
         torch.testing.assert_close(loss, losses[0])

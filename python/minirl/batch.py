@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from minirl_kernels import RoutedExperts
+
 from .rollout import Rollouts
 
 IGNORED = -100
@@ -41,6 +43,7 @@ class Batch:
     advantages: Tensor  # [B]
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
+    routed_experts: RoutedExperts | None = None  # [B, L], of input_ids; those to be replayed
 
     @classmethod
     def from_rollouts(cls, rollouts: Rollouts, advantages: Tensor) -> Batch:
@@ -53,6 +56,7 @@ class Batch:
             rollout_log_probs=shift_left(rollouts.rollout_log_probs, 0.0),
             group_ids=rollouts.group_ids,
             advantages=advantages,
+            routed_experts=rollouts.routed_experts,
         )
 
     def __len__(self) -> int:
@@ -68,9 +72,13 @@ class Batch:
         for part in self.split(size):
             length = int(part.attention_mask.sum(1).max())
             yield part._map(
-                lambda tensor, length=length: (tensor[:, :length] if tensor.dim() == 2 else tensor).to(device)
+                lambda values, length=length: (values if _is_per_response(values) else values[:, :length]).to(device)
             )
 
     def _map(self, function) -> Batch:
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: None if tensor is None else function(tensor) for name, tensor in tensors.items()})
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: None if values is None else function(values) for name, values in every.items()})
+
+
+def _is_per_response(values: Tensor | RoutedExperts) -> bool:
+    return isinstance(values, Tensor) and values.dim() == 1

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from minirl_kernels import record_routing
 from minirl_kernels.integrations.transformers import enable_log_probs
 
 from .config import ModelConfig, TrainConfig
@@ -36,9 +37,16 @@ def make_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         tokenizer = character_tokenizer(ArithmeticTask.characters)
         model = build_model(config.model, tokenizer, derive_seed(config.seed, "weights"))
     try:
-        return enable_log_probs(model.to(pick_device(config.device))), tokenizer
+        model = enable_log_probs(model.to(pick_device(config.device)))
     except (TypeError, ValueError) as error:
         raise MiniRLError(f"this model cannot be trained: {error}") from None
+    if config.routing_replay != "disabled":
+        try:
+            with record_routing(model):
+                pass
+        except ValueError as error:
+            raise MiniRLError(f"routing_replay is {config.routing_replay!r}, and cannot be: {error}") from None
+    return model, tokenizer
 
 
 def load_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

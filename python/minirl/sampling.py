@@ -46,6 +46,7 @@ def make_sampler(
         dtype=config.dtype,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         eos_token_ids=end_token_ids(model, tokenizer),
+        records_routing=config.routing_replay == "R3",
     )
     engine.update_weights(model)
     return Sampler(engine, tokenizer, task)

@@ -6,7 +6,7 @@ import copy
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -17,12 +17,14 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from minirl_kernels import PolicyLossMetrics, group_advantages
+from minirl_kernels import PolicyLossMetrics, RoutedExperts, group_advantages, record_routing, replay_routing
+from minirl_kernels.moe.replay import RoutingReplay
 
 from .batch import Batch
 from .config import TrainConfig
 from .errors import MiniRLError
 from .models import autocast
+from .routing import Agreement
 from .sampling import Sampler
 from .seeds import derive_seed
 from .tasks import ProblemStream
@@ -35,6 +37,7 @@ class Update:
     loss: float
     grad_norm: float
     metrics: PolicyLossMetrics
+    routing_agreement: Agreement
 
 
 class Trainer:
@@ -58,7 +61,7 @@ class Trainer:
         with _timed(seconds, "seconds_rollout"):
             batch, metrics = self.collect(number)
         with _timed(seconds, "seconds_old_log_probs"):
-            batch = self.with_old_log_probs(batch)
+            batch, routing_metrics = self.with_old_log_probs(batch)
         with _timed(seconds, "seconds_update"):
             updates = [self.update(minibatch) for minibatch in batch.split(self.config.minibatch_size)]
         self.sampler.engine.update_weights(self.model)
@@ -67,6 +70,8 @@ class Trainer:
             "loss": sum(update.loss for update in updates) / len(updates),
             "grad_norm": sum(update.grad_norm for update in updates) / len(updates),
             **reduce(add, [update.metrics for update in updates]).compute(),
+            **routing_metrics,
+            **sum((update.routing_agreement for update in updates), Agreement()).compute("routing_agreement"),
             **seconds,
         }
 
@@ -87,23 +92,42 @@ class Trainer:
         }
         return Batch.from_rollouts(rollouts, advantages), metrics
 
-    def with_old_log_probs(self, batch: Batch) -> Batch:
-        """`batch` with log pi_old (and log pi_ref) by the training engine.
+    @torch.no_grad()
+    def with_old_log_probs(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
+        """(`batch` with log pi_old, log pi_ref and the experts to replay, what is to be told of its routing).
 
         In the micro-batches of the updates: then the first update finds the same bits, and log r is 0 there.
         """
-        old_log_probs = self._all_log_probs(self.model, batch)
-        ref_log_probs = None if self.reference is None else self._all_log_probs(self.reference, batch)
-        return replace(batch, old_log_probs=old_log_probs, ref_log_probs=ref_log_probs)
+        length = batch.token_ids.shape[1]
+        old_log_probs, routed_experts, agreement = [], [], Agreement()
+        for micro in self._micro_batches(batch):
+            recording = record_routing(self.model) if self.config.routing_replay == "R2" else nullcontext()
+            with recording as record, self._replaying(micro) as replay:
+                log_probs = self._forward(self.model, micro).log_probs
+            old_log_probs.append(pad(log_probs.cpu(), (0, length - log_probs.shape[1])))
+            agreement += Agreement.of(replay, micro)
+            if record is not None:
+                experts = record.sequences(len(micro)).to("cpu")
+                routed_experts += [experts[row] for row in range(len(micro))]
+        metrics = agreement.compute("routing_agreement_old")
+        if batch.routed_experts is not None:
+            metrics["routing_missing_tokens"] = float(batch.routed_experts.num_missing(batch.loss_mask))
+        if routed_experts:
+            batch = replace(batch, routed_experts=RoutedExperts.pad(routed_experts, length))
+        ref_log_probs = None if self.reference is None else self._ref_log_probs(batch)
+        return replace(batch, old_log_probs=torch.cat(old_log_probs), ref_log_probs=ref_log_probs), metrics
 
-    @torch.no_grad()
-    def _all_log_probs(self, model: PreTrainedModel, batch: Batch) -> Tensor:
-        parts = []
+    def _ref_log_probs(self, batch: Batch) -> Tensor:
+        parts = [self._forward(self.reference, micro).log_probs.cpu() for micro in self._micro_batches(batch)]
+        return torch.cat([pad(part, (0, batch.token_ids.shape[1] - part.shape[1])) for part in parts])
+
+    def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
         for minibatch in batch.split(self.config.minibatch_size):
-            for micro in minibatch.micro_batches(self.config.micro_batch_size, model.device):
-                log_probs = self._forward(model, micro).log_probs
-                parts.append(pad(log_probs.cpu(), (0, batch.token_ids.shape[1] - log_probs.shape[1])))
-        return torch.cat(parts)
+            yield from minibatch.micro_batches(self.config.micro_batch_size, self.model.device)
+
+    def _replaying(self, micro: Batch) -> AbstractContextManager[RoutingReplay | None]:
+        """For one forward of the policy, and its backward."""
+        return nullcontext() if micro.routed_experts is None else replay_routing(self.model, micro.routed_experts)
 
     def update(self, minibatch: Batch) -> Update:
         """One optimizer update from a mini-batch of whole groups, in micro-batches."""
@@ -112,7 +136,7 @@ class Trainer:
             "num_tokens": int(minibatch.loss_mask.sum()),
             "num_groups": self.config.prompts_per_minibatch,
         }
-        outputs = []
+        outputs, agreement = [], Agreement()
         for micro in minibatch.micro_batches(self.config.micro_batch_size, self.model.device):
             policy_loss = {
                 "old_log_probs": micro.old_log_probs,
@@ -124,9 +148,11 @@ class Trainer:
                 "config": self.config.policy_loss,
                 **counts,
             }
-            output = self._forward(self.model, micro, policy_loss=policy_loss).policy_loss
-            output.loss.backward()
+            with self._replaying(micro) as replay:
+                output = self._forward(self.model, micro, policy_loss=policy_loss).policy_loss
+                output.loss.backward()
             outputs.append(output)
+            agreement += Agreement.of(replay, micro)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm).item()
         if not math.isfinite(grad_norm):
             raise MiniRLError(f"the gradient norm is {grad_norm}: it must be finite; try a smaller optimizer.lr")
@@ -136,6 +162,7 @@ class Trainer:
             loss=sum(output.loss.item() for output in outputs),
             grad_norm=grad_norm,
             metrics=reduce(add, [output.metrics for output in outputs]),
+            routing_agreement=agreement,
         )
 
     def _forward(self, model: PreTrainedModel, batch: Batch, policy_loss: dict | None = None) -> ModelOutput:

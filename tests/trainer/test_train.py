@@ -25,7 +25,7 @@ def untimed(metrics):
 def collected(trainer) -> Batch:
     """The batch of step 1 with its old_log_probs."""
     batch, _ = trainer.collect(1)
-    return trainer.with_old_log_probs(batch)
+    return trainer.with_old_log_probs(batch)[0]
 
 
 def test_first_minibatch_is_on_policy_to_the_last_bit(config, make_trainer):
@@ -95,7 +95,7 @@ def test_no_logits_but_those_to_sample_from(config, make_trainer):
     batch, _ = trainer.collect(1)
     assert {length for _, length in sizes} == {1}
     sizes.clear()
-    trainer.update(next(trainer.with_old_log_probs(batch).split(config.minibatch_size)))
+    trainer.update(next(trainer.with_old_log_probs(batch)[0].split(config.minibatch_size)))
     supervised_loss(trainer.model, batch.input_ids, batch.attention_mask, config.dtype)
     assert len(sizes) > 2
     assert {size.numel() for size in sizes} == {0}
@@ -133,7 +133,7 @@ def test_reference_policy(config, make_trainer):
 def test_bfloat16(config, make_trainer):
     trainer = make_trainer(config, dtype="bfloat16")
     batch = collected(trainer)
-    in_float32 = make_trainer(config).with_old_log_probs(batch).old_log_probs
+    in_float32 = make_trainer(config).with_old_log_probs(batch)[0].old_log_probs
     assert 1e-4 < (batch.old_log_probs - in_float32).abs().mean() < 0.1
     metrics = trainer.update(next(batch.split(config.minibatch_size))).metrics.compute()
     assert metrics["log_r_abs_max"] == 0.0

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from minirl_kernels import RoutedExperts
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -29,6 +31,9 @@ class Rollouts:
     """[B] int64: number of the prompt."""
     finish_reasons: list[FinishReason]
     """[B]: "stop" at an end-of-sequence token, "length" when cut off."""
+    routed_experts: RoutedExperts | None = None
+    """[B, L]: the experts of each token as it was decoded, missing where the engine saw none (the last token of each
+    response, at least); none where the engine does not record them."""
 
     @classmethod
     def collate(
@@ -39,8 +44,9 @@ class Rollouts:
         finish_reasons: list[FinishReason],
         *,
         pad_token_id: int,
+        routed_experts: Sequence[RoutedExperts] | None = None,
     ) -> Rollouts:
-        """Pad len(prompts) groups of len(responses) / len(prompts) responses each."""
+        """Pad len(prompts) groups of len(responses) / len(prompts) responses each, and what is known of their experts."""
         group_size = len(responses) // len(prompts)
         rows, is_response, aligned = [], [], []
         for index, (response, values) in enumerate(zip(responses, log_probs, strict=True)):
@@ -57,6 +63,9 @@ class Rollouts:
             rollout_log_probs=pad_sequence(aligned, batch_first=True),
             group_ids=torch.arange(len(responses)) // group_size,
             finish_reasons=finish_reasons,
+            routed_experts=(
+                None if routed_experts is None else RoutedExperts.pad(routed_experts, token_ids.shape[1])
+            ),
         )
 
     def responses(self) -> list[list[int]]:

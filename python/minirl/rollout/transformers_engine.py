@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from minirl_kernels import token_logprobs
+from minirl_kernels import RoutedExperts, record_routing, token_logprobs
 
 from ..config import RolloutConfig
 from ..models import autocast
@@ -20,11 +21,19 @@ class TransformersEngine:
     """Samples from a view of the training model: the same parameters, another generation config.
 
     config: sampling settings. dtype: name of the computation's dtype. pad_token_id: fills up batches.
-    eos_token_ids: any of them ends a response.
+    eos_token_ids: any of them ends a response. records_routing: whether rollouts come with routed_experts.
     """
 
-    def __init__(self, config: RolloutConfig, *, dtype: str, pad_token_id: int, eos_token_ids: list[int]):
-        self._config, self._dtype = config, dtype
+    def __init__(
+        self,
+        config: RolloutConfig,
+        *,
+        dtype: str,
+        pad_token_id: int,
+        eos_token_ids: list[int],
+        records_routing: bool = False,
+    ):
+        self._config, self._dtype, self._records_routing = config, dtype, records_routing
         self._pad_token_id, self._eos_token_ids = pad_token_id, eos_token_ids
         self._model: PreTrainedModel | None = None
 
@@ -36,20 +45,35 @@ class TransformersEngine:
     def generate(self, prompts: Sequence[Sequence[int]], n: int, *, seed: int) -> Rollouts:
         devices = [self._model.device] if self._model.device.type == "cuda" else []
         prompts_at_once = max(1, self._config.batch_size // n)
-        responses, log_probs, finish_reasons = [], [], []
+        responses, log_probs, finish_reasons, routed_experts = [], [], [], []
         with torch.random.fork_rng(devices), torch.no_grad(), autocast(self._model.device, self._dtype):
             torch.manual_seed(seed)
             for start in range(0, len(prompts), prompts_at_once):
-                ids, values = self._decode(prompts[start : start + prompts_at_once], n)
-                for row, row_values in zip(ids.tolist(), values.tolist(), strict=True):
+                part = prompts[start : start + prompts_at_once]
+                ids, values, routed = self._decode(part, n)
+                width = max(map(len, part))
+                for index, (row, row_values) in enumerate(zip(ids.tolist(), values.tolist(), strict=True)):
                     length, finish_reason = self._end(row)
+                    if routed is not None:
+                        # the last token was sampled, and never decoded
+                        routed_experts.append(routed[index, width - len(part[index // n]) : width + length - 1])
                     responses.append(row[:length])
                     log_probs.append(row_values[:length])
                     finish_reasons.append(finish_reason)
-        return Rollouts.collate(prompts, responses, log_probs, finish_reasons, pad_token_id=self._pad_token_id)
+        return Rollouts.collate(
+            prompts,
+            responses,
+            log_probs,
+            finish_reasons,
+            pad_token_id=self._pad_token_id,
+            routed_experts=routed_experts or None,
+        )
 
-    def _decode(self, prompts: Sequence[Sequence[int]], n: int) -> tuple[Tensor, Tensor]:
-        """n responses to each prompt, [B, R] token ids and log-probabilities, with garbage after their ends."""
+    def _decode(self, prompts: Sequence[Sequence[int]], n: int) -> tuple[Tensor, Tensor, RoutedExperts | None]:
+        """n responses to each prompt, with garbage after their ends.
+
+        [B, R] token ids and log-probabilities; routed_experts [B, P + R - 1] of prompts padded on the left to P tokens.
+        """
         width = max(len(prompt) for prompt in prompts)
         padding = [width - len(prompt) for prompt in prompts]
         device = self._model.device
@@ -59,23 +83,25 @@ class TransformersEngine:
         )
         attention_mask = torch.arange(width, device=device) >= torch.tensor(padding, device=device)[:, None]
         sampled = SampledLogProbs(self._config.temperature)
-        sequences = self._model.generate(
-            token_ids,
-            attention_mask=attention_mask.long(),
-            logits_processor=LogitsProcessorList([sampled]),
-            generation_config=GenerationConfig(
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                num_return_sequences=n,
-                max_new_tokens=self._config.max_new_tokens,
-                pad_token_id=self._pad_token_id,
-                eos_token_id=self._eos_token_ids,
-            ),
-        )
+        with record_routing(self._model) if self._records_routing else nullcontext() as record:
+            sequences = self._model.generate(
+                token_ids,
+                attention_mask=attention_mask.long(),
+                logits_processor=LogitsProcessorList([sampled]),
+                generation_config=GenerationConfig(
+                    do_sample=True,
+                    temperature=1.0,
+                    top_k=0,
+                    top_p=1.0,
+                    num_return_sequences=n,
+                    max_new_tokens=self._config.max_new_tokens,
+                    pad_token_id=self._pad_token_id,
+                    eos_token_id=self._eos_token_ids,
+                ),
+            )
         responses = sequences[:, width:]
-        return responses, sampled.of(responses)
+        routed_experts = None if record is None else record.sequences(len(sequences)).to("cpu")
+        return responses, sampled.of(responses), routed_experts
 
     def _end(self, response: list[int]) -> tuple[int, str]:
         """(tokens of a decoded row up to its end, why it ended)."""

@@ -1,0 +1,96 @@
+"""Routing replay in the trainer: Table 1 of the paper, and what is told of it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from minirl.config import ModelConfig
+from minirl.errors import MiniRLError
+from minirl.models import make_model
+
+from minirl_kernels import RoutedExperts, record_routing
+
+
+def collected(trainer):
+    """(batch of step 1 as sampled, the same with its old_log_probs)."""
+    batch, _ = trainer.collect(1)
+    return batch, trainer.with_old_log_probs(batch)[0]
+
+
+@torch.no_grad()
+def natural_log_probs(trainer, batch):
+    """Of the first mini-batch, whose weights are still those of old_log_probs."""
+    minibatch = next(batch.split(trainer.config.minibatch_size))
+    parts = []
+    for micro in minibatch.micro_batches(trainer.config.micro_batch_size, trainer.model.device):
+        with record_routing(trainer.model):
+            parts.append(trainer._forward(trainer.model, micro).log_probs[micro.loss_mask])
+    return torch.cat(parts)
+
+
+def as_sampled_elsewhere(batch):
+    """An inference engine that chose the next expert in the list: no id is what the training engine would choose."""
+    routed = batch.routed_experts
+    other = ((routed.experts.int() + 1) % routed.num_experts).to(routed.experts.dtype)
+    return replace(batch, routed_experts=RoutedExperts(other, routed.valid, routed.num_experts))
+
+
+def test_r2_leaves_the_first_minibatch_alone(config, make_trainer):
+    trainer = make_trainer(config, routing_replay="R2")
+    sampled, batch = collected(trainer)
+    assert sampled.routed_experts is None
+    first, second = batch.split(config.minibatch_size)
+    assert torch.equal(first.old_log_probs[first.loss_mask], natural_log_probs(trainer, batch))
+    update = trainer.update(first)
+    assert update.metrics.compute()["log_r_abs_max"] == 0.0
+    assert set(update.routing_agreement.compute("layer").values()) == {1.0}
+    update = trainer.update(second)
+    assert update.metrics.compute()["log_r_abs_max"] > 0.0
+    assert min(update.routing_agreement.compute("layer").values()) < 1.0
+
+
+def test_r3_changes_the_target_policy_from_the_first_minibatch_on(config, make_trainer):
+    trainer = make_trainer(config, routing_replay="R3")
+    sampled = as_sampled_elsewhere(trainer.collect(1)[0])
+    batch, metrics = trainer.with_old_log_probs(sampled)
+    first = next(batch.split(config.minibatch_size))
+    natural = natural_log_probs(trainer, batch)
+    assert (first.old_log_probs[first.loss_mask] - natural).abs().max() > 0.01
+    assert metrics["routing_agreement_old_layer_0"] < 1.0
+    update = trainer.update(first)
+    assert update.metrics.compute()["log_r_abs_max"] == 0.0  # the update replays what the pass before it did
+    assert update.routing_agreement.compute("routing_agreement_old") == {
+        name: pytest.approx(value, abs=0.2) for name, value in metrics.items() if name.startswith("routing_agreement")
+    }
+
+
+def test_r3_takes_the_experts_of_the_rollouts(config, make_trainer):
+    trainer = make_trainer(config, routing_replay="R3")
+    batch, _ = trainer.collect(1)
+    length = batch.attention_mask.sum(1)
+    # all tokens but the last, which was sampled and never decoded
+    known = torch.arange(batch.input_ids.shape[1]) < length[:, None] - 1
+    assert torch.equal(batch.routed_experts.valid, known[..., None].expand_as(batch.routed_experts.valid))
+    _, metrics = trainer.with_old_log_probs(batch)
+    assert metrics.pop("routing_missing_tokens") == 0
+    # the same weights: token by token with a cache and all at once differ by rounding alone
+    assert metrics.keys() == {"routing_agreement_old_layer_0", "routing_agreement_old_layer_1"}
+    assert min(metrics.values()) > 0.99
+
+
+@pytest.mark.parametrize("setting", ["disabled", "R2", "R3"])
+def test_a_step_tells_the_agreement_of_each_layer(config, make_trainer, setting):
+    metrics = make_trainer(config, routing_replay=setting).step(1)
+    names = {name for name in metrics if name.startswith("routing_")}
+    updates = {f"routing_agreement_layer_{layer}" for layer in range(2)}
+    before = {f"routing_agreement_old_layer_{layer}" for layer in range(2)} | {"routing_missing_tokens"}
+    assert names == {"disabled": set(), "R2": updates, "R3": updates | before}[setting]
+
+
+def test_replay_that_means_nothing_is_refused(config):
+    with pytest.raises(MiniRLError, match="routing_replay is 'R2' with num_minibatches=1: it must be"):
+        replace(config, routing_replay="R2", num_minibatches=1).check()
+    dense = ModelConfig(config={"model_type": "qwen3", "hidden_size": 32, "num_attention_heads": 2, "head_dim": 16,
+                                "num_key_value_heads": 1, "num_hidden_layers": 1, "intermediate_size": 32})  # fmt: skip
+    with pytest.raises(MiniRLError, match="routing_replay is 'R3', and cannot be: model is a Qwen3ForCausalLM without"):
+        make_model(replace(config, routing_replay="R3", model=dense))
