@@ -116,8 +116,7 @@ class TrainConfig:
     micro_batch_size: int = 128
     """Responses per forward and backward pass; changes memory and speed, not the update."""
     routing_replay: Literal["disabled", "R2", "R3"] = "disabled"
-    """Experts that updates replay: R2, those of the pass that recomputes old_log_probs; R3, in that pass too, those
-    that the rollout engine sampled with."""
+    """Updates replay the experts of: R2, the pass that recomputes old_log_probs; R3, the rollout, in that pass too."""
     preset: Objective = "minirl"
     """Named objective that gives policy_loss its defaults."""
     norm_advantages_by_std: bool | None = None
@@ -158,8 +157,8 @@ class TrainConfig:
         _require(self, "optimizer.betas", lambda value: all(0 <= beta < 1 for beta in value), "in [0, 1)")
         if self.routing_replay == "R2" and self.num_minibatches == 1:
             raise MiniRLError(
-                "routing_replay is 'R2' with num_minibatches=1: it must be 'disabled' or 'R3' there, since the one update "
-                "of a step routes as the pass before it does"
+                "routing_replay is 'R2' with num_minibatches=1: it must be 'disabled' or 'R3' there, since the one "
+                "update of a step routes as the pass before it does"
             )
         if self.policy_loss.loss_agg_mode == "group-token-mean" and self.micro_batch_size % self.rollout.group_size:
             raise MiniRLError(

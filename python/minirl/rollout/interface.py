@@ -46,7 +46,7 @@ class Rollouts:
         pad_token_id: int,
         routed_experts: Sequence[RoutedExperts] | None = None,
     ) -> Rollouts:
-        """Pad len(prompts) groups of len(responses) / len(prompts) responses each, and what is known of their experts."""
+        """Pad len(prompts) groups of len(responses) / len(prompts) responses each; routed_experts: one per response."""
         group_size = len(responses) // len(prompts)
         rows, is_response, aligned = [], [], []
         for index, (response, values) in enumerate(zip(responses, log_probs, strict=True)):
@@ -63,9 +63,7 @@ class Rollouts:
             rollout_log_probs=pad_sequence(aligned, batch_first=True),
             group_ids=torch.arange(len(responses)) // group_size,
             finish_reasons=finish_reasons,
-            routed_experts=(
-                None if routed_experts is None else RoutedExperts.pad(routed_experts, token_ids.shape[1])
-            ),
+            routed_experts=(None if routed_experts is None else RoutedExperts.pad(routed_experts, token_ids.shape[1])),
         )
 
     def responses(self) -> list[list[int]]:
