@@ -8,7 +8,7 @@ import torch
 from minirl_kernels import backends
 from minirl_kernels.native_matmul import matmul_into
 
-pytestmark = pytest.mark.skipif(backends.unavailable_reason("cpu") is not None, reason="no native module")
+pytestmark = pytest.mark.usefixtures("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # around the panels (6, 14 rows; 8, 16, 32 columns), the blocks (512 columns, 1008 rows) and the chunks (256, 512)
 SHAPES = [
