@@ -216,6 +216,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa_picked", minirl::isa_name);
   module.def("set_isa", minirl::set_isa);
   module.def("advise_huge_pages", [](Address begin, int64_t bytes) { minirl::advise_huge_pages(begin, bytes); });
+  module.def("release_pages", [](Address begin, int64_t bytes) { minirl::release_pages(begin, bytes); });
   module.def("matmul", matmul);
   module.def("moe_routing", moe_routing);
   module.def("moe_routing_backward", moe_routing_backward);

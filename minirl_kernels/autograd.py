@@ -7,7 +7,7 @@ import importlib
 import torch
 from torch import Tensor
 
-from .memory import empty_gradient
+from .memory import rounded
 
 
 def attach_gradient(loss: Tensor, tensor: Tensor, grad: Tensor) -> Tensor:
@@ -60,11 +60,7 @@ class _HandOverGradients(torch.autograd.Function):
             ctx.grads = None
             for grad in grads:
                 _scale_in_place(grad, grad_output)
-        return grad_output, None, *(_rounded(grad, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), *none
-
-
-def _rounded(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    return grad if grad.dtype == dtype else empty_gradient(grad, dtype).copy_(grad)
+        return grad_output, None, *(rounded(grad, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), *none
 
 
 def _scale_in_place(grad: Tensor, factor: Tensor) -> None:

@@ -25,6 +25,7 @@ from ...checks import (
     per_token_temperature,
 )
 from ...library import register
+from ...memory import rounded
 from ..token_logprobs.op import token_logprobs
 from . import tiles
 from .reference import linear_logits
@@ -176,7 +177,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         )  # fmt: skip
         operands = (hidden, weight, bias)
         grads = (
-            grad.to(operand.dtype) if needed else None
+            rounded(grad, operand.dtype) if needed else None
             for grad, operand, needed in zip(grads, operands, ctx.needs_input_grad[:3], strict=True)
         )
         return *grads, None, None, None, None, None, None
