@@ -14,6 +14,7 @@
 #include "cpu/pages.h"
 #include "cpu/softcap.h"
 #include "cpu/token_logprobs.h"
+#include "moe_experts.h"
 #include "parallel.h"
 
 namespace py = pybind11;
@@ -207,6 +208,50 @@ void moe_routing_backward(MINIRL_ROUTER_PARAMETERS, Address weights, Address exp
                         MINIRL_PICK(minirl::moe_routing_backward, minirl::MoERoutingBackward), args);
 }
 
+// The arguments that both calls over experts begin with.
+#define MINIRL_EXPERTS_PARAMETERS                                                                                  \
+  const std::string &dtype, Address experts, Address weights, int64_t tokens, int64_t top_k, int64_t num_experts,  \
+      Address hidden, int64_t hidden_stride, int64_t hidden_size, int64_t intermediate_size, Address gate_up_proj, \
+      int64_t gate_up_expert_stride, int64_t gate_up_row_stride, Address down_proj, int64_t down_expert_stride,    \
+      int64_t down_row_stride
+#define MINIRL_EXPERTS                                                                               \
+  minirl::MoEExperts {                                                                               \
+    dtype_of(dtype), pointer<int64_t>(experts), pointer<float>(weights), tokens, top_k, num_experts, \
+        pointer<void>(hidden), hidden_stride, hidden_size, intermediate_size,                        \
+        {pointer<void>(gate_up_proj), gate_up_expert_stride, gate_up_row_stride}, {                  \
+      pointer<void>(down_proj), down_expert_stride, down_row_stride                                  \
+    }                                                                                                \
+  }
+
+// Returns the first token with an expert out of range, and has written nothing then; else -1.
+int64_t moe_experts(MINIRL_EXPERTS_PARAMETERS, Address activation, Address y, Address gate_up, Address out) {
+  const minirl::MoEExperts args = MINIRL_EXPERTS;
+  py::gil_scoped_release no_gil;
+  const int64_t bad_token = args.first_bad_token();
+  if (bad_token < 0)
+    minirl::moe_experts_forward(args, pointer<void>(activation), pointer<float>(y), pointer<void>(gate_up),
+                                pointer<void>(out));
+  return bad_token;
+}
+
+void moe_experts_backward(MINIRL_EXPERTS_PARAMETERS, Address gate_up, Address grad_out, Address gate_up_grad,
+                          Address weighted, Address y, Address hidden_grad, Address weights_grad,
+                          Address gate_up_proj_grad, Address down_proj_grad) {
+  const minirl::MoEExperts args = MINIRL_EXPERTS;
+  const minirl::MoEExpertsGrads grads = {pointer<void>(gate_up),
+                                         pointer<void>(grad_out),
+                                         pointer<void>(gate_up_grad),
+                                         pointer<void>(weighted),
+                                         pointer<float>(y),
+                                         pointer<void>(hidden_grad),
+                                         pointer<float>(weights_grad),
+                                         pointer<void>(gate_up_proj_grad),
+                                         pointer<void>(down_proj_grad)};
+  py::gil_scoped_release no_gil;
+  if (args.first_bad_token() >= 0) throw std::invalid_argument("experts has changed since the forward");
+  minirl::moe_experts_backward(args, grads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -218,6 +263,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("advise_huge_pages", [](Address begin, int64_t bytes) { minirl::advise_huge_pages(begin, bytes); });
   module.def("release_pages", [](Address begin, int64_t bytes) { minirl::release_pages(begin, bytes); });
   module.def("matmul", matmul);
+  module.def("moe_experts", moe_experts);
+  module.def("moe_experts_backward", moe_experts_backward);
   module.def("moe_routing", moe_routing);
   module.def("moe_routing_backward", moe_routing_backward);
   module.def("softcap", softcap);

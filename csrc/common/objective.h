@@ -6,11 +6,7 @@
 #pragma once
 #include <math.h>
 
-#ifdef __CUDACC__
-#define MINIRL_SHARED static inline __host__ __device__
-#else
-#define MINIRL_SHARED static inline
-#endif
+#include "common/shared.h"
 
 namespace minirl {
 

@@ -70,13 +70,13 @@ MINIRL_INLINE Ints words_along(PairWord, const BFloat16* p) {
   memcpy(&r, p, sizeof r);
   return r;
 }
-// One word of each of sixteen neighbours, whose terms are `stride` apart.
+// One word of each of sixteen neighbours, whose first and last terms are at `p` and `q`.
 template <class T>
-MINIRL_INLINE Ints words_across(FloatWord<T>, const T* p, int64_t) {
+MINIRL_INLINE Ints words_across(FloatWord<T>, const T* p, const T*) {
   return bits_of(load(p));
 }
-MINIRL_INLINE Ints words_across(PairWord, const BFloat16* p, int64_t stride) {
-  Ints first = load_halves(p), second = load_halves(p + stride);
+MINIRL_INLINE Ints words_across(PairWord, const BFloat16* p, const BFloat16* q) {
+  Ints first = load_halves(p), second = load_halves(q);
   MINIRL_EACH_PART first.part[i] |= second.part[i] << 16;
   return first;
 }
@@ -115,27 +115,44 @@ MINIRL_INLINE void transpose(Ints (&words)[kLanes]) {
 #endif
 }
 
-// One operand's panel for one chunk: word k of lane i goes to out[k * width + i], i < lanes <= width <= 16. Writes
-// sixteen words at a time, the last ones beyond what they mean; so `out` has sixteen words more than it needs.
-//
-// `lane_stride` and `term_stride` lead from lane to lane and along the reduced dimension; one of them is 1.
+// An operand: its lanes are the rows of the output (of the left one) or its columns (of the right one), its terms are
+// summed over. An index says where the lanes or the terms lie, so that what it gathers is never copied but in packing.
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t lane_stride, term_stride;     // in elements; one of them is 1: the latter if lanes are gathered, else
+                                        // the former if terms are
+  int64_t readable;                     // lanes from the first on that lie beside each other, where lane_stride is 1
+  const int64_t* lane_index = nullptr;  // of each lane, or null: lane i is the i-th
+  const int64_t* term_index = nullptr;
+
+  const T* at(int64_t lane, int64_t term) const {
+    return data + (lane_index ? lane_index[lane] : lane) * lane_stride +
+           (term_index ? term_index[term] : term) * term_stride;
+  }
+};
+
+// A panel of an operand for one chunk, `terms` from `term` on of `lanes` from `lane` on: word k of lane i goes to
+// out[k * width + i]. Writes sixteen words at a time, the last ones beyond what they mean; so `out` has sixteen words
+// more than it needs.
 template <class Word, class T>
-MINIRL_INLINE void pack_panel(const T* x, int64_t lane_stride, int64_t term_stride, int64_t lanes, int64_t readable,
-                              int64_t terms, int64_t width, uint32_t* out) {
+MINIRL_INLINE void pack_panel(const Operand<T>& x, int64_t lane, int64_t lanes, int64_t term, int64_t terms,
+                              int64_t width, uint32_t* out) {
   const int64_t words = Word::words(terms);
   constexpr int64_t kGroup = kLanes * Word::kTerms;
-  if (term_stride == 1) {
+  if (x.term_stride == 1 && !x.term_index) {
+    const T* from[kLanes];
+    for (int64_t i = 0; i < lanes; ++i) from[i] = x.at(lane + i, term);
     for (int64_t k = 0; k < terms; k += kGroup) {
       Ints square[kLanes];
       for (int64_t i = 0; i < kLanes; ++i) {
         square[i] = Ints{};
         if (i >= lanes) continue;
-        const T* from = x + i * lane_stride + k;
         if (terms - k >= kGroup) {
-          square[i] = words_along(Word{}, from);
+          square[i] = words_along(Word{}, from[i] + k);
         } else {
           T padded[kGroup] = {};
-          memcpy(padded, from, (terms - k) * sizeof(T));
+          memcpy(padded, from[i] + k, (terms - k) * sizeof(T));
           square[i] = words_along(Word{}, padded);
         }
       }
@@ -146,15 +163,14 @@ MINIRL_INLINE void pack_panel(const T* x, int64_t lane_stride, int64_t term_stri
     return;
   }
   for (int64_t word = 0; word < words; ++word) {
-    const int64_t k = Word::place(word) * Word::kTerms;
-    const bool whole = k + Word::kTerms <= terms && readable >= kLanes;
-    if (whole) {
-      store_words(out + word * width, words_across(Word{}, x + k * term_stride, term_stride));
+    const int64_t k = Word::place(word) * Word::kTerms, last = k + Word::kTerms - 1;
+    if (last < terms && x.readable - lane >= kLanes) {
+      store_words(out + word * width, words_across(Word{}, x.at(lane, term + k), x.at(lane, term + last)));
     } else {
       T padded[Word::kTerms * kLanes] = {};
-      for (int64_t term = 0; term < Word::kTerms && k + term < terms; ++term)
-        for (int64_t i = 0; i < lanes; ++i) padded[term * kLanes + i] = x[(k + term) * term_stride + i * lane_stride];
-      store_words(out + word * width, words_across(Word{}, padded, kLanes));
+      for (int64_t j = 0; j < Word::kTerms && k + j < terms; ++j)
+        for (int64_t i = 0; i < lanes; ++i) padded[j * kLanes + i] = *x.at(lane + i, term + k + j);
+      store_words(out + word * width, words_across(Word{}, padded, padded + (Word::kTerms - 1) * kLanes));
     }
   }
 }
@@ -222,14 +238,12 @@ MINIRL_INLINE void multiply_rows(int64_t rows, const uint32_t* a, const uint32_t
   if constexpr (kRows > 1) multiply_rows<Word, kRows - 1>(rows, a, b, words, out, out_stride, columns, add);
 }
 
-// A block of operands by address and strides; out[rows, columns] (+)= a[rows, depth] b[depth, columns].
+// out[rows, columns] (+)= a[rows, depth] b[depth, columns]
 template <class T>
 struct Block {
-  const T *a, *b;
-  int64_t a_row, a_column, b_row, b_column;
+  Operand<T> a, b;
   float* out;
   int64_t out_stride, rows, columns, depth;
-  int64_t rows_readable, columns_readable;  // of the whole operands, from here
   bool accumulate;
 };
 
@@ -256,15 +270,13 @@ static void multiply_block(const Block<T>& block, uint32_t* scratch) {
     for (int64_t n = 0; n < block.columns; n += kPanelColumns) {
       for (int64_t part = 0; part < kPanelColumns && n + part < block.columns; part += kLanes) {
         const int64_t left = block.columns - n - part, lanes = left < kLanes ? left : kLanes;
-        pack_panel<Word>(block.b + k * block.b_row + (n + part) * block.b_column, block.b_column, block.b_row,
-                         lanes < kPanelColumns ? lanes : kPanelColumns, block.columns_readable - n - part, terms,
-                         kPanelColumns, packed_b + n * words + part);
+        pack_panel<Word>(block.b, n + part, lanes < kPanelColumns ? lanes : kPanelColumns, k, terms, kPanelColumns,
+                         packed_b + n * words + part);
       }
     }
     for (int64_t m = 0; m < block.rows; m += kPanelRows) {
       const int64_t rows = block.rows - m < kPanelRows ? block.rows - m : kPanelRows;
-      pack_panel<Word>(block.a + m * block.a_row + k * block.a_column, block.a_row, block.a_column, rows,
-                       block.rows_readable - m, terms, kPanelRows, packed_a);
+      pack_panel<Word>(block.a, m, rows, k, terms, kPanelRows, packed_a);
       for (int64_t n = 0; n < block.columns; n += kPanelColumns) {
         const int64_t columns = block.columns - n < kPanelColumns ? block.columns - n : kPanelColumns;
         multiply_rows<Word>(rows, packed_a, packed_b + n * words, words, block.out + m * block.out_stride + n,

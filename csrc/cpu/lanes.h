@@ -59,6 +59,10 @@ MINIRL_INLINE Floats operator*(Floats a, Floats b) {
   MINIRL_EACH_PART a.part[i] *= b.part[i];
   return a;
 }
+MINIRL_INLINE Floats operator/(Floats a, Floats b) {
+  MINIRL_EACH_PART a.part[i] /= b.part[i];
+  return a;
+}
 // The larger of each lane; a NaN in `b` stays. GCC does not find the instruction for this comparison.
 MINIRL_INLINE Floats max(Floats a, Floats b) {
 #if defined(__AVX512F__)
@@ -126,6 +130,9 @@ MINIRL_INLINE Floats exp2_lanes(Floats y) {
   MINIRL_EACH_PART scale.part[i] <<= 23;
   return p * floats_of(scale);
 }
+
+// e^x for x up to 88
+MINIRL_INLINE Floats exp_lanes(Floats x) { return exp2_lanes(bounded_exponent(x * splat(1.44269504f))); }
 
 MINIRL_INLINE float exp2_one(float y) {
   Floats r = exp2_lanes(bounded_exponent(splat(y)));

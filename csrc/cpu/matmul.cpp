@@ -16,11 +16,16 @@ MINIRL_INLINE void multiply_blocks(const Matmul& args, int64_t begin, int64_t en
   for (int64_t index = begin; index < end; ++index) {
     const int64_t m = index / across * args.block_rows, n = index % across * args.block_columns;
     const int64_t rows = args.rows - m, columns = args.columns - n;
-    multiply_block<T>({(const T*)args.a.data + m * args.a.row_stride, (const T*)args.b.data + n * args.b.column_stride,
-                       args.a.row_stride, args.a.column_stride, args.b.row_stride, args.b.column_stride,
-                       args.out + m * args.out_stride + n, args.out_stride, least(rows, args.block_rows),
-                       least(columns, args.block_columns), args.depth, rows, columns, args.accumulate},
-                      scratch);
+    multiply_block<T>(
+        {{(const T*)args.a.data + m * args.a.row_stride, args.a.row_stride, args.a.column_stride, rows},
+         {(const T*)args.b.data + n * args.b.column_stride, args.b.column_stride, args.b.row_stride, columns},
+         args.out + m * args.out_stride + n,
+         args.out_stride,
+         least(rows, args.block_rows),
+         least(columns, args.block_columns),
+         args.depth,
+         args.accumulate},
+        scratch);
   }
   free(scratch);
 }

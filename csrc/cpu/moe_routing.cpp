@@ -9,13 +9,6 @@
 namespace minirl {
 namespace {
 
-constexpr float kLog2E = 1.44269504f;
-
-MINIRL_INLINE Floats exp_lanes(Floats x) { return exp2_lanes(bounded_exponent(x * splat(kLog2E))); }
-MINIRL_INLINE Floats divide(Floats a, Floats b) {
-  MINIRL_EACH_PART a.part[i] /= b.part[i];
-  return a;
-}
 // min(x, 0); NaN stays.
 MINIRL_INLINE Floats negative_part(Floats x) { return splat(0.f) - max(splat(0.f), splat(0.f) - x); }
 // 1 + e^-|x|
@@ -49,7 +42,7 @@ MINIRL_INLINE float fill_scores(const float* x, int64_t n, bool sigmoid, float s
   for (int64_t j = 0; j < n; j += kLanes) {
     const Floats v = load(x + j);
     const Floats score =
-        sigmoid ? divide(exp_lanes(negative_part(v) - shifts), sigmoid_denominator(v)) : exp_lanes(v - shifts);
+        sigmoid ? exp_lanes(negative_part(v) - shifts) / sigmoid_denominator(v) : exp_lanes(v - shifts);
     store(t + j, score);
     sum = sum + score;
   }
@@ -158,7 +151,7 @@ MINIRL_INLINE void route_row(const MoERouting& args, int64_t row, Scratch& s) {
     if (logits.sigmoid)
       fill_scores(s.x, n, true, 0.f, s.plain);
     else
-      for (int64_t j = 0; j < n; j += kLanes) store(s.plain + j, divide(load(s.t + j), splat(total)));
+      for (int64_t j = 0; j < n; j += kLanes) store(s.plain + j, load(s.t + j) / splat(total));
   }
 
   const float* selection = s.x;
@@ -230,7 +223,7 @@ MINIRL_INLINE void backward_row(const MoERoutingBackward& args, int64_t row, flo
       float grad = weights[i] * (grads[i] - mean);
       if (logits.sigmoid) {
         const Floats v = splat(load_one(p + experts[i]));
-        const Floats rest = divide(exp_lanes(negative_part(splat(0.f) - v)), sigmoid_denominator(v));
+        const Floats rest = exp_lanes(negative_part(splat(0.f) - v)) / sigmoid_denominator(v);
         grad *= rest.part[0][0];
       }
       store_one(out + experts[i], grad);

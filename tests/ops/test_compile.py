@@ -11,6 +11,7 @@ from minirl_kernels import (
     PolicyLossConfig,
     fused_policy_loss,
     group_advantages,
+    moe_experts,
     moe_routing,
     policy_loss,
     token_logprobs,
@@ -36,6 +37,9 @@ def op_arguments():
     ones, none = torch.ones(rows), None
     of_backward = (ids, ones, ones, ones, ones, ones)
     router, routed, bias = torch.randn(3, 9), torch.tensor([[0, 8], [3, 1], [4, 5]]), torch.randn(9)
+    of_experts = (torch.randn(3, 5), torch.rand(3, 2), routed % 4, torch.randn(4, 6, 5), torch.randn(4, 5, 3))
+    half = [x.half() if x.dtype == torch.float32 and x.dim() != 2 else x for x in of_experts]
+    half[0] = half[0].half()
     objective = ("minirl", True, 0.8, 1.27, 5.0)
     of_loss = [
         (ids, ones, -ones, -ones, -ones, ones, ones, *objective, 0.1, "k3", 0.1, "cpu"),
@@ -71,6 +75,12 @@ def op_arguments():
         ],
         "moe_routing_backward": [
             (router, torch.rand(3, 2), routed, torch.rand(3, 2), norm, "softmax", 2.5, "cpu") for norm in (True, False)
+        ],
+        "checked_experts": [(routed, 9)],
+        "moe_experts": [(*of_experts, True, "cpu"), (*half, False, "cpu")],
+        "moe_experts_backward": [
+            (*of_experts, torch.randn(6, 6), torch.randn(3, 5), *[True] * 4, "cpu"),
+            (*of_experts, torch.randn(6, 6), torch.randn(3, 5), False, True, False, False, "cpu"),
         ],
         "token_logprobs": [(logits, ids, ones, with_entropy, "cpu") for with_entropy in (True, False)],
         "token_logprobs_backward": [(logits, *of_backward, grad_entropy, "cpu") for grad_entropy in (ones, none)],
@@ -235,6 +245,30 @@ def test_moe_routing(compiler, cpu):
     wrong[5, 1] = 24
     with pytest.raises(ValueError, match="routed_experts has the expert 24 at row 5"):
         compiled(logits, wrong, 1.5)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_moe_experts(compiler, cpu):
+    """From router logits on; an expert that is none raises when compiled code runs."""
+    torch.manual_seed(0)
+    operands = [torch.randn(7, 12), torch.randn(7, 4), torch.randn(4, 20, 12), torch.randn(4, 12, 10)]
+
+    def call(hidden, logits, gate_up, down, experts):
+        routing = moe_routing(logits, 2, backend=cpu)
+        chosen = routing.experts if experts is None else experts
+        return moe_experts(hidden, (routing.weights, chosen), gate_up, down, backend=cpu)
+
+    compiled = torch.compile(call, fullgraph=True, backend=compiler)
+    results = []
+    for f in (compiled, call):
+        leaves = [leaf.clone().requires_grad_() for leaf in operands]
+        out = f(*leaves, None)
+        results.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    assert all(map(torch.equal, *results))
+    with torch.no_grad():
+        assert torch.equal(compiled(*operands, None), results[1][0])
+    with pytest.raises(ValueError, match=r"routing\.experts has the expert 4 at row 5"):
+        compiled(*operands, torch.tensor([[0, 1]] * 5 + [[2, 4]] + [[0, 1]]))
 
 
 def test_group_advantages():

@@ -1,0 +1,260 @@
+// The phases of a mixture of experts, forward and backward.
+#include "cpu/moe_experts.h"
+
+#include "cpu/gemm.h"
+
+namespace minirl {
+namespace {
+
+MINIRL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+MINIRL_INLINE Floats load_first(const T* p, int64_t n) {
+  return n < kLanes ? load_part(p, n) : load(p);
+}
+template <class T>
+MINIRL_INLINE void store_first(T* p, Floats v, int64_t n) {
+  if (n < kLanes)
+    store_part(p, v, n);
+  else
+    store(p, v);
+}
+// The first n lanes, the others 0.
+MINIRL_INLINE Floats keep_first(Floats v, int64_t n) {
+  float a[kLanes];
+  store(a, v);
+  for (int64_t i = n; i < kLanes; ++i) a[i] = 0.f;
+  return load(a);
+}
+
+// Of x and of -x, by e^-|x|: neither cancels, and where one is too small for a float it is 0.
+struct Sigmoids {
+  Floats of_x, of_minus_x;
+};
+MINIRL_INLINE Sigmoids sigmoids(Floats x) {
+  Ints negative = bits_of(x);
+  MINIRL_EACH_PART negative.part[i] |= 0x80000000;
+  const Floats e = exp_lanes(floats_of(negative)), large = splat(1.f) / (splat(1.f) + e), small = e * large;
+  Ints first = bits_of(large), second = bits_of(small);
+  MINIRL_EACH_PART {
+    const NativeInt swapped = (NativeInt)(x.part[i] < 0.f) & (first.part[i] ^ second.part[i]);
+    first.part[i] ^= swapped;
+    second.part[i] ^= swapped;
+  }
+  return {floats_of(first), floats_of(second)};
+}
+
+// What a thread needs for blocks of up to `columns`: packed operands, and a block of results. Without a destructor,
+// which would bring a weak symbol for exceptions.
+struct Scratch {
+  uint32_t* words;
+  float* results;
+};
+MINIRL_INLINE void* allocate(int64_t words) { return aligned_alloc(64, (words + 15) / 16 * 64); }
+template <class T>
+MINIRL_INLINE Scratch scratch_for(int64_t columns) {
+  return {(uint32_t*)allocate(scratch_words<T>(columns)), (float*)allocate(kExpertRows * columns)};
+}
+MINIRL_INLINE void release(Scratch scratch) {
+  free(scratch.words);
+  free(scratch.results);
+}
+
+template <class T>
+MINIRL_INLINE const T* matrix_of(const ExpertWeight& weight, int64_t expert) {
+  return (const T*)weight.data + expert * weight.expert_stride;
+}
+
+template <class T>
+MINIRL_INLINE void up(const ExpertsUp& args, int64_t begin, int64_t end) {
+  const int64_t width = args.intermediate_size;
+  const Scratch scratch = scratch_for<T>(2 * kActivationColumns);
+  int64_t lanes[2 * kActivationColumns];  // columns of the gate, then the same of up
+  for (int64_t index = begin; index < end; ++index) {
+    const RowBlock& block = args.rows.blocks[index % args.rows.num_blocks];
+    const int64_t c = index / args.rows.num_blocks * kActivationColumns, n = least(width - c, kActivationColumns);
+    for (int64_t j = 0; j < n; ++j) lanes[j] = c + j, lanes[n + j] = width + c + j;
+    multiply_block<T>({{(const T*)args.hidden, args.hidden_stride, 1, 0, args.rows.tokens + block.first},
+                       {matrix_of<T>(args.gate_up_proj, block.expert), args.gate_up_proj.row_stride, 1, 0, lanes},
+                       scratch.results,
+                       2 * n,
+                       block.rows,
+                       2 * n,
+                       args.hidden_size,
+                       false},
+                      scratch.words);
+    for (int64_t i = 0; i < block.rows; ++i) {
+      const int64_t row = block.first + i;
+      const float* const gates = scratch.results + i * 2 * n;
+      T* const kept = args.gate_up ? (T*)args.gate_up + row * 2 * width + c : nullptr;
+      for (int64_t j = 0; j < n; j += kLanes) {
+        const int64_t count = least(n - j, kLanes);
+        const Floats gate = load_first(gates + j, count), value = load_first(gates + n + j, count);
+        store_first((T*)args.activation + row * width + c + j, gate * sigmoids(gate).of_x * value, count);
+        if (kept) {
+          store_first(kept + j, gate, count);
+          store_first(kept + width + j, value, count);
+        }
+      }
+    }
+  }
+  release(scratch);
+}
+
+template <class T>
+MINIRL_INLINE void activation_grad(const ExpertsActivationGrad& args, int64_t begin, int64_t end) {
+  const int64_t width = args.intermediate_size, parts = (width + kActivationColumns - 1) / kActivationColumns;
+  const Scratch scratch = scratch_for<T>(kActivationColumns);
+  for (int64_t index = begin; index < end; ++index) {
+    const RowBlock& block = args.rows.blocks[index % args.rows.num_blocks];
+    const int64_t part = index / args.rows.num_blocks, c = part * kActivationColumns;
+    const int64_t n = least(width - c, kActivationColumns);
+    if (args.weight_grad_parts || args.gate_up_grad)
+      multiply_block<T>({{(const T*)args.grad_out, args.hidden_size, 1, 0, args.rows.tokens + block.first},
+                         {matrix_of<T>(args.down_proj, block.expert) + c, 1, args.down_proj.row_stride, width - c},
+                         scratch.results,
+                         kActivationColumns,
+                         block.rows,
+                         n,
+                         args.hidden_size,
+                         false},
+                        scratch.words);
+    for (int64_t i = 0; i < block.rows; ++i) {
+      const int64_t row = block.first + i;
+      const Floats weight = splat(args.weights[args.rows.pairs[row]]);
+      const T* const gates = (const T*)args.gate_up + row * 2 * width + c;
+      Floats sum = splat(0.f);
+      for (int64_t j = 0; j < n; j += kLanes) {
+        const int64_t count = least(n - j, kLanes);
+        const Floats gate = load_first(gates + j, count), value = load_first(gates + width + j, count);
+        const Sigmoids s = sigmoids(gate);
+        const Floats silu = gate * s.of_x;
+        if (args.weighted) store_first((T*)args.weighted + row * width + c + j, silu * value * weight, count);
+        const Floats upstream = load(scratch.results + i * kActivationColumns + j);
+        if (args.gate_up_grad) {
+          const Floats grad = upstream * weight, slope = s.of_x * (splat(1.f) + gate * s.of_minus_x);
+          T* const out = (T*)args.gate_up_grad + row * 2 * width + c + j;
+          store_first(out, grad * value * slope, count);
+          store_first(out + width, grad * silu, count);
+        }
+        if (args.weight_grad_parts) sum = sum + keep_first(silu * value * upstream, count);
+      }
+      if (args.weight_grad_parts) args.weight_grad_parts[row * parts + part] = sum_lanes(sum);
+    }
+  }
+  release(scratch);
+}
+
+template <class T>
+MINIRL_INLINE void product(const ExpertsProduct& args, int64_t begin, int64_t end) {
+  const Scratch scratch = scratch_for<T>(kExpertColumns);
+  for (int64_t index = begin; index < end; ++index) {
+    const RowBlock& block = args.rows.blocks[index % args.rows.num_blocks];
+    const int64_t c = index / args.rows.num_blocks * kExpertColumns;
+    const T* const matrix = (const T*)args.matrix + block.expert * args.expert_stride + c * args.column_stride;
+    multiply_block<T>({{(const T*)args.x + block.first * args.depth, args.depth, 1, block.rows},
+                       {matrix, args.column_stride, args.depth_stride, args.columns - c},
+                       args.out + block.first * args.columns + c,
+                       args.columns,
+                       block.rows,
+                       least(args.columns - c, kExpertColumns),
+                       args.depth,
+                       false},
+                      scratch.words);
+  }
+  release(scratch);
+}
+
+template <class T>
+MINIRL_INLINE void combine(const ExpertsCombine& args, int64_t begin, int64_t end) {
+  for (int64_t token = begin; token < end; ++token) {
+    const int64_t* const rows = args.row_of_pair + token * args.top_k;
+    const float* const weights = args.weights ? args.weights + token * args.top_k : nullptr;
+    T* const out = (T*)args.out + token * args.hidden_size;
+    for (int64_t j = 0; j < args.hidden_size; j += kLanes) {
+      const int64_t count = least(args.hidden_size - j, kLanes);
+      Floats sum = splat(0.f);
+      for (int64_t k = 0; k < args.top_k; ++k) {
+        const Floats y = load_first(args.y + rows[k] * args.hidden_size + j, count);
+        sum = sum + (weights ? y * splat(weights[k]) : y);
+      }
+      store_first(out + j, sum, count);
+    }
+  }
+}
+
+template <class T>
+MINIRL_INLINE Operand<T> columns_of(const ExpertsWeightGrad::Side& side, const ExpertRows& rows, int64_t first,
+                                    int64_t column) {
+  const T* const data = (const T*)side.data + column;
+  if (side.of_tokens) return {data, 1, side.stride, side.columns - column, nullptr, rows.tokens + first};
+  return {data + first * side.stride, 1, side.stride, side.columns - column};
+}
+
+// Float32 is summed in its place; the others in scratch, and rounded once.
+MINIRL_INLINE float* sum_in(float* out, float*) { return out; }
+template <class T>
+MINIRL_INLINE float* sum_in(T*, float* scratch) {
+  return scratch;
+}
+MINIRL_INLINE void round_row(float*, const float*, int64_t) {}
+template <class T>
+MINIRL_INLINE void round_row(T* out, const float* sums, int64_t n) {
+  for (int64_t j = 0; j < n; j += kLanes) store_first(out + j, load(sums + j), least(n - j, kLanes));
+}
+
+template <class T>
+MINIRL_INLINE void weight_grad(const ExpertsWeightGrad& args, int64_t begin, int64_t end) {
+  constexpr bool in_place = sizeof(T) == sizeof(float);
+  const int64_t rows = args.left.columns, columns = args.right.columns;
+  const int64_t across = (columns + kExpertColumns - 1) / kExpertColumns;
+  const Scratch scratch = scratch_for<T>(kExpertColumns);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t expert = index % args.num_experts, place = index / args.num_experts;
+    const int64_t m = place / across * kExpertRows, n = place % across * kExpertColumns;
+    const int64_t height = least(rows - m, kExpertRows), width = least(columns - n, kExpertColumns);
+    const int64_t first = args.rows.begins[expert], depth = args.rows.begins[expert + 1] - first;
+    T* const out = (T*)args.out + (expert * rows + m) * columns + n;
+    if (depth == 0) {
+      for (int64_t i = 0; i < height; ++i) memset((void*)(out + i * columns), 0, width * sizeof(T));
+      continue;
+    }
+    const int64_t stride = in_place ? columns : kExpertColumns;
+    float* const sums = sum_in(out, scratch.results);
+    multiply_block<T>({columns_of<T>(args.left, args.rows, first, m), columns_of<T>(args.right, args.rows, first, n),
+                       sums, stride, height, width, depth, false},
+                      scratch.words);
+    for (int64_t i = 0; i < height; ++i) round_row(out + i * columns, sums + i * stride, width);
+  }
+  release(scratch);
+}
+
+}  // namespace
+
+#define MINIRL_BY_DTYPE(function, dtype)           \
+  switch (dtype) {                                 \
+    case DType::kFloat32:                          \
+      return function<float>(args, begin, end);    \
+    case DType::kBFloat16:                         \
+      return function<BFloat16>(args, begin, end); \
+    case DType::kFloat16:                          \
+      return function<Float16>(args, begin, end);  \
+  }
+
+void MINIRL_KERNEL(experts_up)(const ExpertsUp& args, int64_t begin, int64_t end) {
+  MINIRL_BY_DTYPE(up, args.rows.dtype)
+}
+void MINIRL_KERNEL(experts_activation_grad)(const ExpertsActivationGrad& args, int64_t begin, int64_t end) {
+  MINIRL_BY_DTYPE(activation_grad, args.rows.dtype)
+}
+void MINIRL_KERNEL(experts_product)(const ExpertsProduct& args, int64_t begin, int64_t end) {
+  MINIRL_BY_DTYPE(product, args.rows.dtype)
+}
+void MINIRL_KERNEL(experts_combine)(const ExpertsCombine& args, int64_t begin, int64_t end) {
+  MINIRL_BY_DTYPE(combine, args.dtype)
+}
+void MINIRL_KERNEL(experts_weight_grad)(const ExpertsWeightGrad& args, int64_t begin, int64_t end) {
+  MINIRL_BY_DTYPE(weight_grad, args.rows.dtype)
+}
+
+}  // namespace minirl

@@ -1,0 +1,3 @@
+from .op import moe_experts
+
+__all__ = ["moe_experts"]

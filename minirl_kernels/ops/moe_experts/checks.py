@@ -1,0 +1,33 @@
+"""What the experts of a token must be, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...library import register
+
+
+def experts_message(token: int, experts: Tensor, num_experts: int) -> str:
+    """Of a token with an expert out of range."""
+    wrong = next(expert for expert in experts[token].tolist() if not 0 <= expert < num_experts)
+    return (
+        f"routing.experts has the expert {wrong} at row {token}: an expert must be in [0, {num_experts}), E of "
+        "gate_up_proj"
+    )
+
+
+def _check_experts(experts, num_experts):
+    bad = ((experts < 0) | (experts >= num_experts)).any(-1)
+    if bool(bad.any()):
+        raise ValueError(experts_message(bad.nonzero()[0].item(), experts, num_experts))
+    return experts.clone()
+
+
+# an op that returns a copy, for the reasons that checked_token_ids has
+checked_experts = register(
+    "checked_experts(Tensor experts, SymInt num_experts) -> Tensor",
+    _check_experts,
+    lambda experts, _: torch.empty_like(experts),
+    waits=True,
+)

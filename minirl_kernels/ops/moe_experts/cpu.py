@@ -1,0 +1,80 @@
+"""moe_experts on the CPU: allocate, call the native kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import native
+from ...memory import empty, empty_gradient
+from .checks import experts_message
+
+
+def forward(
+    hidden: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, for_backward: bool
+) -> tuple[Tensor, Tensor]:
+    """(out, gate_up): the second, [T K, 2 I] with the pairs of token and expert sorted by expert, for the backward."""
+    pairs, width = experts.numel(), down_proj.shape[2]
+    out = empty(hidden.shape, hidden.dtype, hidden.device)
+    gate_up = empty((pairs, 2 * width) if for_backward else (0,), hidden.dtype, hidden.device)
+    activation = empty((pairs, width), hidden.dtype, hidden.device)
+    y = empty((pairs, hidden.shape[1]), torch.float32, hidden.device)
+    bad_token = native().moe_experts(
+        *_arguments(hidden, weights, experts, gate_up_proj, down_proj),
+        activation.data_ptr(),
+        y.data_ptr(),
+        gate_up.data_ptr(),
+        out.data_ptr(),
+    )
+    if bad_token >= 0:
+        raise ValueError(experts_message(bad_token, experts, gate_up_proj.shape[0]))
+    return out, gate_up
+
+
+def backward(
+    hidden: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    gate_up: Tensor,
+    grad_out: Tensor,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, ...]:
+    """(d hidden, d weights, d gate_up_proj, d down_proj), empty where not needed."""
+    needs_hidden, _, needs_gate_up, needs_down = needs
+    pairs, width = experts.numel(), down_proj.shape[2]
+
+    def scratch(needed, columns, dtype):
+        return empty((pairs, columns) if needed else (0,), dtype, hidden.device)
+
+    grads = [
+        empty_gradient(tensor) if needed else tensor.new_empty(0)
+        for tensor, needed in zip((hidden, weights, gate_up_proj, down_proj), needs, strict=True)
+    ]
+    gate_up_grad = scratch(needs_hidden or needs_gate_up, 2 * width, hidden.dtype)
+    weighted = scratch(needs_down, width, hidden.dtype)
+    y = scratch(needs_hidden, hidden.shape[1], torch.float32)
+    native().moe_experts_backward(
+        *_arguments(hidden, weights, experts, gate_up_proj, down_proj),
+        *(tensor.data_ptr() for tensor in (gate_up, grad_out, gate_up_grad, weighted, y, *grads)),
+    )
+    return tuple(grads)
+
+
+def _arguments(hidden, weights, experts, gate_up_proj, down_proj) -> tuple:
+    return (
+        str(hidden.dtype),
+        experts.data_ptr(),
+        weights.data_ptr(),
+        *experts.shape,
+        gate_up_proj.shape[0],
+        hidden.data_ptr(),
+        hidden.stride(0),
+        hidden.shape[1],
+        down_proj.shape[2],
+        gate_up_proj.data_ptr(),
+        *gate_up_proj.stride()[:2],
+        down_proj.data_ptr(),
+        *down_proj.stride()[:2],
+    )

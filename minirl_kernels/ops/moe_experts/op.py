@@ -1,0 +1,174 @@
+"""moe_experts: the gated experts that each token was routed to, and their weighted sum.
+
+With e = experts[t, k], and (gate, up) the two halves of gate_up_proj[e] hidden[t]:
+    out[t] = sum_k weights[t, k] down_proj[e] (silu(gate) * up)
+Sums are float32. The activation is rounded once to the dtype of hidden, for the second product, and so is the result;
+the experts of a token are added in the order that its routing has them.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from ...backends import resolve
+from ...checks import check_device, check_float_matrix, check_integers, check_like, check_tensor
+from ...library import register
+from ..moe_routing import Routing
+from .checks import checked_experts
+from .reference import moe_experts_reference
+
+_BACKENDS = ("reference", "cpu")
+
+
+def moe_experts(
+    hidden: Tensor,
+    routing: Routing | tuple[Tensor, Tensor],
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    activation: str = "silu",
+    backend: str = "auto",
+) -> Tensor:
+    """Send each token through its experts and add up what they give, by their weights.
+
+    hidden: [T, H], float32, bfloat16 or float16, last dimension contiguous, as in the next two.
+    routing: what moe_routing returned, or a pair (weights, experts): [T, K] floating point, used as float32, and
+        [T, K] integers. On the CPU an expert that is none raises ValueError.
+    gate_up_proj: [E, 2 I, H], of the dtype of hidden (autocast casts all three); the rows of the gate come first.
+    down_proj: [E, H, I], of the same dtype.
+    activation: "silu", the one there is.
+    Returns [T, H] of the dtype of hidden, differentiable by hidden, the weights and both projections. A token's result,
+    and its gradients by hidden and the weights, have the same bits whatever else is in the batch and however many
+    threads there are; the gradients of the projections have them from run to run. Between forward and backward the two
+    halves stay in memory, 2 I numbers for each of the T K pairs.
+    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    """
+    check_tensor("hidden", hidden)
+    check_tensor("gate_up_proj", gate_up_proj)
+    check_tensor("down_proj", down_proj)
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, gate_up_proj, down_proj = (tensor.to(dtype) for tensor in (hidden, gate_up_proj, down_proj))
+    _check_operands(hidden, gate_up_proj, down_proj)
+    weights, experts = _check_routing(routing, hidden)
+    if activation != "silu":
+        raise ValueError(f"activation is {activation!r}: it must be 'silu'")
+    backend = resolve(backend, hidden.device, op="moe_experts", supported=_BACKENDS)
+    if backend == "reference":
+        if hidden.device.type == "cpu":
+            experts = checked_experts(experts, gate_up_proj.shape[0])
+        return moe_experts_reference(hidden, weights, experts, gate_up_proj, down_proj)
+    for_backward = torch.is_grad_enabled() and any(
+        tensor.requires_grad for tensor in (hidden, weights, gate_up_proj, down_proj)
+    )
+    return _MoEExperts.apply(hidden, weights, experts, gate_up_proj, down_proj, for_backward, backend)
+
+
+def _check_operands(hidden, gate_up_proj, down_proj) -> None:
+    check_float_matrix("hidden", hidden)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}: it must be [T, H]")
+    hidden_size = hidden.shape[1]
+    _check_projection("gate_up_proj", gate_up_proj, hidden)
+    num_experts, rows, columns = gate_up_proj.shape
+    if num_experts == 0 or rows == 0 or rows % 2 or columns != hidden_size:
+        raise ValueError(
+            f"gate_up_proj has shape {tuple(gate_up_proj.shape)}: it must be [E, 2 I, {hidden_size}], H of hidden last"
+        )
+    _check_projection("down_proj", down_proj, hidden)
+    expected = (num_experts, hidden_size, rows // 2)
+    if down_proj.shape != expected:
+        raise ValueError(
+            f"down_proj has shape {tuple(down_proj.shape)}: it must be {expected}, as gate_up_proj and hidden have it"
+        )
+
+
+def _check_projection(name, value, hidden) -> None:
+    if value.dtype != hidden.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}: it must be that of hidden, {hidden.dtype}")
+    if value.dim() != 3:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: it must have three dimensions, that of E first")
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has strides {tuple(value.stride())}: its last dimension must be contiguous (stride 1)"
+        )
+    check_device(name, value, hidden.device)
+
+
+def _check_routing(routing, hidden) -> tuple[Tensor, Tensor]:
+    """(weights float32, experts int64), both contiguous."""
+    if not isinstance(routing, tuple) or len(routing) < 2:
+        raise TypeError(f"routing is a {type(routing).__name__}: it must be a Routing, or a pair (weights, experts)")
+    weights, experts = routing[:2]
+    check_tensor("routing.weights", weights)
+    if not weights.is_floating_point():
+        raise TypeError(f"routing.weights has dtype {weights.dtype}: it must be a floating point tensor")
+    tokens = hidden.shape[0]
+    if weights.dim() != 2 or weights.shape[0] != tokens or weights.shape[1] == 0:
+        raise ValueError(f"routing.weights has shape {tuple(weights.shape)}: it must be [{tokens}, K], T of hidden")
+    check_device("routing.weights", weights, hidden.device)
+    check_integers("routing.experts", experts)
+    check_like("routing.experts", experts, weights.shape, hidden.device)
+    return weights.float().contiguous(), experts.long().contiguous()
+
+
+class _MoEExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weights, experts, gate_up_proj, down_proj, for_backward, backend):
+        operands = (hidden, weights, experts, gate_up_proj, down_proj)
+        out, gate_up = moe_experts_forward(*operands, for_backward, backend)
+        ctx.save_for_backward(*operands, gate_up)
+        ctx.backend = backend
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        hidden, weights, _, gate_up, down, *_ = ctx.needs_input_grad
+        needs = (hidden, weights, gate_up, down)
+        grads = moe_experts_backward(*ctx.saved_tensors, grad_out.contiguous(), *needs, ctx.backend)
+        grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+        return *grads[:2], None, *grads[2:], None, None
+
+
+def _kernels(backend: str):
+    """The backend's module, imported when first called."""
+    return importlib.import_module({"cpu": ".cpu"}[backend], __package__)
+
+
+def _forward(hidden, weights, experts, gate_up_proj, down_proj, for_backward, backend):
+    return _kernels(backend).forward(hidden, weights, experts, gate_up_proj, down_proj, for_backward)
+
+
+def _forward_fake(hidden, weights, experts, gate_up_proj, down_proj, for_backward, backend):
+    gate_up_shape = (experts.numel(), gate_up_proj.shape[1]) if for_backward else (0,)
+    return hidden.new_empty(hidden.shape), hidden.new_empty(gate_up_shape)
+
+
+def _backward(*arguments):
+    *tensors, needs_hidden, needs_weights, needs_gate_up_proj, needs_down_proj, backend = arguments
+    return _kernels(backend).backward(*tensors, (needs_hidden, needs_weights, needs_gate_up_proj, needs_down_proj))
+
+
+def _backward_fake(hidden, weights, experts, gate_up_proj, down_proj, gate_up, grad_out, *needs_and_backend):
+    tensors = (hidden, weights, gate_up_proj, down_proj)
+    return tuple(
+        tensor.new_empty(tensor.shape if needed else (0,))
+        for tensor, needed in zip(tensors, needs_and_backend[:4], strict=True)
+    )
+
+
+_OPERANDS = "Tensor hidden, Tensor weights, Tensor experts, Tensor gate_up_proj, Tensor down_proj"
+moe_experts_forward = register(
+    f"moe_experts({_OPERANDS}, bool for_backward, str backend) -> (Tensor out, Tensor gate_up)", _forward, _forward_fake
+)
+moe_experts_backward = register(
+    f"moe_experts_backward({_OPERANDS}, Tensor gate_up, Tensor grad_out, bool needs_hidden, bool needs_weights, "
+    "bool needs_gate_up_proj, bool needs_down_proj, str backend) -> "
+    "(Tensor grad_hidden, Tensor grad_weights, Tensor grad_gate_up_proj, Tensor grad_down_proj)",
+    _backward,
+    _backward_fake,
+)

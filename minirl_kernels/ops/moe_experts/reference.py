@@ -1,0 +1,27 @@
+"""A mixture of gated experts, in eager torch: what is correct."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def moe_experts_reference(
+    hidden: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+) -> Tensor:
+    """out[t] = sum_k weights[t, k] down_e (silu(gate) * up), (gate, up) = gate_up_e hidden[t], e = experts[t, k].
+
+    In float32 (float64 if the operands are), with one rounding to the dtype of hidden of the activation, and one of
+    the result. Differentiable.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    out = hidden.new_zeros(hidden.shape, dtype=dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for expert, (gate_up, down) in enumerate(zip(gate_up_proj, down_proj, strict=True)):
+            tokens, ranks = (experts == expert).nonzero(as_tuple=True)
+            gate, up = F.linear(hidden[tokens].to(dtype), gate_up.to(dtype)).chunk(2, -1)
+            activation = (F.silu(gate) * up).to(hidden.dtype).to(dtype)
+            weighted = weights[tokens, ranks, None] * F.linear(activation, down.to(dtype))
+            out = out.index_add(0, tokens, weighted.to(dtype))
+    return out.to(hidden.dtype)
