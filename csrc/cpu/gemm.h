@@ -18,6 +18,7 @@ constexpr int kPanelRows = 14;
 constexpr int kPanelRows = 6;
 #endif
 constexpr int kPanelColumns = 2 * kNative;
+constexpr int64_t kStrip = 32;
 
 // What a packed word of 32 bits holds: `kTerms` terms of the reduced dimension, in place `place(k)` of a chunk.
 template <class T>
@@ -267,11 +268,18 @@ static void multiply_block(const Block<T>& block, uint32_t* scratch) {
   for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
     const int64_t terms = block.depth - k < Word::kChunk ? block.depth - k : Word::kChunk, words = Word::words(terms);
     const bool add = block.accumulate || k > 0;
-    for (int64_t n = 0; n < block.columns; n += kPanelColumns) {
-      for (int64_t part = 0; part < kPanelColumns && n + part < block.columns; part += kLanes) {
-        const int64_t left = block.columns - n - part, lanes = left < kLanes ? left : kLanes;
-        pack_panel<Word>(block.b, n + part, lanes < kPanelColumns ? lanes : kPanelColumns, k, terms, kPanelColumns,
-                         packed_b + n * words + part);
+    // Terms that lie apart are read some at a time, all columns of them: a panel's alone would each be on another page.
+    // (A panel narrower than a store may only be filled from one end to the other.)
+    const bool apart = block.b.term_stride != 1 || block.b.term_index;
+    const int64_t strip = apart && kPanelColumns >= kLanes ? kStrip : terms;
+    for (int64_t first = 0; first < terms; first += strip) {
+      const int64_t some = terms - first < strip ? terms - first : strip;
+      for (int64_t n = 0; n < block.columns; n += kPanelColumns) {
+        for (int64_t part = 0; part < kPanelColumns && n + part < block.columns; part += kLanes) {
+          const int64_t left = block.columns - n - part, lanes = left < kLanes ? left : kLanes;
+          pack_panel<Word>(block.b, n + part, lanes < kPanelColumns ? lanes : kPanelColumns, k + first, some,
+                           kPanelColumns, packed_b + n * words + Word::words(first) * kPanelColumns + part);
+        }
       }
     }
     for (int64_t m = 0; m < block.rows; m += kPanelRows) {
