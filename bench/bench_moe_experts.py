@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+import experts_peers
 import pytest
 import torch
+from experts_peers import SGLANG, VLLM, packed
 from harness import Bar, Contender
 from torch import Tensor
 from torch.nn import functional as F
@@ -118,14 +120,16 @@ def contenders(batch, way):
         Contender(OURS, partial(way, _ours, batch), kind="ours"),
         Contender(GROUPED, partial(way, _theirs("grouped_mm", batch), batch)),
         Contender(EAGER, partial(way, _theirs("eager", batch), batch)),
+        *(experts_peers.contenders(batch) if way is forward and batch.hidden.device.type == "cpu" else []),
         Contender(BARE, bare_matmuls(batch, way is forward_backward), kind="floor"),
     ]
 
 
-def cpu_bars(tokens, way):
-    """What is promised on a CPU; the forward alone is promised against kernels with packed weights."""
+def cpu_bars(tokens, way, dtype):
+    """What is promised on a CPU."""
     if way is forward:
-        return []
+        engines = [VLLM] if dtype == torch.float32 else [VLLM, SGLANG]
+        return [Bar(OURS, "speed", name, 1) for engine in engines for name in (packed(engine), engine)]
     return [Bar(OURS, "speed", GROUPED, 1.25 if tokens > 64 else 1.5), Bar(OURS, "time", BARE, 1.15)]
 
 
@@ -150,6 +154,6 @@ def test_moe_experts(compare, device, dtype, tokens, way):
         flops=lambda batch: (
             (2 if way is forward else 6) * batch.experts.numel() * batch.gate_up_proj[0].numel() * 3 // 2
         ),
-        bars=cpu_bars(tokens, way) if device.type == "cpu" else [],
+        bars=cpu_bars(tokens, way, dtype) if device.type == "cpu" else [],
         headline=tokens == 512,
     )

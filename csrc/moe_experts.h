@@ -5,6 +5,7 @@
 
 #include "common/counting_sort.h"
 #include "cpu/moe_experts.h"
+#include "cpu/pages.h"
 #include "parallel.h"
 
 namespace minirl {
@@ -75,8 +76,11 @@ static inline void run_combine(const MoEExperts& args, const SortedPairs& sorted
 }
 
 static inline void run_weight_grad(const ExpertsWeightGrad& args) {
-  const int64_t blocks =
-      blocks_of(args.left.columns, kExpertRows) * blocks_of(args.right.columns, kExpertColumns) * args.num_experts;
+  const int64_t rows = args.left.columns, columns = args.right.columns;
+  const int64_t bytes = rows * columns * (args.rows.dtype == DType::kFloat32 ? 4 : 2);
+  for (int64_t expert = 0; expert < args.num_experts; ++expert)
+    if (args.rows.begins[expert] == args.rows.begins[expert + 1]) write_zeros((char*)args.out + expert * bytes, bytes);
+  const int64_t blocks = blocks_of(rows, kExpertRows) * blocks_of(columns, kExpertColumns) * args.num_experts;
   parallel_rows(blocks, kExpertRows * kExpertColumns, MINIRL_PICK(experts_weight_grad, ExpertsWeightGrad), args);
 }
 

@@ -163,10 +163,14 @@ MINIRL_INLINE void pack_panel(const Operand<T>& x, int64_t lane, int64_t lanes, 
     }
     return;
   }
+  const int64_t next_strip = x.term_index ? 0 : kStrip * x.term_stride;
   for (int64_t word = 0; word < words; ++word) {
     const int64_t k = Word::place(word) * Word::kTerms, last = k + Word::kTerms - 1;
     if (last < terms && x.readable - lane >= kLanes) {
-      store_words(out + word * width, words_across(Word{}, x.at(lane, term + k), x.at(lane, term + last)));
+      const T *from = x.at(lane, term + k), *to = x.at(lane, term + last);
+      __builtin_prefetch(from + next_strip);
+      if (Word::kTerms > 1) __builtin_prefetch(to + next_strip);
+      store_words(out + word * width, words_across(Word{}, from, to));
     } else {
       T padded[Word::kTerms * kLanes] = {};
       for (int64_t j = 0; j < Word::kTerms && k + j < terms; ++j)
@@ -196,14 +200,61 @@ MINIRL_INLINE NativeFloat multiply_add(PairWord, uint32_t a, NativeFloat b, Nati
 }
 #endif
 
+MINIRL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Where a chunk's share goes: added to `sums` if `add`, and if `rounded` is there, the result to that instead.
+template <class T>
+struct Place {
+  float* sums;
+  int64_t stride;
+  bool add;
+  T* rounded;
+  int64_t rounded_stride;
+};
+
+// Whole rows of a panel, from the registers.
+template <class T, int kRows>
+MINIRL_INLINE void round_panel(const Place<T>& place, const NativeFloat (&sum)[kRows][2]) {
+  constexpr int kParts = kLanes / kNative;
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    for (int part = 0; part + kParts <= 2; part += kParts) {
+      Floats sums;
+      for (int j = 0; j < kParts; ++j) sums.part[j] = sum[i][part + j];
+      store(place.rounded + i * place.rounded_stride + part * kNative, sums);
+    }
+  }
+}
+
+template <class T, int kRows>
+MINIRL_INLINE void add_or_round(const Place<T>& place, const NativeFloat (&sum)[kRows][2], int64_t columns) {
+  for (int i = 0; i < kRows; ++i) {
+    float row[kPanelColumns > kLanes ? kPanelColumns : kLanes];
+    memcpy(row, sum[i], sizeof sum[i]);
+    float* const sums = place.sums + i * place.stride;
+    for (int64_t j = 0; place.add && j < columns; ++j) row[j] += sums[j];
+    if (!place.rounded) {
+      memcpy(sums, row, columns * sizeof(float));
+      continue;
+    }
+    for (int64_t j = 0; j < columns; j += kLanes) {
+      T* const to = place.rounded + i * place.rounded_stride + j;
+      if (columns - j < kLanes)
+        store_part(to, load(row + j), columns - j);
+      else
+        store(to, load(row + j));
+    }
+  }
+}
+
 // One chunk's share of kRows by kPanelColumns outputs.
-template <class Word, int kRows>
-static void multiply_panels(const uint32_t* a, const uint32_t* b, int64_t words, float* out, int64_t out_stride,
-                            int64_t columns, bool add) {
+template <class Word, class T, int kRows>
+static void multiply_panels(const uint32_t* a, const uint32_t* b, int64_t words, const Place<T>& place,
+                            int64_t columns) {
   NativeFloat sum[kRows][2] = {};
   // what is added to comes from memory while the chunk is summed
   for (int i = 0; i < kRows; ++i)
-    for (int64_t j = 0; j < kPanelColumns; j += 16) __builtin_prefetch(out + i * out_stride + j, 1);
+    for (int64_t j = 0; j < kPanelColumns; j += 16) __builtin_prefetch(place.sums + i * place.stride + j, 1);
   for (int64_t k = 0; k < words; ++k) {
     const NativeFloat left = *(const UnalignedFloat*)(b + k * kPanelColumns);
     const NativeFloat right = *(const UnalignedFloat*)(b + k * kPanelColumns + kNative);
@@ -213,30 +264,23 @@ static void multiply_panels(const uint32_t* a, const uint32_t* b, int64_t words,
       sum[i][1] = multiply_add(Word{}, a[k * kPanelRows + i], right, sum[i][1]);
     }
   }
-  if (columns == kPanelColumns) {
+  if (place.rounded && !place.add && columns == kPanelColumns && kPanelColumns >= kLanes)
+    return round_panel<T, kRows>(place, sum);
+  if (columns < kPanelColumns || place.rounded) return add_or_round<T, kRows>(place, sum, columns);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      for (int half = 0; half < 2; ++half) {
-        UnalignedFloat* to = (UnalignedFloat*)(out + i * out_stride + half * kNative);
-        *to = add ? *to + sum[i][half] : sum[i][half];
-      }
+  for (int i = 0; i < kRows; ++i) {
+    for (int half = 0; half < 2; ++half) {
+      UnalignedFloat* to = (UnalignedFloat*)(place.sums + i * place.stride + half * kNative);
+      *to = place.add ? *to + sum[i][half] : sum[i][half];
     }
-    return;
   }
-  float edge[kRows][kPanelColumns];
-  memcpy(edge, sum, sizeof edge);
-  for (int i = 0; i < kRows; ++i)
-    for (int64_t j = 0; j < columns; ++j) {
-      float* to = out + i * out_stride + j;
-      *to = add ? *to + edge[i][j] : edge[i][j];
-    }
 }
 
-template <class Word, int kRows = kPanelRows>
-MINIRL_INLINE void multiply_rows(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t words, float* out,
-                                 int64_t out_stride, int64_t columns, bool add) {
-  if (rows == kRows) return multiply_panels<Word, kRows>(a, b, words, out, out_stride, columns, add);
-  if constexpr (kRows > 1) multiply_rows<Word, kRows - 1>(rows, a, b, words, out, out_stride, columns, add);
+template <class Word, class T, int kRows = kPanelRows>
+MINIRL_INLINE void multiply_rows(int64_t rows, const uint32_t* a, const uint32_t* b, int64_t words,
+                                 const Place<T>& place, int64_t columns) {
+  if (rows == kRows) return multiply_panels<Word, T, kRows>(a, b, words, place, columns);
+  if constexpr (kRows > 1) multiply_rows<Word, T, kRows - 1>(rows, a, b, words, place, columns);
 }
 
 // out[rows, columns] (+)= a[rows, depth] b[depth, columns]
@@ -246,6 +290,13 @@ struct Block {
   float* out;
   int64_t out_stride, rows, columns, depth;
   bool accumulate;
+  T* rounded = nullptr;  // if given, the result goes here, and `out` is scratch
+  int64_t rounded_stride = 0;
+
+  Place<T> place(int64_t row, int64_t column, int64_t term, bool last) const {
+    return {out + row * out_stride + column, out_stride, accumulate || term > 0,
+            last && rounded ? rounded + row * rounded_stride + column : nullptr, rounded_stride};
+  }
 };
 
 template <class T>
@@ -260,38 +311,77 @@ MINIRL_INLINE int64_t scratch_words(int64_t columns) {
   return panel_words<T>(columns) + kPanelRows * Word::words(Word::kChunk) + kLanes;
 }
 
+// A panel of columns for one chunk.
+template <class Word, class T>
+MINIRL_INLINE void pack_columns(const Operand<T>& b, int64_t column, int64_t columns, int64_t term, int64_t terms,
+                                uint32_t* out) {
+  for (int64_t part = 0; part < smaller(columns, kPanelColumns); part += kLanes) {
+    const int64_t lanes = smaller(columns - part, kLanes);
+    pack_panel<Word>(b, column + part, smaller(lanes, kPanelColumns), term, terms, kPanelColumns, out + part);
+  }
+}
+
 // The packed columns stay in the second-level cache while panels of rows, packed in the first, pass over them.
 template <class T>
-static void multiply_block(const Block<T>& block, uint32_t* scratch) {
+static void multiply_many_rows(const Block<T>& block, uint32_t* scratch) {
   typedef typename WordOf<T>::type Word;
   uint32_t *packed_b = scratch, *packed_a = scratch + panel_words<T>(block.columns);
   for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
-    const int64_t terms = block.depth - k < Word::kChunk ? block.depth - k : Word::kChunk, words = Word::words(terms);
-    const bool add = block.accumulate || k > 0;
+    const int64_t terms = smaller(block.depth - k, Word::kChunk), words = Word::words(terms);
     // Terms that lie apart are read some at a time, all columns of them: a panel's alone would each be on another page.
     // (A panel narrower than a store may only be filled from one end to the other.)
     const bool apart = block.b.term_stride != 1 || block.b.term_index;
     const int64_t strip = apart && kPanelColumns >= kLanes ? kStrip : terms;
-    for (int64_t first = 0; first < terms; first += strip) {
-      const int64_t some = terms - first < strip ? terms - first : strip;
-      for (int64_t n = 0; n < block.columns; n += kPanelColumns) {
-        for (int64_t part = 0; part < kPanelColumns && n + part < block.columns; part += kLanes) {
-          const int64_t left = block.columns - n - part, lanes = left < kLanes ? left : kLanes;
-          pack_panel<Word>(block.b, n + part, lanes < kPanelColumns ? lanes : kPanelColumns, k + first, some,
-                           kPanelColumns, packed_b + n * words + Word::words(first) * kPanelColumns + part);
-        }
-      }
-    }
+    for (int64_t first = 0; first < terms; first += strip)
+      for (int64_t n = 0; n < block.columns; n += kPanelColumns)
+        pack_columns<Word>(block.b, n, block.columns - n, k + first, smaller(terms - first, strip),
+                           packed_b + n * words + Word::words(first) * kPanelColumns);
     for (int64_t m = 0; m < block.rows; m += kPanelRows) {
-      const int64_t rows = block.rows - m < kPanelRows ? block.rows - m : kPanelRows;
+      const int64_t rows = smaller(block.rows - m, kPanelRows);
       pack_panel<Word>(block.a, m, rows, k, terms, kPanelRows, packed_a);
-      for (int64_t n = 0; n < block.columns; n += kPanelColumns) {
-        const int64_t columns = block.columns - n < kPanelColumns ? block.columns - n : kPanelColumns;
-        multiply_rows<Word>(rows, packed_a, packed_b + n * words, words, block.out + m * block.out_stride + n,
-                            block.out_stride, columns, add);
-      }
+      for (int64_t n = 0; n < block.columns; n += kPanelColumns)
+        multiply_rows<Word>(rows, packed_a, packed_b + n * words, words, block.place(m, n, k, k + terms == block.depth),
+                            smaller(block.columns - n, kPanelColumns));
     }
   }
+}
+
+// Where all terms of the rows, packed, take no more room than one chunk of the columns, they stay in the second-level
+// cache while the columns pass, a panel at a time, all its terms as they lie in memory.
+template <class T>
+static void multiply_few_rows(const Block<T>& block, uint32_t* scratch) {
+  typedef typename WordOf<T>::type Word;
+  constexpr int64_t kPanelWords = kPanelRows * Word::kChunk / Word::kTerms;
+  const int64_t panels = (block.rows + kPanelRows - 1) / kPanelRows;
+  uint32_t *packed_b = scratch, *packed_a = scratch + panel_words<T>(kPanelColumns);
+  for (int64_t k = 0; k < block.depth; k += Word::kChunk)
+    for (int64_t panel = 0; panel < panels; ++panel)
+      pack_panel<Word>(block.a, panel * kPanelRows, smaller(block.rows - panel * kPanelRows, kPanelRows), k,
+                       smaller(block.depth - k, Word::kChunk), kPanelRows,
+                       packed_a + (k / Word::kChunk * panels + panel) * kPanelWords);
+  for (int64_t n = 0; n < block.columns; n += kPanelColumns) {
+    for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
+      const int64_t terms = smaller(block.depth - k, Word::kChunk);
+      const bool last = k + terms == block.depth;
+      pack_columns<Word>(block.b, n, block.columns - n, k, terms, packed_b);
+      for (int64_t panel = 0; panel < panels; ++panel)
+        multiply_rows<Word>(smaller(block.rows - panel * kPanelRows, kPanelRows),
+                            packed_a + (k / Word::kChunk * panels + panel) * kPanelWords, packed_b, Word::words(terms),
+                            block.place(panel * kPanelRows, n, k, last), smaller(block.columns - n, kPanelColumns));
+    }
+  }
+}
+
+template <class T>
+static void multiply_block(const Block<T>& block, uint32_t* scratch) {
+  typedef typename WordOf<T>::type Word;
+  const int64_t panels = (block.rows + kPanelRows - 1) / kPanelRows;
+  const int64_t chunks = (block.depth + Word::kChunk - 1) / Word::kChunk;
+  const bool in_order = block.b.term_stride == 1 && !block.b.term_index;
+  if (in_order && panels * chunks * kPanelRows + kPanelColumns <= block.columns)
+    multiply_few_rows(block, scratch);
+  else
+    multiply_many_rows(block, scratch);
 }
 
 }  // namespace

@@ -191,18 +191,8 @@ MINIRL_INLINE Operand<T> columns_of(const ExpertsWeightGrad::Side& side, const E
   return {data + first * side.stride, 1, side.stride, side.columns - column};
 }
 
-// Float32 is summed in its place; the others in scratch, and rounded once.
-MINIRL_INLINE float* sum_in(float* out, float*) { return out; }
-template <class T>
-MINIRL_INLINE float* sum_in(T*, float* scratch) {
-  return scratch;
-}
-MINIRL_INLINE void round_row(float*, const float*, int64_t) {}
-template <class T>
-MINIRL_INLINE void round_row(T* out, const float* sums, int64_t n) {
-  for (int64_t j = 0; j < n; j += kLanes) store_first(out + j, load(sums + j), least(n - j, kLanes));
-}
-
+// Float32 is summed in its place; the others in scratch if they have more than one chunk, and rounded once. Rows are
+// written whole, one piece after the other, while their new pages are still in a cache.
 template <class T>
 MINIRL_INLINE void weight_grad(const ExpertsWeightGrad& args, int64_t begin, int64_t end) {
   constexpr bool in_place = sizeof(T) == sizeof(float);
@@ -210,21 +200,15 @@ MINIRL_INLINE void weight_grad(const ExpertsWeightGrad& args, int64_t begin, int
   const int64_t across = (columns + kExpertColumns - 1) / kExpertColumns;
   const Scratch scratch = scratch_for<T>(kExpertColumns);
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t expert = index % args.num_experts, place = index / args.num_experts;
-    const int64_t m = place / across * kExpertRows, n = place % across * kExpertColumns;
-    const int64_t height = least(rows - m, kExpertRows), width = least(columns - n, kExpertColumns);
+    const int64_t n = index % across * kExpertColumns, expert = index / across % args.num_experts;
+    const int64_t m = index / across / args.num_experts * kExpertRows;
     const int64_t first = args.rows.begins[expert], depth = args.rows.begins[expert + 1] - first;
     T* const out = (T*)args.out + (expert * rows + m) * columns + n;
-    if (depth == 0) {
-      for (int64_t i = 0; i < height; ++i) memset((void*)(out + i * columns), 0, width * sizeof(T));
-      continue;
-    }
-    const int64_t stride = in_place ? columns : kExpertColumns;
-    float* const sums = sum_in(out, scratch.results);
-    multiply_block<T>({columns_of<T>(args.left, args.rows, first, m), columns_of<T>(args.right, args.rows, first, n),
-                       sums, stride, height, width, depth, false},
-                      scratch.words);
-    for (int64_t i = 0; i < height; ++i) round_row(out + i * columns, sums + i * stride, width);
+    multiply_block<T>(
+        {columns_of<T>(args.left, args.rows, first, m), columns_of<T>(args.right, args.rows, first, n),
+         in_place ? (float*)out : scratch.results, in_place ? columns : kExpertColumns, least(rows - m, kExpertRows),
+         least(columns - n, kExpertColumns), depth, false, in_place ? nullptr : out, columns},
+        scratch.words);
   }
   release(scratch);
 }

@@ -75,7 +75,7 @@ struct ExpertsCombine {
   void* out;             // [tokens, hidden_size]
 };
 
-// out[expert] = the sum over its rows of left[row]^T right[row]; 0 where it has none
+// out[expert] = the sum over its rows of left[row]^T right[row]; not written where it has none
 struct ExpertsWeightGrad {
   struct Side {
     const void* data;

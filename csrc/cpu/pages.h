@@ -2,6 +2,7 @@
 // give back those that they turn out not to need.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -30,6 +31,21 @@ inline void release_pages(uintptr_t begin, int64_t bytes) {
 #ifdef __linux__
   advise(begin, bytes, (uintptr_t)sysconf(_SC_PAGESIZE), MADV_DONTNEED);
 #endif
+}
+
+// Where there are many, whole pages are released: they read as zeros, and those that nobody has touched need not be.
+inline void write_zeros(void* begin, int64_t bytes) {
+  constexpr int64_t kMany = int64_t{1} << 20;
+#ifdef __linux__
+  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (uintptr_t)begin, last = first + bytes;
+  const uintptr_t inner = (first + page - 1) & ~(page - 1), inner_end = last & ~(page - 1);
+  if (bytes >= kMany && madvise((void*)inner, inner_end - inner, MADV_DONTNEED) == 0) {
+    memset(begin, 0, inner - first);
+    memset((void*)inner_end, 0, last - inner_end);
+    return;
+  }
+#endif
+  memset(begin, 0, bytes);
 }
 
 }  // namespace minirl
