@@ -30,7 +30,7 @@ def small_model():
 def test_examples():
     generator = torch.Generator().manual_seed(0)
     examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(examples) == 4
+    assert len(examples) == 5
     model = small_model()
     loss_mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)
     loss_mask[:, :2] = loss_mask[:, -1] = False  # the prompt, and the last position, which scores nothing
@@ -57,7 +57,8 @@ def test_examples():
         losses.append(names["out"].loss.detach())
         gradients.append([weight.grad.clone() for weight in model.parameters()])
     assert seen[0].numel()
-    assert not any(values.numel() for values in seen[-4:])
+    assert not any(values.numel() for values in seen[-5:])
+    assert model.config._experts_implementation == "minirl"
     assert losses[0] != 0
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
         torch.testing.assert_close(loss, losses[0])

@@ -19,6 +19,8 @@ class ModelConfig:
     """Folder or hub name of a causal language model with its tokenizer; none: build from model.config."""
     config: dict[str, Any] = field(default_factory=dict)
     """Keys of a transformers config, model_type first; vocabulary and special tokens come from the task."""
+    experts_implementation: str | None = None
+    """How experts are computed: minirl, or as transformers does (eager, grouped_mm, …); none: its default."""
 
 
 @dataclass(frozen=True)

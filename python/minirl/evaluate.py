@@ -32,7 +32,7 @@ def evaluate(run_dir: RunDir, *, k: int | None = None, prompts: int | None = Non
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     task = make_task(config.task)
-    model, tokenizer = load_model(str(run_dir.model))
+    model, tokenizer = load_model(str(run_dir.model), config.model.experts_implementation)
     sampler = make_sampler(config, model.to(pick_device(config.device)), tokenizer, task)
     problems = held_out_problems(config, task, prompts or config.eval.prompts)
     k = k or config.eval.k

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from minirl_kernels import record_routing
 from minirl_kernels.integrations.transformers import enable_log_probs
@@ -31,11 +32,20 @@ def make_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
 
     Raises MiniRLError.
     """
+    experts, known = config.model.experts_implementation, ["eager", *ALL_EXPERTS_FUNCTIONS]
+    if experts is not None and experts not in known:
+        raise MiniRLError(f"model.experts_implementation is {experts!r}: it must be one of {', '.join(known)}, or none")
     if config.model.path is not None:
-        model, tokenizer = load_model(config.model.path)
+        model, tokenizer = load_model(config.model.path, experts)
     else:
         tokenizer = character_tokenizer(ArithmeticTask.characters)
         model = build_model(config.model, tokenizer, derive_seed(config.seed, "weights"))
+    # some experts are not offered to implementations: only transformers' decorator sets this attribute
+    if experts is not None and not any(hasattr(module, "is_transposed") for module in model.modules()):
+        raise MiniRLError(
+            f"model.experts_implementation is {experts!r}: it must be none for a {type(model).__name__}, which has no "
+            "experts that take one"
+        )
     try:
         model = enable_log_probs(model.to(pick_device(config.device)))
     except (TypeError, ValueError) as error:
@@ -49,11 +59,13 @@ def make_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     return model, tokenizer
 
 
-def load_model(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(path: str, experts_implementation: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model with its tokenizer, from a folder or the hub. Raises MiniRLError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, experts_implementation=experts_implementation
+        )
     except (OSError, ValueError) as error:
         raise MiniRLError(f"cannot load a model from {path}: {error}") from None
     if tokenizer.eos_token_id is None:
@@ -66,7 +78,9 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
     model_config = _transformers_config(config.config, tokenizer)
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_config(
+            model_config, dtype=torch.float32, experts_implementation=config.experts_implementation
+        ).eval()
 
 
 def _transformers_config(keys: dict, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -83,6 +97,8 @@ def _transformers_config(keys: dict, tokenizer: PreTrainedTokenizerBase) -> PreT
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    if "experts_implementation" in keys:
+        raise MiniRLError("model.config has experts_implementation: it must be left out, the model table has its own")
     known = {*config_class().to_dict(), *config_class.attribute_map}
     for key in keys:
         if key in special:

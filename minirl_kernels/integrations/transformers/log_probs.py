@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..ops.fused_linear_policy_loss import fused_linear_policy_loss
-from ..ops.linear_token_logprobs import linear_token_logprobs
+from ...ops.fused_linear_policy_loss import fused_linear_policy_loss
+from ...ops.linear_token_logprobs import linear_token_logprobs
 
 
 def enable_log_probs(model: nn.Module) -> nn.Module:
