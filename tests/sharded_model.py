@@ -1,4 +1,4 @@
-"""Two gloo processes with a model sharded by FSDP2 and half of the responses each, against one with all of both."""
+"""Two gloo processes, a mixture of experts sharded by FSDP2 and half of the responses each, against one with all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from minirl_kernels.integrations.transformers import enable_log_probs
 
@@ -31,9 +31,12 @@ def _check_rank(rank: int, store: Path) -> None:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "head_dim": 8,
+        "moe_intermediate_size": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
     }
-    config = Qwen3Config(vocab_size=34, num_key_value_heads=1, initializer_range=0.3, **sizes)
-    whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    config = Qwen3MoeConfig(vocab_size=34, num_key_value_heads=1, initializer_range=0.3, **sizes)
+    whole = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="minirl")
     input_ids = torch.randint(34, (2 * RANKS, 5))
     old_log_probs, advantages = -3 - torch.rand(input_ids.shape), torch.tensor([1.0, -0.5, 0.75, -1.0])
 

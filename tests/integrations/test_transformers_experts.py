@@ -311,6 +311,9 @@ def test_lora_on_attention_and_experts():
     for key, values in ours.items():
         assert values.any()
         torch.testing.assert_close(values, eager[key])
+    gpt_oss = peft.get_peft_model(ours_of("GptOss"), peft.LoraConfig(target_parameters=["gate_up_proj"]))
+    with pytest.raises(TypeError, match=r"for transformers\.models\.gpt_oss\.modeling_gpt_oss\.GptOssExperts, whose"):
+        gpt_oss(ids)
 
 
 def test_gpt_oss_is_refused_by_name_while_its_routing_replays():

@@ -53,7 +53,7 @@ def test_the_first_update(config, ours, make_trainer, calls, setting):
 
 
 def test_a_run_and_its_evaluation(config_file, ours, calls, tmp_path):
-    main(["train", str(config_file(model=ours, routing_replay="R3"))])
+    main(["train", str(config_file(model=ours, routing_replay="R3", steps=1))])
     assert calls
     calls.clear()
     main(["eval", str(tmp_path / "run")])

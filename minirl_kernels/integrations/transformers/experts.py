@@ -1,14 +1,15 @@
 """The experts of mixture-of-experts models of transformers by moe_experts: `experts_implementation="minirl"`.
 
 transformers has one function per implementation, for the experts of all models. What its decorator says of their class,
-their gate and their weights decide whether moe_experts computes what these experts do; those of which it does not are
-refused in their first forward, the first that an implementation sees of them.
+their gate and their weights decide whether moe_experts computes what these experts do. Others are refused in their
+first forward, the first that an implementation sees of them; of experts without that decorator none sees anything.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
@@ -40,7 +41,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     gate_up_proj, down_proj = (getattr(self, name, None) for name in ("gate_up_proj", "down_proj"))
     unsupported = _unsupported(self, gate_up_proj, down_proj)
     if unsupported:
-        kind = type(self)
+        kind = type_before_parametrizations(self)
         raise TypeError(
             f"experts_implementation is 'minirl': it must be another for {kind.__module__}.{kind.__qualname__}, whose "
             f"experts {', '.join(unsupported)}"
