@@ -46,7 +46,8 @@ def make_sampler(
         dtype=config.dtype,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         eos_token_ids=end_token_ids(model, tokenizer),
-        records_routing=config.routing_replay == "R3",
+        # for R2 too, which does not replay them: what records breaks ties by a rule, and transformers' routers by none
+        records_routing=config.routing_replay != "disabled",
     )
     engine.update_weights(model)
     return Sampler(engine, tokenizer, task)

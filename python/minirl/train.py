@@ -82,6 +82,8 @@ class Trainer:
         rollouts, rewards = self.sampler.sample(
             problems, self.config.rollout.group_size, seed=derive_seed(self.config.seed, "rollout", number)
         )
+        if self.config.routing_replay != "R3":
+            rollouts = replace(rollouts, routed_experts=None)
         advantages = group_advantages(rewards, rollouts.group_ids, norm_by_std=self.config.advantages_by_std)
         groups = rewards.view(count, -1)
         metrics = {
