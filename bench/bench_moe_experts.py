@@ -13,7 +13,7 @@ from harness import Bar, Contender
 from torch import Tensor
 from torch.nn import functional as F
 
-from minirl_kernels import moe_experts
+from minirl_kernels import moe_experts, pack_experts
 
 OURS, GROUPED, EAGER, BARE = "moe_experts", "transformers, grouped_mm", "transformers, eager", "bare matmuls"
 SHAPE = {"hidden_size": 2048, "intermediate_size": 768, "num_experts": 16, "top_k": 4}
@@ -59,6 +59,12 @@ def experts_batch(tokens, hidden_size, intermediate_size, num_experts, top_k, *,
 
 def _ours(batch):
     return moe_experts(batch.hidden, (batch.weights, batch.experts), batch.gate_up_proj, batch.down_proj)
+
+
+def _packed_before(batch):
+    """Ours in a rollout engine, as the engines' own kernels beside it."""
+    weights = pack_experts(batch.gate_up_proj.detach(), batch.down_proj.detach())
+    return lambda batch: moe_experts(batch.hidden, (batch.weights, batch.experts), *weights)
 
 
 def _theirs(implementation, batch):
@@ -116,11 +122,15 @@ def bare_matmuls(batch, backward):
 
 
 def contenders(batch, way):
+    rollout = []
+    if way is forward and batch.hidden.device.type == "cpu":
+        rollout.append(Contender(packed(OURS), partial(way, _packed_before(batch), batch), kind="ours"))
+        rollout += experts_peers.contenders(batch)
     return [
         Contender(OURS, partial(way, _ours, batch), kind="ours"),
         Contender(GROUPED, partial(way, _theirs("grouped_mm", batch), batch)),
         Contender(EAGER, partial(way, _theirs("eager", batch), batch)),
-        *(experts_peers.contenders(batch) if way is forward and batch.hidden.device.type == "cpu" else []),
+        *rollout,
         Contender(BARE, bare_matmuls(batch, way is forward_backward), kind="floor"),
     ]
 
@@ -129,7 +139,11 @@ def cpu_bars(tokens, way, dtype):
     """What is promised on a CPU."""
     if way is forward:
         engines = [VLLM] if dtype == torch.float32 else [VLLM, SGLANG]
-        return [Bar(OURS, "speed", name, 1) for engine in engines for name in (packed(engine), engine)]
+        return [
+            Bar(ours, "speed", theirs, 1)
+            for engine in engines
+            for ours, theirs in ((packed(OURS), packed(engine)), (OURS, engine))
+        ]
     return [Bar(OURS, "speed", GROUPED, 1.25 if tokens > 64 else 1.5), Bar(OURS, "time", BARE, 1.15)]
 
 

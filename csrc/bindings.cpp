@@ -213,13 +213,13 @@ void moe_routing_backward(MINIRL_ROUTER_PARAMETERS, Address weights, Address exp
   const std::string &dtype, Address experts, Address weights, int64_t tokens, int64_t top_k, int64_t num_experts,  \
       Address hidden, int64_t hidden_stride, int64_t hidden_size, int64_t intermediate_size, Address gate_up_proj, \
       int64_t gate_up_expert_stride, int64_t gate_up_row_stride, Address down_proj, int64_t down_expert_stride,    \
-      int64_t down_row_stride
+      int64_t down_row_stride, bool packed
 #define MINIRL_EXPERTS                                                                               \
   minirl::MoEExperts {                                                                               \
     dtype_of(dtype), pointer<int64_t>(experts), pointer<float>(weights), tokens, top_k, num_experts, \
         pointer<void>(hidden), hidden_stride, hidden_size, intermediate_size,                        \
-        {pointer<void>(gate_up_proj), gate_up_expert_stride, gate_up_row_stride}, {                  \
-      pointer<void>(down_proj), down_expert_stride, down_row_stride                                  \
+        {pointer<void>(gate_up_proj), gate_up_expert_stride, gate_up_row_stride, packed}, {          \
+      pointer<void>(down_proj), down_expert_stride, down_row_stride, packed                          \
     }                                                                                                \
   }
 
@@ -232,6 +232,13 @@ int64_t moe_experts(MINIRL_EXPERTS_PARAMETERS, Address activation, Address y, Ad
     minirl::moe_experts_forward(args, pointer<void>(activation), pointer<float>(y), pointer<void>(gate_up),
                                 pointer<void>(out));
   return bad_token;
+}
+
+void pack_experts(const std::string& dtype, int64_t num_experts, Address weight, int64_t expert_stride,
+                  int64_t row_stride, int64_t parts, int64_t rows, int64_t columns, Address out) {
+  const minirl::ExpertWeight matrices = {pointer<void>(weight), expert_stride, row_stride, false};
+  py::gil_scoped_release no_gil;
+  minirl::run_pack(num_experts, {dtype_of(dtype), matrices, parts, rows, columns, pointer<uint32_t>(out)});
 }
 
 void moe_experts_backward(MINIRL_EXPERTS_PARAMETERS, Address gate_up, Address grad_out, Address gate_up_grad,
@@ -264,6 +271,10 @@ PYBIND11_MODULE(_C, module) {
   module.def("release_pages", [](Address begin, int64_t bytes) { minirl::release_pages(begin, bytes); });
   module.def("matmul", matmul);
   module.def("moe_experts", moe_experts);
+  module.def("pack_experts", pack_experts);
+  module.def("packed_words", [](const std::string& dtype, int64_t rows, int64_t columns) {
+    return minirl::packed_words(dtype_of(dtype), rows, columns);
+  });
   module.def("moe_experts_backward", moe_experts_backward);
   module.def("moe_routing", moe_routing);
   module.def("moe_routing_backward", moe_routing_backward);

@@ -69,6 +69,15 @@ void run_pieces(const ExpertRows& rows, int64_t columns, int64_t width, int64_t 
   parallel_rows(rows.num_blocks * blocks_of(columns, width), std::min(columns, width) * depth, kernel, args);
 }
 
+static inline int64_t packed_words(DType dtype, int64_t rows, int64_t columns) {
+  int64_t words;
+  MINIRL_PICK(experts_packed_words, ExpertsPackedWords)({dtype, rows, columns, &words}, 0, 1);
+  return words;
+}
+static inline void run_pack(int64_t num_experts, const ExpertsPack& args) {
+  parallel_rows(num_experts * args.parts, args.rows * args.columns, MINIRL_PICK(experts_pack, ExpertsPack), args);
+}
+
 static inline void run_combine(const MoEExperts& args, const SortedPairs& sorted, const float* y, const float* weights,
                                void* out) {
   parallel_rows(args.tokens, args.top_k * args.hidden_size, MINIRL_PICK(experts_combine, ExpertsCombine),
@@ -93,7 +102,7 @@ static inline void moe_experts_forward(const MoEExperts& args, void* activation,
              {rows, args.hidden, args.hidden_stride, hidden_size, width, args.gate_up_proj, activation, gate_up});
   run_pieces(rows, hidden_size, kExpertColumns, width, MINIRL_PICK(experts_product, ExpertsProduct),
              {rows, activation, width, hidden_size, args.down_proj.data, args.down_proj.expert_stride,
-              args.down_proj.row_stride, 1, y});
+              args.down_proj.row_stride, 1, args.down_proj.packed, y});
   run_combine(args, sorted, y, args.weights, out);
 }
 
@@ -125,7 +134,7 @@ static inline void moe_experts_backward(const MoEExperts& args, const MoEExperts
   if (grads.hidden) {
     run_pieces(rows, hidden_size, kExpertColumns, 2 * width, MINIRL_PICK(experts_product, ExpertsProduct),
                {rows, grads.gate_up_grad, 2 * width, hidden_size, args.gate_up_proj.data,
-                args.gate_up_proj.expert_stride, 1, args.gate_up_proj.row_stride, grads.y});
+                args.gate_up_proj.expert_stride, 1, args.gate_up_proj.row_stride, false, grads.y});
     run_combine(args, sorted, grads.y, nullptr, grads.hidden);
   }
   if (grads.gate_up_proj)

@@ -5,12 +5,13 @@ from .moe import RoutedExperts, moe_layer_indices, record_routing, replay_routin
 from .ops.fused_linear_policy_loss import fused_linear_policy_loss
 from .ops.fused_policy_loss import fused_policy_loss
 from .ops.linear_token_logprobs import linear_token_logprobs
-from .ops.moe_experts import moe_experts
+from .ops.moe_experts import PackedExperts, moe_experts, pack_experts
 from .ops.moe_routing import Routing, moe_routing
 from .ops.policy_loss import PolicyLossMetrics, PolicyLossOutput, group_advantages, policy_loss
 from .ops.token_logprobs import token_logprobs
 
 __all__ = [
+    "PackedExperts",
     "PolicyLossConfig",
     "PolicyLossMetrics",
     "PolicyLossOutput",
@@ -23,6 +24,7 @@ __all__ = [
     "moe_experts",
     "moe_layer_indices",
     "moe_routing",
+    "pack_experts",
     "policy_loss",
     "record_routing",
     "replay_routing",

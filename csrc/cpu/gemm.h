@@ -131,6 +131,15 @@ struct Operand {
     return data + (lane_index ? lane_index[lane] : lane) * lane_stride +
            (term_index ? term_index[term] : term) * term_stride;
   }
+  Operand from(int64_t lane) const {
+    Operand rest = *this;
+    if (lane_index)
+      rest.lane_index += lane;
+    else
+      rest.data += lane * lane_stride;
+    rest.readable -= lane;
+    return rest;
+  }
 };
 
 // A panel of an operand for one chunk, `terms` from `term` on of `lanes` from `lane` on: word k of lane i goes to
@@ -292,7 +301,16 @@ struct Block {
   bool accumulate;
   T* rounded = nullptr;  // if given, the result goes here, and `out` is scratch
   int64_t rounded_stride = 0;
+  const uint32_t* packed_b = nullptr;  // if given, instead of `b`: all its panels, by pack_matrix
 
+  Block some_rows(int64_t first, int64_t count) const {
+    Block part = *this;
+    part.a = a.from(first);
+    part.out += first * out_stride;
+    if (rounded) part.rounded += first * rounded_stride;
+    part.rows = smaller(rows - first, count);
+    return part;
+  }
   Place<T> place(int64_t row, int64_t column, int64_t term, bool last) const {
     return {out + row * out_stride + column, out_stride, accumulate || term > 0,
             last && rounded ? rounded + row * rounded_stride + column : nullptr, rounded_stride};
@@ -321,6 +339,25 @@ MINIRL_INLINE void pack_columns(const Operand<T>& b, int64_t column, int64_t col
   }
 }
 
+// All columns for all of `depth`, panel by panel, each chunk by chunk: packed_words of them.
+template <class T>
+MINIRL_INLINE int64_t packed_words(int64_t columns, int64_t depth) {
+  return (columns + kPanelColumns - 1) / kPanelColumns * kPanelColumns * WordOf<T>::type::words(depth) + kLanes;
+}
+// Where the panel begins that begins with `column`.
+template <class T>
+MINIRL_INLINE int64_t packed_words_before(int64_t column, int64_t depth) {
+  return column * WordOf<T>::type::words(depth);
+}
+template <class T>
+static void pack_matrix(const Operand<T>& b, int64_t columns, int64_t depth, uint32_t* out) {
+  typedef typename WordOf<T>::type Word;
+  for (int64_t n = 0; n < columns; n += kPanelColumns)
+    for (int64_t k = 0; k < depth; k += Word::kChunk)
+      pack_columns<Word>(b, n, columns - n, k, smaller(depth - k, Word::kChunk),
+                         out + packed_words_before<T>(n, depth) + kPanelColumns * Word::words(k));
+}
+
 // The packed columns stay in the second-level cache while panels of rows, packed in the first, pass over them.
 template <class T>
 static void multiply_many_rows(const Block<T>& block, uint32_t* scratch) {
@@ -346,14 +383,16 @@ static void multiply_many_rows(const Block<T>& block, uint32_t* scratch) {
   }
 }
 
-// Where all terms of the rows, packed, take no more room than one chunk of the columns, they stay in the second-level
-// cache while the columns pass, a panel at a time, all its terms as they lie in memory.
+MINIRL_INLINE int64_t row_panels(int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
+
+// All terms of the rows, packed, stay in the second-level cache while the columns pass, a panel at a time, all its
+// terms as they lie in memory.
 template <class T>
 static void multiply_few_rows(const Block<T>& block, uint32_t* scratch) {
   typedef typename WordOf<T>::type Word;
   constexpr int64_t kPanelWords = kPanelRows * Word::kChunk / Word::kTerms;
-  const int64_t panels = (block.rows + kPanelRows - 1) / kPanelRows;
-  uint32_t *packed_b = scratch, *packed_a = scratch + panel_words<T>(kPanelColumns);
+  const int64_t panels = row_panels(block.rows);
+  uint32_t *panel_of_b = scratch, *packed_a = scratch + panel_words<T>(kPanelColumns);
   for (int64_t k = 0; k < block.depth; k += Word::kChunk)
     for (int64_t panel = 0; panel < panels; ++panel)
       pack_panel<Word>(block.a, panel * kPanelRows, smaller(block.rows - panel * kPanelRows, kPanelRows), k,
@@ -362,26 +401,51 @@ static void multiply_few_rows(const Block<T>& block, uint32_t* scratch) {
   for (int64_t n = 0; n < block.columns; n += kPanelColumns) {
     for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
       const int64_t terms = smaller(block.depth - k, Word::kChunk);
-      const bool last = k + terms == block.depth;
-      pack_columns<Word>(block.b, n, block.columns - n, k, terms, packed_b);
+      const uint32_t* b = panel_of_b;
+      if (block.packed_b)
+        b = block.packed_b + packed_words_before<T>(n, block.depth) + kPanelColumns * Word::words(k);
+      else
+        pack_columns<Word>(block.b, n, block.columns - n, k, terms, panel_of_b);
       for (int64_t panel = 0; panel < panels; ++panel)
         multiply_rows<Word>(smaller(block.rows - panel * kPanelRows, kPanelRows),
-                            packed_a + (k / Word::kChunk * panels + panel) * kPanelWords, packed_b, Word::words(terms),
-                            block.place(panel * kPanelRows, n, k, last), smaller(block.columns - n, kPanelColumns));
+                            packed_a + (k / Word::kChunk * panels + panel) * kPanelWords, b, Word::words(terms),
+                            block.place(panel * kPanelRows, n, k, k + terms == block.depth),
+                            smaller(block.columns - n, kPanelColumns));
     }
   }
 }
 
+// How many rows are few: all their terms, packed, take no more room than one chunk of so many columns.
+template <class T>
+MINIRL_INLINE int64_t few_rows(int64_t columns, int64_t depth) {
+  const int64_t chunk = WordOf<T>::type::kChunk, chunks = (depth + chunk - 1) / chunk;
+  return (columns - kPanelColumns) / (chunks * kPanelRows) * kPanelRows;
+}
+// With columns that were packed before, that many at a time.
+constexpr int64_t kPackedColumns = 512;
+template <class T>
+MINIRL_INLINE int64_t rows_at_once(int64_t depth) {
+  const int64_t few = few_rows<T>(kPackedColumns, depth);
+  return few < kPanelRows ? kPanelRows : few;
+}
+// Words of scratch for them.
+template <class T>
+MINIRL_INLINE int64_t scratch_words_packed(int64_t depth) {
+  typedef typename WordOf<T>::type Word;
+  return panel_words<T>(kPanelColumns) + rows_at_once<T>(depth) * (Word::words(depth) + Word::kChunk) + kLanes;
+}
+
 template <class T>
 static void multiply_block(const Block<T>& block, uint32_t* scratch) {
-  typedef typename WordOf<T>::type Word;
-  const int64_t panels = (block.rows + kPanelRows - 1) / kPanelRows;
-  const int64_t chunks = (block.depth + Word::kChunk - 1) / Word::kChunk;
-  const bool in_order = block.b.term_stride == 1 && !block.b.term_index;
-  if (in_order && panels * chunks * kPanelRows + kPanelColumns <= block.columns)
+  if (block.depth == 0) return;
+  if (block.packed_b) {
+    const int64_t rows = rows_at_once<T>(block.depth);
+    for (int64_t m = 0; m < block.rows; m += rows) multiply_few_rows(block.some_rows(m, rows), scratch);
+  } else if (block.rows <= few_rows<T>(block.columns, block.depth) && block.b.term_stride == 1 && !block.b.term_index) {
     multiply_few_rows(block, scratch);
-  else
+  } else {
     multiply_many_rows(block, scratch);
+  }
 }
 
 }  // namespace

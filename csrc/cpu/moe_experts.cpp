@@ -52,8 +52,10 @@ struct Scratch {
 };
 MINIRL_INLINE void* allocate(int64_t words) { return aligned_alloc(64, (words + 15) / 16 * 64); }
 template <class T>
-MINIRL_INLINE Scratch scratch_for(int64_t columns) {
-  return {(uint32_t*)allocate(scratch_words<T>(columns)), (float*)allocate(kExpertRows * columns)};
+MINIRL_INLINE Scratch scratch_for(int64_t columns, int64_t packed_depth = 0) {
+  int64_t words = scratch_words<T>(columns);
+  if (packed_depth > 0 && words < scratch_words_packed<T>(packed_depth)) words = scratch_words_packed<T>(packed_depth);
+  return {(uint32_t*)allocate(words), (float*)allocate(kExpertRows * columns)};
 }
 MINIRL_INLINE void release(Scratch scratch) {
   free(scratch.words);
@@ -67,22 +69,33 @@ MINIRL_INLINE const T* matrix_of(const ExpertWeight& weight, int64_t expert) {
 
 template <class T>
 MINIRL_INLINE void up(const ExpertsUp& args, int64_t begin, int64_t end) {
-  const int64_t width = args.intermediate_size;
-  const Scratch scratch = scratch_for<T>(2 * kActivationColumns);
+  const int64_t width = args.intermediate_size, depth = args.hidden_size;
+  const ExpertWeight& weight = args.gate_up_proj;
+  const Scratch scratch = scratch_for<T>(2 * kActivationColumns, weight.packed ? depth : 0);
   int64_t lanes[2 * kActivationColumns];  // columns of the gate, then the same of up
   for (int64_t index = begin; index < end; ++index) {
     const RowBlock& block = args.rows.blocks[index % args.rows.num_blocks];
     const int64_t c = index / args.rows.num_blocks * kActivationColumns, n = least(width - c, kActivationColumns);
-    for (int64_t j = 0; j < n; ++j) lanes[j] = c + j, lanes[n + j] = width + c + j;
-    multiply_block<T>({{(const T*)args.hidden, args.hidden_stride, 1, 0, args.rows.tokens + block.first},
-                       {matrix_of<T>(args.gate_up_proj, block.expert), args.gate_up_proj.row_stride, 1, 0, lanes},
-                       scratch.results,
-                       2 * n,
-                       block.rows,
-                       2 * n,
-                       args.hidden_size,
-                       false},
-                      scratch.words);
+    const Operand<T> x = {(const T*)args.hidden, args.hidden_stride, 1, 0, args.rows.tokens + block.first};
+    if (weight.packed) {
+      for (int64_t half = 0; half < 2; ++half) {
+        Block<T> product = {x, {}, scratch.results + half * n, 2 * n, block.rows, n, depth, false};
+        product.packed_b = (const uint32_t*)weight.data + block.expert * weight.expert_stride +
+                           half * packed_words<T>(width, depth) + packed_words_before<T>(c, depth);
+        multiply_block<T>(product, scratch.words);
+      }
+    } else {
+      for (int64_t j = 0; j < n; ++j) lanes[j] = c + j, lanes[n + j] = width + c + j;
+      multiply_block<T>({x,
+                         {matrix_of<T>(weight, block.expert), weight.row_stride, 1, 0, lanes},
+                         scratch.results,
+                         2 * n,
+                         block.rows,
+                         2 * n,
+                         depth,
+                         false},
+                        scratch.words);
+    }
     for (int64_t i = 0; i < block.rows; ++i) {
       const int64_t row = block.first + i;
       const float* const gates = scratch.results + i * 2 * n;
@@ -147,22 +160,42 @@ MINIRL_INLINE void activation_grad(const ExpertsActivationGrad& args, int64_t be
 
 template <class T>
 MINIRL_INLINE void product(const ExpertsProduct& args, int64_t begin, int64_t end) {
-  const Scratch scratch = scratch_for<T>(kExpertColumns);
+  const Scratch scratch = scratch_for<T>(kExpertColumns, args.packed ? args.depth : 0);
   for (int64_t index = begin; index < end; ++index) {
     const RowBlock& block = args.rows.blocks[index % args.rows.num_blocks];
     const int64_t c = index / args.rows.num_blocks * kExpertColumns;
-    const T* const matrix = (const T*)args.matrix + block.expert * args.expert_stride + c * args.column_stride;
-    multiply_block<T>({{(const T*)args.x + block.first * args.depth, args.depth, 1, block.rows},
-                       {matrix, args.column_stride, args.depth_stride, args.columns - c},
-                       args.out + block.first * args.columns + c,
-                       args.columns,
-                       block.rows,
-                       least(args.columns - c, kExpertColumns),
-                       args.depth,
-                       false},
-                      scratch.words);
+    Block<T> product = {{(const T*)args.x + block.first * args.depth, args.depth, 1, block.rows},
+                        {},
+                        args.out + block.first * args.columns + c,
+                        args.columns,
+                        block.rows,
+                        least(args.columns - c, kExpertColumns),
+                        args.depth,
+                        false};
+    if (args.packed)
+      product.packed_b =
+          (const uint32_t*)args.matrix + block.expert * args.expert_stride + packed_words_before<T>(c, args.depth);
+    else
+      product.b = {(const T*)args.matrix + block.expert * args.expert_stride + c * args.column_stride,
+                   args.column_stride, args.depth_stride, args.columns - c};
+    multiply_block<T>(product, scratch.words);
   }
   release(scratch);
+}
+
+template <class T>
+MINIRL_INLINE void count_words(const ExpertsPackedWords& args, int64_t, int64_t) {
+  *args.words = packed_words<T>(args.rows, args.columns);
+}
+
+template <class T>
+MINIRL_INLINE void pack(const ExpertsPack& args, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t first = index % args.parts * args.rows;
+    const T* const matrix = matrix_of<T>(args.weight, index / args.parts) + first * args.weight.row_stride;
+    pack_matrix<T>({matrix, args.weight.row_stride, 1, args.rows}, args.rows, args.columns,
+                   args.out + index * packed_words<T>(args.rows, args.columns));
+  }
 }
 
 template <class T>
@@ -233,6 +266,12 @@ void MINIRL_KERNEL(experts_activation_grad)(const ExpertsActivationGrad& args, i
 }
 void MINIRL_KERNEL(experts_product)(const ExpertsProduct& args, int64_t begin, int64_t end) {
   MINIRL_BY_DTYPE(product, args.rows.dtype)
+}
+void MINIRL_KERNEL(experts_packed_words)(const ExpertsPackedWords& args, int64_t begin, int64_t end) {
+  MINIRL_BY_DTYPE(count_words, args.dtype)
+}
+void MINIRL_KERNEL(experts_pack)(const ExpertsPack& args, int64_t begin, int64_t end) {
+  MINIRL_BY_DTYPE(pack, args.dtype)
 }
 void MINIRL_KERNEL(experts_combine)(const ExpertsCombine& args, int64_t begin, int64_t end) {
   MINIRL_BY_DTYPE(combine, args.dtype)

@@ -26,10 +26,11 @@ struct ExpertRows {
   const int64_t* tokens;  // of each row
 };
 
-// [E, out, in], contiguous along in
+// [E, out, in], contiguous along in; or packed, expert by expert, and then the stride is in words
 struct ExpertWeight {
   const void* data;
   int64_t expert_stride, row_stride;
+  bool packed;
 };
 
 // activation = silu(gate) * up, gate and up = the halves of gate_up_proj hidden
@@ -62,7 +63,22 @@ struct ExpertsProduct {
   int64_t depth, columns;
   const void* matrix;
   int64_t expert_stride, column_stride, depth_stride;
+  bool packed;
   float* out;  // [rows, columns]
+};
+
+// How many words a matrix takes, packed.
+struct ExpertsPackedWords {
+  DType dtype;
+  int64_t rows, columns;
+  int64_t* words;
+};
+// Each expert's `parts` of equal height, one after the other, as the matmul reads them.
+struct ExpertsPack {
+  DType dtype;
+  ExpertWeight weight;
+  int64_t parts, rows, columns;  // of a part
+  uint32_t* out;
 };
 
 // out[token] = the sum over its pairs, in their order, of weight * y[row of the pair]
@@ -92,6 +108,10 @@ struct ExpertsWeightGrad {
 MINIRL_DECLARE_KERNEL(experts_up, ExpertsUp)
 MINIRL_DECLARE_KERNEL(experts_activation_grad, ExpertsActivationGrad)
 MINIRL_DECLARE_KERNEL(experts_product, ExpertsProduct)
+// once
+MINIRL_DECLARE_KERNEL(experts_packed_words, ExpertsPackedWords)
+// over experts times parts
+MINIRL_DECLARE_KERNEL(experts_pack, ExpertsPack)
 // over tokens
 MINIRL_DECLARE_KERNEL(experts_combine, ExpertsCombine)
 // over experts times the blocks of the weight's rows and columns

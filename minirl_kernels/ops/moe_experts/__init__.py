@@ -1,3 +1,4 @@
-from .op import moe_experts
+from .op import moe_experts, pack_experts
+from .packed import PackedExperts
 
-__all__ = ["moe_experts"]
+__all__ = ["PackedExperts", "moe_experts", "pack_experts"]

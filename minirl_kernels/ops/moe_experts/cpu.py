@@ -8,26 +8,49 @@ from torch import Tensor
 from ...backends import native
 from ...memory import empty, empty_gradient
 from .checks import experts_message
+from .packed import PackedExperts
 
 
 def forward(
     hidden: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, for_backward: bool
 ) -> tuple[Tensor, Tensor]:
     """(out, gate_up): the second, [T K, 2 I] with the pairs of token and expert sorted by expert, for the backward."""
-    pairs, width = experts.numel(), down_proj.shape[2]
+    arguments = _arguments(hidden, weights, experts, gate_up_proj, down_proj)
+    return _forward(arguments, hidden, experts, gate_up_proj.shape[0], down_proj.shape[2], for_backward)
+
+
+def forward_packed(
+    hidden: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: PackedExperts, down_proj: PackedExperts
+) -> Tensor:
+    num_experts, _, width = down_proj.shape
+    packed = (part for weight in (gate_up_proj, down_proj) for part in (weight.words.data_ptr(), weight.stride, 0))
+    arguments = (*_tokens(hidden, weights, experts, num_experts), width, *packed, True)
+    return _forward(arguments, hidden, experts, num_experts, width, False)[0]
+
+
+def pack(weight: Tensor, parts: int) -> PackedExperts:
+    """weight [E, parts * rows, columns], each of an expert's parts by itself."""
+    num_experts, rows, columns = weight.shape
+    dtype, rows = str(weight.dtype), rows // parts
+    stride = parts * native().packed_words(dtype, rows, columns)
+    words = empty((num_experts * stride,), torch.int32, weight.device)
+    native().pack_experts(
+        dtype, num_experts, weight.data_ptr(), *weight.stride()[:2], parts, rows, columns, words.data_ptr()
+    )
+    return PackedExperts(words, stride, weight.shape, weight.dtype, native().isa_picked())
+
+
+def _forward(arguments, hidden, experts, num_experts, width, for_backward) -> tuple[Tensor, Tensor]:
+    pairs = experts.numel()
     out = empty(hidden.shape, hidden.dtype, hidden.device)
     gate_up = empty((pairs, 2 * width) if for_backward else (0,), hidden.dtype, hidden.device)
     activation = empty((pairs, width), hidden.dtype, hidden.device)
     y = empty((pairs, hidden.shape[1]), torch.float32, hidden.device)
     bad_token = native().moe_experts(
-        *_arguments(hidden, weights, experts, gate_up_proj, down_proj),
-        activation.data_ptr(),
-        y.data_ptr(),
-        gate_up.data_ptr(),
-        out.data_ptr(),
+        *arguments, activation.data_ptr(), y.data_ptr(), gate_up.data_ptr(), out.data_ptr()
     )
     if bad_token >= 0:
-        raise ValueError(experts_message(bad_token, experts, gate_up_proj.shape[0]))
+        raise ValueError(experts_message(bad_token, experts, num_experts))
     return out, gate_up
 
 
@@ -62,19 +85,20 @@ def backward(
     return tuple(grads)
 
 
-def _arguments(hidden, weights, experts, gate_up_proj, down_proj) -> tuple:
+def _tokens(hidden, weights, experts, num_experts) -> tuple:
     return (
         str(hidden.dtype),
         experts.data_ptr(),
         weights.data_ptr(),
         *experts.shape,
-        gate_up_proj.shape[0],
+        num_experts,
         hidden.data_ptr(),
         hidden.stride(0),
         hidden.shape[1],
-        down_proj.shape[2],
-        gate_up_proj.data_ptr(),
-        *gate_up_proj.stride()[:2],
-        down_proj.data_ptr(),
-        *down_proj.stride()[:2],
     )
+
+
+def _arguments(hidden, weights, experts, gate_up_proj, down_proj) -> tuple:
+    num_experts, _, width = down_proj.shape
+    strided = (part for weight in (gate_up_proj, down_proj) for part in (weight.data_ptr(), *weight.stride()[:2]))
+    return *_tokens(hidden, weights, experts, num_experts), width, *strided, False

@@ -13,11 +13,12 @@ import importlib
 import torch
 from torch import Tensor
 
-from ...backends import resolve
+from ...backends import native, resolve
 from ...checks import check_device, check_float_matrix, check_integers, check_like, check_tensor
 from ...library import register
 from ..moe_routing import Routing
 from .checks import checked_experts
+from .packed import PackedExperts
 from .reference import moe_experts_reference
 
 _BACKENDS = ("reference", "cpu")
@@ -26,8 +27,8 @@ _BACKENDS = ("reference", "cpu")
 def moe_experts(
     hidden: Tensor,
     routing: Routing | tuple[Tensor, Tensor],
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    gate_up_proj: Tensor | PackedExperts,
+    down_proj: Tensor | PackedExperts,
     *,
     activation: str = "silu",
     backend: str = "auto",
@@ -38,7 +39,8 @@ def moe_experts(
     routing: what moe_routing returned, or a pair (weights, experts): [T, K] floating point, used as float32, and
         [T, K] integers. On the CPU an expert that is none raises ValueError.
     gate_up_proj: [E, 2 I, H], of the dtype of hidden (autocast casts all three); the rows of the gate come first.
-    down_proj: [E, H, I], of the same dtype.
+    down_proj: [E, H, I], of the same dtype. Or both as pack_experts returns them: the same bits sooner, without a
+        gradient.
     activation: "silu", the one there is.
     Returns [T, H] of the dtype of hidden, differentiable by hidden, the weights and both projections. A token's result,
     and its gradients by hidden and the weights, have the same bits whatever else is in the batch and however many
@@ -47,6 +49,8 @@ def moe_experts(
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
     """
     check_tensor("hidden", hidden)
+    if isinstance(gate_up_proj, PackedExperts) or isinstance(down_proj, PackedExperts):
+        return _with_packed(hidden, routing, gate_up_proj, down_proj, activation, backend)
     check_tensor("gate_up_proj", gate_up_proj)
     check_tensor("down_proj", down_proj)
     if torch.is_autocast_enabled(hidden.device.type):
@@ -54,8 +58,7 @@ def moe_experts(
         hidden, gate_up_proj, down_proj = (tensor.to(dtype) for tensor in (hidden, gate_up_proj, down_proj))
     _check_operands(hidden, gate_up_proj, down_proj)
     weights, experts = _check_routing(routing, hidden)
-    if activation != "silu":
-        raise ValueError(f"activation is {activation!r}: it must be 'silu'")
+    _check_activation(activation)
     backend = resolve(backend, hidden.device, op="moe_experts", supported=_BACKENDS)
     if backend == "reference":
         if hidden.device.type == "cpu":
@@ -67,18 +70,66 @@ def moe_experts(
     return _MoEExperts.apply(hidden, weights, experts, gate_up_proj, down_proj, for_backward, backend)
 
 
+def pack_experts(gate_up_proj: Tensor, down_proj: Tensor) -> tuple[PackedExperts, PackedExperts]:
+    """Both projections in the order in which the CPU kernels read them, for many calls of moe_experts between updates.
+
+    gate_up_proj, down_proj: as in moe_experts, on the CPU. They are copied: later changes of them do not show. The
+    copies take as much memory (twice as much for a 16-bit dtype that the processor cannot multiply), and serve the
+    instruction set that was in use when they were made.
+    Raises ValueError or TypeError that names the argument, RuntimeError where the native module is missing.
+    """
+    check_tensor("gate_up_proj", gate_up_proj)
+    check_tensor("down_proj", down_proj)
+    _check_operands(gate_up_proj.new_empty(0, gate_up_proj.shape[-1]), gate_up_proj, down_proj)
+    resolve("cpu", gate_up_proj.device, op="pack_experts", supported=("cpu",))
+    pack = _kernels("cpu").pack
+    return pack(gate_up_proj.detach(), 2), pack(down_proj.detach(), 1)
+
+
+def _with_packed(hidden, routing, gate_up_proj, down_proj, activation, backend) -> Tensor:
+    packed = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}
+    for name, value in packed.items():
+        if not isinstance(value, PackedExperts):
+            raise TypeError(f"{name} is a {type(value).__name__}: it must be packed, as the other projection is")
+        if value.dtype != hidden.dtype:
+            raise TypeError(f"{name} was packed from {value.dtype}: it must be from that of hidden, {hidden.dtype}")
+        picked = native().isa_picked()
+        if value.instruction_set != picked:
+            raise ValueError(f"{name} was packed for {value.instruction_set}: it must be for {picked}, which runs now")
+    check_float_matrix("hidden", hidden)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden has shape {tuple(hidden.shape)}: it must be [T, H]")
+    _check_shapes(gate_up_proj, down_proj, hidden.shape[1])
+    weights, experts = _check_routing(routing, hidden)
+    _check_activation(activation)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weights.requires_grad):
+        raise ValueError(
+            "gate_up_proj is packed: it must be a tensor where a gradient is wanted, or call under no_grad"
+        )
+    resolve("cpu" if backend == "auto" else backend, hidden.device, op="moe_experts, packed", supported=("cpu",))
+    return _kernels("cpu").forward_packed(hidden, weights, experts, gate_up_proj, down_proj)
+
+
+def _check_activation(activation) -> None:
+    if activation != "silu":
+        raise ValueError(f"activation is {activation!r}: it must be 'silu'")
+
+
 def _check_operands(hidden, gate_up_proj, down_proj) -> None:
     check_float_matrix("hidden", hidden)
     if hidden.dim() != 2:
         raise ValueError(f"hidden has shape {tuple(hidden.shape)}: it must be [T, H]")
-    hidden_size = hidden.shape[1]
     _check_projection("gate_up_proj", gate_up_proj, hidden)
+    _check_projection("down_proj", down_proj, hidden)
+    _check_shapes(gate_up_proj, down_proj, hidden.shape[1])
+
+
+def _check_shapes(gate_up_proj, down_proj, hidden_size) -> None:
     num_experts, rows, columns = gate_up_proj.shape
     if num_experts == 0 or rows == 0 or rows % 2 or columns != hidden_size:
         raise ValueError(
             f"gate_up_proj has shape {tuple(gate_up_proj.shape)}: it must be [E, 2 I, {hidden_size}], H of hidden last"
         )
-    _check_projection("down_proj", down_proj, hidden)
     expected = (num_experts, hidden_size, rows // 2)
     if down_proj.shape != expected:
         raise ValueError(
