@@ -14,6 +14,9 @@
 #include "cpu/pages.h"
 #include "cpu/softcap.h"
 #include "cpu/token_logprobs.h"
+#ifdef MINIRL_HAVE_CUDA
+#include "cuda/counting_sort.h"
+#endif
 #include "moe_experts.h"
 #include "parallel.h"
 
@@ -259,6 +262,19 @@ void moe_experts_backward(MINIRL_EXPERTS_PARAMETERS, Address gate_up, Address gr
   minirl::moe_experts_backward(args, grads);
 }
 
+#ifdef MINIRL_HAVE_CUDA
+// On the device that is current, to which all addresses belong.
+void counting_sort(Address keys, int64_t items, int64_t num_keys, int64_t segments, Address places, Address begins,
+                   Address order, Address stream) {
+  if (segments < 1 || segments > minirl::kMostSegments) throw std::invalid_argument("segments do not fit in a block");
+  const minirl::CountingSort sort = {
+      pointer<int64_t>(keys), items, num_keys, segments, pointer<int64_t>(places), pointer<int64_t>(begins),
+      pointer<int64_t>(order)};
+  const char* const error = minirl::launch_counting_sort(sort, pointer<void>(stream));
+  if (error) throw std::runtime_error(std::string("the counting sort did not start on the GPU: ") + error);
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -282,4 +298,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("token_logprobs", token_logprobs);
   module.def("token_logprobs_backward", token_logprobs_backward);
   module.def("fused_policy_loss", fused_policy_loss);
+#ifdef MINIRL_HAVE_CUDA
+  module.def("counting_sort", counting_sort);
+  module.attr("most_segments") = minirl::kMostSegments;
+#endif
 }

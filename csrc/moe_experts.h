@@ -37,9 +37,7 @@ class SortedPairs {
     std::vector<int64_t> places(args.num_experts);
     const CountingSort sort = {args.experts,  args.pairs(),   args.num_experts, 1,
                                places.data(), begins_.data(), pairs_.data()};
-    count_segment(sort, 0);
-    places_of_counts(sort);
-    order_segment(sort, 0);
+    for (int phase = 0; phase < kSortPhases; ++phase) sort_phase(sort, phase, 0);
     for (int64_t row = 0; row < args.pairs(); ++row) {
       tokens_[row] = pairs_[row] / args.top_k;
       row_of_pair_[pairs_[row]] = row;

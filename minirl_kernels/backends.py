@@ -98,7 +98,7 @@ def _missing(backend: str, device_type: str | None) -> str | None:
                 "(TRITON_INTERPRET=1 runs the kernels on CPU tensors, in Triton's interpreter)"
             )
     if backend == "cuda":
-        return "this build has no CUDA C++ kernel"
+        return "no CUDA C++ kernel is an op by itself: what MINIRL_CUDA=ON builds serves the Triton backend"
     return None
 
 
