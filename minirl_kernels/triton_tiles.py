@@ -80,6 +80,15 @@ def round_to(b_x, dtype: tl.constexpr):
 
 
 @triton.jit
+def dot(b_a, b_b, b_sum):
+    """b_sum + b_a b_b, in float32 without TF32. The interpreter multiplies the bits of bfloat16 instead."""
+    if INTERPRETING:
+        b_a = b_a.to(tl.float32)
+        b_b = b_b.to(tl.float32)
+    return tl.dot(b_a, b_b, b_sum, input_precision="ieee")
+
+
+@triton.jit
 def tanh(b_x):
     """By an odd polynomial of least squares below 0.64 (relative error 6e-9), by 1 - 2 / (e^2|x| + 1) above."""
     b_z = b_x * b_x

@@ -1,59 +1,63 @@
-"""The counting sort: the same stable order on any number of segments, of which the CPU uses one."""
+"""The counting sort: the same stable order on any number of segments, of which the CPU uses one and a GPU many."""
 
+import ctypes
 import random
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-# keys on stdin; one line of begins and order for each number of segments
-PROGRAM = """
-#include <cstdio>
-#include <cstdlib>
-#include <vector>
+# What a GPU does, with as many workers as segments, and those of a phase in any order.
+SOURCE = """
 #include "common/counting_sort.h"
 
-int main(int, char** arguments) {
-  const int64_t num_keys = atoll(arguments[1]), most_segments = atoll(arguments[2]);
-  std::vector<int64_t> keys;
-  for (long long key; scanf("%lld", &key) == 1;) keys.push_back(key);
-  for (int64_t segments = 1; segments <= most_segments; ++segments) {
-    std::vector<int64_t> places(segments * num_keys, -1), begins(num_keys + 1, -1), order(keys.size(), -1);
-    const minirl::CountingSort sort = {keys.data(), (int64_t)keys.size(), num_keys, segments,
-                                       places.data(), begins.data(), order.data()};
-    // any order of the workers within a phase will do
-    for (int64_t segment = segments; segment-- > 0;) minirl::count_segment(sort, segment);
-    minirl::places_of_counts(sort);
-    for (int64_t segment = segments; segment-- > 0;) minirl::order_segment(sort, segment);
-    for (int64_t begin : begins) printf("%lld ", (long long)begin);
-    for (int64_t item : order) printf("%lld ", (long long)item);
-    puts("");
-  }
+extern "C" void counting_sort(const int64_t* keys, int64_t items, int64_t num_keys, int64_t segments, int64_t* places,
+                              int64_t* begins, int64_t* order, void*) {
+  const minirl::CountingSort sort = {keys, items, num_keys, segments, places, begins, order};
+  for (int phase = 0; phase < minirl::kSortPhases; ++phase)
+    for (int64_t worker = segments; worker-- > 0;) minirl::sort_phase(sort, phase, worker);
 }
 """
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
+def counting_sort(tmp_path_factory):
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no c++ on the PATH")
     folder = tmp_path_factory.mktemp("counting_sort")
-    (folder / "sort.cpp").write_text(PROGRAM)
-    command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-I", CSRC, "sort.cpp", "-o", "sort"]
-    subprocess.run(command, cwd=folder, check=True)
-    return folder / "sort"
+    (folder / "sort.cpp").write_text(SOURCE)
+    options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-I", CSRC]
+    subprocess.run([compiler, *options, "sort.cpp", "-o", "sort.so"], cwd=folder, check=True)
+    function = ctypes.CDLL(folder / "sort.so").counting_sort
+    function.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 4]
+    return function
 
 
+@pytest.mark.parametrize("segments", range(1, 8))
 @pytest.mark.parametrize(("items", "num_keys"), [(0, 1), (1, 1), (6, 8), (100, 1), (1000, 17), (5, 300)])
-def test_against_sorted(items, num_keys, program):
+def test_against_sorted(items, num_keys, segments, counting_sort):
     generator = random.Random(items)
-    keys = [generator.randrange(num_keys) for _ in range(items)]
-    begins = [sum(key < bound for key in keys) for bound in range(num_keys + 1)]
-    expected = begins + sorted(range(items), key=lambda item: keys[item])
-    found = subprocess.run(
-        [program, str(num_keys), "7"], input=" ".join(map(str, keys)), capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert [list(map(int, line.split())) for line in found] == [expected] * 7
+    keys = torch.tensor([generator.randrange(num_keys) for _ in range(items)], dtype=torch.int64)
+    places, begins, order = (torch.full((size,), -1) for size in (segments * num_keys, num_keys + 1, items))
+    addresses = [values.data_ptr() for values in (places, begins, order)]
+    counting_sort(keys.data_ptr(), items, num_keys, segments, *addresses, None)
+    assert begins.tolist() == [int((keys < bound).sum()) for bound in range(num_keys + 1)]
+    assert order.tolist() == sorted(range(items), key=keys.tolist().__getitem__)
+
+
+@pytest.mark.parametrize(("items", "num_experts"), [(0, 3), (1, 1), (300, 7), (5000, 60)])
+def test_as_a_gpu_is_asked_for_it(items, num_experts, counting_sort, monkeypatch):
+    """With experts that are none, which come last; the same as torch's."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from minirl_kernels.ops.moe_experts import gpu
+
+    native = SimpleNamespace(counting_sort=counting_sort, most_segments=64)
+    monkeypatch.setattr(gpu, "native", lambda: native)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=None))
+    keys = torch.randint(-2, num_experts + 2, (items,), generator=torch.Generator().manual_seed(0))
+    assert all(map(torch.equal, gpu.native_sort(keys, num_experts), gpu.torch_sort(keys, num_experts)))

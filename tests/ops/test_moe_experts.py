@@ -1,111 +1,49 @@
 """moe_experts against float64 and transformers: results, gradients, and bits that nothing else in the batch moves."""
 
-import itertools
-
 import pytest
 import torch
+from experts_cases import (
+    DTYPES,
+    TINY_SIZES,
+    assert_exact,
+    assert_same_bits,
+    cancelling_case,
+    check_a_token_in_any_batch_and_place,
+    check_an_expert_that_is_no_number_reaches_its_own_tokens_alone,
+    check_extreme_gates,
+    check_gradient_reaches_the_router,
+    check_gradients_that_nobody_asked_for,
+    check_nothing_is_kept_without_a_gradient,
+    check_one_expert_for_every_rank_of_every_token,
+    check_strides,
+    check_values_and_gradients,
+    check_what_is_no_number_stays_in_its_token,
+    forward_backward,
+    in_float64,
+    ours,
+    random_case,
+)
 from linear_head import assert_matrices_as_exact
-from torch.nn import functional as F
 
-from minirl_kernels import moe_experts, moe_routing
+from minirl_kernels import moe_experts
 from minirl_kernels.backends import native
-from minirl_kernels.ops.moe_routing.reference import moe_routing_reference
+from minirl_kernels.ops.moe_experts.reference import moe_experts_reference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (T, K, E, H, I): around vectors, panels, blocks (252 rows; 256 and 512 columns) and chunks (256, 512); empty experts,
 # K = E, and one expert for all
 SIZES = [(23, 4, 4, 33, 31), (300, 1, 1, 20, 301), (40, 3, 9, 530, 17), (9, 2, 60, 64, 48), (270, 2, 2, 17, 40)]
-TINY_SIZES = [(0, 2, 3, 8, 4), (1, 1, 1, 1, 1), (1, 3, 5, 16, 16), (2, 1, 2, 1, 3), (3, 2, 2, 3, 1)]
-NAMES = ("hidden", "weights", "gate_up_proj", "down_proj")
 META = torch.device("meta")
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def random_case(tokens, top_k, num_experts, hidden_size, width, dtype=torch.float32):
-    """(hidden, weights, experts, gate_up_proj, down_proj), and the gradient of the result."""
-    generator = torch.Generator().manual_seed(1)
-    experts = torch.rand(tokens, num_experts, generator=generator).argsort(-1)[:, :top_k]
-    weights = torch.softmax(normal(tokens, top_k, seed=2), -1)
-    gate_up = (2 * normal(num_experts, 2 * width, hidden_size, seed=3) / hidden_size**0.5).to(dtype)
-    down = (normal(num_experts, hidden_size, width, seed=4) / width**0.5).to(dtype)
-    hidden, upstream = (normal(tokens, hidden_size, seed=seed).to(dtype) for seed in (5, 6))
-    return (hidden, weights, experts, gate_up, down), upstream
-
-
-def cancelling_case(tokens, top_k, num_experts, half, half_width, dtype):
-    """Every sum is 0 but for rounding, so that any other order of it shows: that of up, of the result, of the gradients
-    by the activation, by hidden and by the weights."""
-    (hidden, weights, experts, gate_up, down), upstream = random_case(
-        tokens, top_k, num_experts, half, half_width, torch.float64
-    )
-    gate, up = gate_up.chunk(2, 1)
-    # what is left of a sum must not underflow in float16
-    gate, up = torch.cat([gate, gate], 2) / 128, torch.cat([up, -up], 2) * 64
-    down = torch.cat([down, -down], 2) * 2**15
-    hidden, upstream = (64 * torch.cat([x, x], 1).to(dtype) for x in (hidden, upstream))
-    gate_up, down = torch.cat([gate, gate, up, up], 1).to(dtype), torch.cat([down, -down], 1).to(dtype)
-    return (hidden, weights, experts, gate_up, down), upstream
-
-
-def forward_backward(operands, upstream, function, wanted=NAMES):
-    """(result, its gradients by those of NAMES that are wanted)."""
-    hidden, weights, experts, gate_up, down = operands
-    leaves = dict(zip(NAMES, (hidden, weights, gate_up, down), strict=True))
-    leaves = {name: leaf.detach().requires_grad_(name in wanted) for name, leaf in leaves.items()}
-    out = function(leaves["hidden"], leaves["weights"], experts, leaves["gate_up_proj"], leaves["down_proj"])
-    return out.detach(), *torch.autograd.grad(out, [leaves[name] for name in wanted], upstream)
-
-
-def ours(operands, upstream, backend="cpu", wanted=NAMES):
-    def function(hidden, weights, experts, gate_up, down):
-        return moe_experts(hidden, (weights, experts), gate_up, down, backend=backend)
-
-    return forward_backward(operands, upstream, function, wanted)
-
-
-def equations(hidden, weights, experts, gate_up, down):
-    """In the dtype of hidden, as an eager model has them."""
-    out = torch.zeros_like(hidden)
-    for expert in range(len(gate_up)):
-        tokens, ranks = torch.where(experts == expert)
-        gate, up = F.linear(hidden[tokens], gate_up[expert]).chunk(2, -1)
-        given = F.linear(F.silu(gate) * up, down[expert]) * weights[tokens, ranks, None]
-        out = out.index_add(0, tokens, given.to(out.dtype))
-    return out
-
-
-def in_float64(operands):
-    return [x.double() if x.is_floating_point() else x for x in operands]
-
-
-def assert_exact(operands, upstream, results):
-    exact = forward_backward(in_float64(operands), upstream.double(), equations)
-    eager = forward_backward(operands, upstream, equations)
-    for actual, theirs, truth in zip(results, eager, exact, strict=True):
-        assert_matrices_as_exact(actual, theirs, truth)
-
-
-def assert_same_bits(actual, expected):
-    for values, right in zip(actual, expected, strict=True):
-        assert values.dtype == right.dtype
-        assert torch.equal(values, right)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_values_and_gradients(size, dtype, backend):
-    operands, upstream = random_case(*size, dtype)
-    results = ours(operands, upstream, backend)
-    assert_exact(operands, upstream, results)
+    check_values_and_gradients(size, dtype, backend)
 
 
 @pytest.mark.parametrize("size", TINY_SIZES, ids=str)
 def test_few_of_anything(size, backend):
-    operands, upstream = random_case(*size)
-    assert_exact(operands, upstream, ours(operands, upstream, backend))
+    check_values_and_gradients(size, torch.float32, backend)
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
@@ -120,49 +58,16 @@ def test_on_every_instruction_set(dtype, isa, set_isa):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_expert_for_every_rank_of_every_token(dtype, backend):
-    (hidden, weights, experts, gate_up, down), upstream = random_case(150, 2, 4, 40, 24, dtype)
-    operands = (hidden, weights, torch.full_like(experts, 2), gate_up, down)
-    results = ours(operands, upstream, backend)
-    assert_exact(operands, upstream, results)
-    for grad in results[-2:]:
-        assert not grad[[0, 1, 3]].any()
+    check_one_expert_for_every_rank_of_every_token(dtype, backend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_extreme_gates(dtype, backend):
-    """silu goes to 0 and to x; a sigmoid that underflows is 0 rather than a little, times a large gate."""
-    gates = torch.tensor([-6e4, -3e3, -200.0, -90, -87, -30, -17, 0, 17, 30, 88, 200, 3e3, 6e4])
-    eye = torch.eye(len(gates))
-    operands = (
-        gates.diag().to(dtype),
-        torch.ones(len(gates), 1),
-        torch.zeros(len(gates), 1, dtype=torch.int64),
-        # the gate of each is its own number, up is 1 / 64 of it
-        torch.cat([eye, eye / 64])[None].to(dtype),
-        eye[None].to(dtype),
-    )
-    upstream = torch.ones_like(eye).to(dtype)
-    results = ours(operands, upstream, backend)
-    assert_exact(operands, upstream, results)
-    assert not results[0][:3].any()
-    assert not any(grad.isnan().any() for grad in results)
+    check_extreme_gates(dtype, backend)
 
 
 def test_gradient_reaches_the_router(backend):
-    """From the experts' result to the logits that chose them, natural and replayed."""
-    operands, upstream = random_case(30, 3, 8, 24, 20)
-    hidden, _, replayed, gate_up, down = operands
-    logits = 2 * normal(30, 8, seed=9)
-    for routed in (None, replayed):
-        leaf, exact_leaf = logits.clone().requires_grad_(), logits.double().requires_grad_()
-        routing = moe_routing(leaf, 3, routed_experts=routed, backend=backend)
-        out = moe_experts(hidden, routing, gate_up, down, backend=backend)
-        (grad,) = torch.autograd.grad(out, leaf, upstream)
-        weights, experts, *_ = moe_routing_reference(exact_leaf, 3, routed)
-        exact = equations(*in_float64((hidden, weights, experts, gate_up, down)))
-        (exact_grad,) = torch.autograd.grad(exact, exact_leaf, upstream.double())
-        torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-4, atol=1e-5 * exact_grad.abs().max().item())
-        assert bool((exact_grad != 0).any())
+    check_gradient_reaches_the_router(backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -189,21 +94,7 @@ def test_as_transformers_computes_it(dtype, cpu):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_token_in_any_batch_and_place(dtype, cpu):
-    """The result, and the gradients by hidden and the weights."""
-    operands, upstream = cancelling_case(70, 3, 4, 150, 140, dtype)
-
-    def of(tokens):
-        hidden, weights, experts, gate_up, down = operands
-        part = (hidden[tokens], weights[tokens], experts[tokens], gate_up, down)
-        return ours(part, upstream[tokens], cpu)[:3]
-
-    whole = of(torch.arange(70))
-    for values in whole:
-        assert values.count_nonzero() > values.numel() // 2
-    parts = [torch.tensor([token]) for token in (0, 1, 37, 69)]
-    parts += [torch.arange(3, 6), torch.arange(5, 68), torch.randperm(70, generator=torch.Generator().manual_seed(0))]
-    for tokens in parts:
-        assert_same_bits(of(tokens), [values[tokens] for values in whole])
+    check_a_token_in_any_batch_and_place((70, 3, 4, 150, 140), dtype, cpu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -231,70 +122,26 @@ def test_bits_are_equal_on_tables_with_a_fused_multiply_add(dtype, set_isa):
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_token(wrong, backend):
-    operands, upstream = random_case(40, 2, 3, 33, 20)
-    expected = ours(operands, upstream, backend)[:3]
-    operands[0][17, 5] = wrong
-    results = ours(operands, upstream, backend)[:3]
-    rest = torch.arange(40) != 17
-    assert_same_bits([values[rest] for values in results], [values[rest] for values in expected])
-    assert not results[0][17].isfinite().any()
+    check_what_is_no_number_stays_in_its_token(wrong, backend)
 
 
 def test_an_expert_that_is_no_number_reaches_its_own_tokens_alone(backend):
-    operands, upstream = random_case(40, 2, 5, 33, 20)
-    expected = ours(operands, upstream, backend)
-    _, _, experts, gate_up, down = operands
-    gate_up[2], down[2] = float("nan"), float("nan")
-    results = ours(operands, upstream, backend)
-    rest = (experts != 2).all(-1)
-    assert rest.any()
-    assert not rest.all()
-    assert_same_bits([values[rest] for values in results[:3]], [values[rest] for values in expected[:3]])
-    others = [0, 1, 3, 4]  # their gradients come from tokens that expert 2 has made NaN in the result alone
-    assert_same_bits([grad[others] for grad in results[3:]], [grad[others] for grad in expected[3:]])
+    check_an_expert_that_is_no_number_reaches_its_own_tokens_alone(backend)
 
 
 @pytest.mark.parametrize("count", range(1, 4))
 def test_gradients_that_nobody_asked_for(count, cpu):
-    operands, upstream = random_case(20, 2, 4, 33, 20, torch.bfloat16)
-    everything = dict(zip(("out", *NAMES), ours(operands, upstream, cpu), strict=True))
-    for wanted in itertools.combinations(NAMES, count):
-        results = ours(operands, upstream, cpu, wanted)
-        assert_same_bits(results, [everything[name] for name in ("out", *wanted)])
+    check_gradients_that_nobody_asked_for(count, cpu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_is_kept_without_a_gradient(dtype, cpu):
-    operands, upstream = random_case(20, 2, 4, 33, 20, dtype)
-    hidden, weights, experts, gate_up, down = operands
-    expected = ours(operands, upstream, cpu)[0]
-    ids = experts.contiguous()
-    out, kept = torch.ops.minirl_kernels.moe_experts(hidden, weights, ids, gate_up, down, False, cpu)
-    assert torch.equal(out, expected)
-    assert kept.numel() == 0
-    leaf = hidden.clone().requires_grad_()
-    with torch.no_grad():
-        out = moe_experts(leaf, (weights, experts), gate_up, down, backend=cpu)
-    assert torch.equal(out, expected)
-    assert not out.requires_grad
+    check_nothing_is_kept_without_a_gradient(dtype, cpu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(dtype, backend):
-    """A slice of a wider buffer is no copy, in any operand; an expanded gradient is as good as another."""
-    (hidden, weights, experts, gate_up, down), _ = random_case(20, 2, 4, 33, 20, dtype)
-    expanded = torch.ones((), dtype=dtype).expand(20, 33)
-    plain = ours((hidden, weights, experts, gate_up, down), expanded.contiguous(), backend)
-    wide = torch.full((20, 50), torch.nan, dtype=dtype)
-    wide_gate_up = torch.full((5, 43, 40), torch.nan, dtype=dtype)
-    wide_down = torch.full((33, 4, 29), torch.nan, dtype=dtype)
-    wide[:, 7:40], wide_gate_up[1:, 3:, 2:35], wide_down[:, :, 9:] = hidden, gate_up, down.transpose(0, 1)
-    sliced = (wide[:, 7:40], weights.T.contiguous().T, experts.T.contiguous().T, wide_gate_up[1:, 3:, 2:35])
-    results = ours((*sliced, wide_down[:, :, 9:].transpose(0, 1)), expanded, backend)
-    if backend == "cpu":
-        assert_same_bits(results, plain)
-    for values, right in zip(results, plain, strict=True):
-        torch.testing.assert_close(values, right)
+    check_strides(dtype, backend, same_bits=backend == "cpu")
 
 
 def test_dtypes_of_a_routing(backend):
@@ -339,6 +186,16 @@ def test_an_expert_that_is_none(wrong, backend):
     experts[13, 1] = wrong
     with pytest.raises(ValueError, match=rf"^routing\.experts has the expert {wrong} at row 13: .* in \[0, 4\)"):
         moe_experts(hidden, (weights, experts), gate_up, down, backend=backend)
+
+
+def test_an_expert_that_is_none_by_the_reference_of_a_gpu():
+    (hidden, weights, experts, gate_up, down), _ = random_case(20, 2, 4, 33, 20)
+    expected = moe_experts_reference(hidden, weights, experts, gate_up, down)
+    experts[13, 1], experts[2, 0] = 4, -1
+    out = moe_experts_reference(hidden, weights, experts, gate_up, down)
+    assert out[[2, 13]].isnan().all()
+    rest = [token for token in range(20) if token not in (2, 13)]
+    assert torch.equal(out[rest], expected[rest])
 
 
 def test_no_experts_at_all_are_refused_not_read(backend):

@@ -21,7 +21,7 @@ from .checks import checked_experts
 from .packed import PackedExperts
 from .reference import moe_experts_reference
 
-_BACKENDS = ("reference", "cpu")
+_BACKENDS = ("reference", "cpu", "triton")
 
 
 def moe_experts(
@@ -37,7 +37,9 @@ def moe_experts(
 
     hidden: [T, H], float32, bfloat16 or float16, last dimension contiguous, as in the next two.
     routing: what moe_routing returned, or a pair (weights, experts): [T, K] floating point, used as float32, and
-        [T, K] integers. On the CPU an expert that is none raises ValueError.
+        [T, K] integers. An expert that is none raises ValueError on the CPU; on a GPU, where that would wait for the
+        device, the token's result and its gradients by hidden and by that weight are NaN, those of other tokens are
+        what they are without it, and the pair adds nothing to the gradients of the projections.
     gate_up_proj: [E, 2 I, H], of the dtype of hidden (autocast casts all three); the rows of the gate come first.
     down_proj: [E, H, I], of the same dtype. Or both as pack_experts returns them: the same bits sooner, without a
         gradient.
@@ -186,8 +188,8 @@ class _MoEExperts(torch.autograd.Function):
 
 
 def _kernels(backend: str):
-    """The backend's module, imported when first called."""
-    return importlib.import_module({"cpu": ".cpu"}[backend], __package__)
+    """The backend's module, imported when first called: Triton may be absent."""
+    return importlib.import_module({"cpu": ".cpu", "triton": ".gpu"}[backend], __package__)
 
 
 def _forward(hidden, weights, experts, gate_up_proj, down_proj, for_backward, backend):

@@ -1,0 +1,100 @@
+"""moe_experts by its Triton kernels, on a GPU: what the interpreter checks, and what only hardware can say."""
+
+import pytest
+import torch
+from experts_cases import (
+    DTYPES,
+    TINY_SIZES,
+    assert_same_bits,
+    cancelling_case,
+    check_a_token_in_any_batch_and_place,
+    check_an_expert_that_is_no_number_reaches_its_own_tokens_alone,
+    check_an_expert_that_is_none,
+    check_extreme_gates,
+    check_gradient_reaches_the_router,
+    check_one_expert_for_every_rank_of_every_token,
+    check_strides,
+    check_values_and_gradients,
+    check_what_is_no_number_stays_in_its_token,
+    ours,
+    random_case,
+)
+
+DEVICE = "cuda"
+SIZES = [(23, 4, 4, 33, 31), (300, 1, 1, 20, 301), (40, 3, 9, 530, 17), (500, 8, 60, 256, 136), (1000, 4, 16, 512, 192)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_values_and_gradients(size, dtype):
+    check_values_and_gradients(size, dtype, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("size", TINY_SIZES, ids=str)
+def test_few_of_anything(size):
+    check_values_and_gradients(size, torch.float32, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_expert_for_every_rank_of_every_token(dtype):
+    check_one_expert_for_every_rank_of_every_token(dtype, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extreme_gates(dtype):
+    check_extreme_gates(dtype, "triton", DEVICE)
+
+
+def test_gradient_reaches_the_router():
+    check_gradient_reaches_the_router("triton", DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_in_any_batch_and_place(dtype):
+    check_a_token_in_any_batch_and_place((600, 3, 4, 150, 140), dtype, "triton", DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_same_bits_every_time(dtype):
+    """The gradients of the projections too."""
+    operands, upstream = cancelling_case(2000, 3, 4, 150, 140, dtype, DEVICE)
+    assert_same_bits(*(ours(operands, upstream, "triton") for _ in range(2)))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_in_its_token(wrong):
+    check_what_is_no_number_stays_in_its_token(wrong, "triton", DEVICE)
+
+
+def test_an_expert_that_is_no_number_reaches_its_own_tokens_alone():
+    check_an_expert_that_is_no_number_reaches_its_own_tokens_alone("triton", DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(dtype):
+    check_strides(dtype, "triton", DEVICE, same_bits=True)
+
+
+@pytest.mark.parametrize("wrong", [4, -1, 2**40])
+def test_an_expert_that_is_none(wrong):
+    check_an_expert_that_is_none(wrong, "triton", DEVICE)
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "num_experts"), [(0, 2, 3), (1, 8, 128), (700, 8, 128), (70_000, 2, 5)])
+def test_the_native_sort_is_that_of_torch(tokens, top_k, num_experts):
+    from minirl_kernels.ops.moe_experts import gpu
+
+    if not gpu.has_native_sort():
+        pytest.skip("the native module was built without MINIRL_CUDA=ON")
+    keys = torch.randint(-1, num_experts + 1, (tokens * top_k,), device=DEVICE)
+    assert_same_bits(gpu.native_sort(keys, num_experts), gpu.torch_sort(keys, num_experts))
+
+
+def test_nothing_waits_for_the_gpu():
+    operands, upstream = random_case(50, 2, 4, 64, 48, torch.bfloat16, DEVICE)
+    ours(operands, upstream, "triton")  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours(operands, upstream, "triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

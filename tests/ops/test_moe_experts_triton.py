@@ -1,0 +1,162 @@
+"""moe_experts by its Triton kernels, in Triton's interpreter: maths and masks, not hardware."""
+
+import pytest
+import torch
+import triton_cases
+from experts_cases import (
+    DTYPES,
+    TINY_SIZES,
+    check_a_token_in_any_batch_and_place,
+    check_an_expert_that_is_no_number_reaches_its_own_tokens_alone,
+    check_an_expert_that_is_none,
+    check_extreme_gates,
+    check_gradient_reaches_the_router,
+    check_gradients_that_nobody_asked_for,
+    check_nothing_is_kept_without_a_gradient,
+    check_one_expert_for_every_rank_of_every_token,
+    check_strides,
+    check_values_and_gradients,
+    check_what_is_no_number_stays_in_its_token,
+    ours,
+    random_case,
+)
+
+from minirl_kernels.ops.moe_experts import gpu, triton_kernel
+from minirl_kernels.verify import bounds
+from minirl_kernels.verify.interpreter import recording
+from minirl_kernels.verify.launches import captured
+
+pytestmark = triton_cases.interpreter_only()
+
+# (T, K, E, H, I): around blocks of rows (64), of columns (32 to 128) and of what is summed over (16 to 64); empty
+# experts, K = E, one expert for all
+SIZES = [(23, 4, 4, 33, 31), (65, 1, 1, 20, 129), (64, 1, 2, 128, 64), (40, 3, 9, 130, 17), (9, 2, 60, 64, 48)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_values_and_gradients(size, dtype):
+    check_values_and_gradients(size, dtype, "triton")
+
+
+@pytest.mark.parametrize("size", TINY_SIZES, ids=str)
+def test_few_of_anything(size):
+    check_values_and_gradients(size, torch.float32, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_expert_for_every_rank_of_every_token(dtype):
+    check_one_expert_for_every_rank_of_every_token(dtype, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_extreme_gates(dtype):
+    check_extreme_gates(dtype, "triton")
+
+
+def test_gradient_reaches_the_router():
+    check_gradient_reaches_the_router("triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_in_any_batch_and_place(dtype):
+    check_a_token_in_any_batch_and_place((100, 3, 4, 40, 72), dtype, "triton")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_in_its_token(wrong):
+    check_what_is_no_number_stays_in_its_token(wrong, "triton")
+
+
+def test_an_expert_that_is_no_number_reaches_its_own_tokens_alone():
+    check_an_expert_that_is_no_number_reaches_its_own_tokens_alone("triton")
+
+
+@pytest.mark.parametrize("count", range(1, 4))
+def test_gradients_that_nobody_asked_for(count):
+    check_gradients_that_nobody_asked_for(count, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_is_kept_without_a_gradient(dtype):
+    check_nothing_is_kept_without_a_gradient(dtype, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(dtype):
+    check_strides(dtype, "triton", same_bits=True)
+
+
+@pytest.mark.parametrize("wrong", [4, -1, 2**40, -(2**40)])
+def test_an_expert_that_is_none(wrong):
+    with recording() as launches:
+        check_an_expert_that_is_none(wrong, "triton")
+    assert [fault for launch in launches for fault in bounds.outside(launch)] == []
+
+
+def test_no_token_has_an_expert():
+    (hidden, weights, experts, gate_up, down), upstream = random_case(3, 2, 4, 33, 20)
+    results = ours((hidden, weights, torch.full_like(experts, -1), gate_up, down), upstream, "triton")
+    assert all(values.isnan().all() for values in results[:3])
+    assert not any(grad.any() for grad in results[3:])
+
+
+def test_sorting_by_torch():
+    experts = torch.tensor([[3, 0], [-7, 3], [0, 9], [3, 1]])
+    rows = gpu.sorted_rows(experts, 4)
+    assert rows.pairs.tolist() == [1, 4, 7, 0, 3, 6, 2, 5]
+    assert rows.begins.tolist() == [0, 2, 3, 3, 6, 8]
+    assert (rows.num_experts, rows.top_k) == (4, 2)
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 5], [64, 0, 1], [63, 65, 1], [1] * 200, [300, 0, 0, 0], [0, 127, 2, 63, 64]])
+def test_blocks_hold_every_row_once(counts):
+    """Of the expert's own rows alone; there are no fewer blocks than it takes."""
+    begins = torch.tensor([0, *counts, 0]).cumsum(0)
+    rows = triton_kernel.Rows(torch.arange(sum(counts)), begins, 1)
+    config = triton_kernel.product_config(torch.float32)
+    x, matrix = torch.ones(sum(counts), 1), torch.arange(1.0, len(counts) + 1)[:, None, None]
+    y = torch.full((sum(counts), 1), -1.0)
+    triton_kernel.product(x, matrix, rows, y, transposed=False)
+    assert y[:, 0].tolist() == [expert + 1.0 for expert, count in enumerate(counts) for _ in range(count)]
+    assert rows.blocks(config) >= sum(-(-count // config.rows) for count in counts)
+
+
+def test_rows_and_matrices_more_than_2_to_the_31_elements_apart():
+    (hidden, weights, experts, gate_up, down), upstream = random_case(2, 1, 2, 24, 16, torch.bfloat16)
+    near = ours((hidden, weights, experts, gate_up, down), upstream, "triton")
+    stride = 2**31 + 48
+
+    def far(x):
+        out = torch.empty(stride + x[0].numel(), dtype=x.dtype).as_strided(x.shape, (stride, *x.stride()[1:]))
+        return out.copy_(x)
+
+    for index in (0, 3, 4):
+        operands = [hidden, weights, experts, gate_up, down]
+        operands[index] = far(operands[index])
+        results = ours(operands, upstream, "triton")
+        assert all(map(torch.equal, results, near))
+
+
+def test_more_tokens_than_a_grid_axis_but_the_first_can_count():
+    tokens = 70_000
+    hidden, weights = torch.zeros(1, 16).expand(tokens, 16), torch.ones(tokens, 2)
+    experts, gate_up, down = torch.zeros(tokens, 2, dtype=torch.int64), torch.zeros(3, 32, 16), torch.zeros(3, 16, 16)
+    with captured() as launches:
+        ours((hidden, weights, experts, gate_up, down), torch.zeros(tokens, 16), "triton")
+    blocks = 2 * tokens // 64 + 4
+    assert {launch.grid[0] for launch in launches} == {tokens, 2 * tokens, blocks, 3}
+    assert all(size < 65_536 for launch in launches for size in launch.grid[1:])
+
+
+def test_a_large_batch_and_a_small_one_run_the_same_binaries():
+    """On hardware another tile may add up in another order."""
+
+    def constants_of(tokens):
+        operands, upstream = random_case(tokens, 2, 4, 32, 16, torch.bfloat16)
+        with captured() as launches:
+            ours(operands, upstream, "triton")
+        return [launch.kwargs for launch in launches]
+
+    assert constants_of(1) == constants_of(1000)
