@@ -13,13 +13,14 @@ Each check goes through every kernel of minirl_kernels.verify.cases; none needs 
 line for each fault.
 
 in Triton's interpreter, which checks maths, masks and addresses, not the hardware:
-  traffic      bytes that a launch loads and stores, against each input once and each output once
+  traffic      bytes that a launch loads and stores, against each input once (a product's: once for each tile that
+               needs it) and each output once
   ownership    each output element is written by exactly one program, and read by no other
   order        the same bits when the programs run in reverse and in shuffled order
   bounds       no access outside the elements of the tensors that a kernel was given
   races        a barrier between reading an element and overwriting it at another width
 by Triton's compiler, ahead of time:
-  compile      registers, spills, shared memory and width of accesses on sm_80, sm_90, sm_100 and gfx942;
+  compile      registers, spills, shared memory, width of accesses and tensor cores on sm_80, sm_90, sm_100 and gfx942;
                rewrites docs/compile_matrix.md (--output PATH for another file)
   all          everything above
 """
@@ -75,11 +76,11 @@ def _interpret(name: str) -> list[str]:
         faults += found
         if name == "traffic":
             moved, floor = traffic.measure(case)
-            logits = case.rows().logits.numel() * case.dtype.itemsize
             loads, stores = (
-                f"{here / logits:.3f} (of at most {most / logits:.3f})" for here, most in zip(moved, floor, strict=True)
+                f"{here / case.unit_bytes:.3f} (of at most {most / case.unit_bytes:.3f})"
+                for here, most in zip(moved, floor, strict=True)
             )
-            print(f"{case}: times the logits, loads {loads}, stores {stores}", flush=True)
+            print(f"{case}: times the {case.unit}, loads {loads}, stores {stores}", flush=True)
         else:
             print(f"{case}: {'FAILS' if found else 'holds'}", flush=True)
     return faults

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from .cases import Case
+from .cases import AnyCase
 from .interpreter import Launch, recording
 
 
@@ -26,9 +26,9 @@ def outside(launch: Launch) -> list[str]:
     return faults
 
 
-def check(case: Case) -> list[str]:
+def check(case: AnyCase) -> list[str]:
     with recording() as launches:
-        case.kernel.call(case.rows(traps=True))
+        case.run(traps=True)
     return [f"{case}: {fault}" for launch in launches for fault in outside(launch)]
 
 

@@ -16,8 +16,12 @@ from ..ops.linear_token_logprobs.tiles import gradient_in_place
 from ..ops.moe_routing import triton_kernel as moe_routing
 from ..ops.token_logprobs import triton_kernel as token_logprobs
 from ..triton_tiles import LaunchConfig
+from . import expert_cases
+from .expert_cases import ExpertsCase
 
 QWEN3_VOCAB, GPT2_VOCAB = 151_936, 50_257
+# what a program reads beside logits: its token's id, temperature, gradient, ...
+BYTES_OF_A_PROGRAM = 64
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,30 @@ class Case:
     dtype: torch.dtype
     padding: int = 0
 
+    unit = "logits"  # what the traffic is told in
+
     def rows(self, *, traps: bool = False) -> Rows:
         return Rows.make(self.vocab_size, self.dtype, padding=self.padding, traps=traps)
+
+    def run(self, *, traps: bool = False) -> tuple[Tensor, ...]:
+        """One launch, and all that it writes; with traps, tokens that are not read or not written as others are."""
+        return self.kernel.call(self.rows(traps=traps))
+
+    @property
+    def unit_bytes(self) -> int:
+        return self.rows().logits.numel() * self.dtype.itemsize
+
+    def most_loaded(self, programs: int) -> int:
+        """Bytes, by a launch of so many programs."""
+        return int(self.kernel.reads(self.config, self.vocab_size) * self.unit_bytes) + BYTES_OF_A_PROGRAM * programs
 
     @property
     def config(self) -> LaunchConfig:
         return self.kernel.config(self.vocab_size, self.dtype)
+
+    @property
+    def size(self) -> str:
+        return f"{self.vocab_size:,}"
 
     @property
     def is_aligned(self) -> bool:
@@ -80,9 +102,26 @@ class Case:
         narrowest = self.kernel.out_dtype or self.dtype
         return all(n * narrowest.itemsize % 16 == 0 for n in (self.vocab_size, self.padding))
 
+    @property
+    def loads_wide(self) -> bool:
+        """Whether accesses of 128 bits are due."""
+        return self.is_aligned and self.kernel.reads(self.config, self.vocab_size) >= 1
+
+    @property
+    def stores_wide(self) -> bool:
+        return self.is_aligned and self.kernel.streams_out
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        """Whether instructions of theirs are due."""
+        return False
+
     def __str__(self) -> str:
         apart = f", {self.padding} between rows" if self.padding else ""
         return f"{self.kernel.name}, {str(self.dtype).removeprefix('torch.')}, V = {self.vocab_size:,}{apart}"
+
+
+AnyCase = Case | ExpertsCase
 
 
 def _once(config: LaunchConfig, vocab_size: int) -> float:
@@ -267,7 +306,7 @@ def _other_branches_of_routers() -> Iterator[Kernel]:
         yield replace(ROUTERS[1], name=f"moe_routing_backward: {name}", call=call, reads=_chosen_ones)
 
 
-def interpreter_cases() -> Iterator[Case]:
+def interpreter_cases() -> Iterator[AnyCase]:
     """Rows of one tile, of several, of a size that no tile divides, and rows that lie apart."""
     for kernel in (*KERNELS, FUSED_IN_PLACE):
         yield Case(kernel, 1_000, torch.float32)
@@ -282,9 +321,10 @@ def interpreter_cases() -> Iterator[Case]:
         yield Case(kernel, 128, torch.float32)
         yield Case(kernel, 60, torch.bfloat16, padding=15)
         yield Case(kernel, 1_024, torch.bfloat16, padding=8)
+    yield from expert_cases.interpreter_cases()
 
 
-def compile_cases() -> Iterator[Case]:
+def compile_cases() -> Iterator[AnyCase]:
     """Every launch configuration: rows of one tile at the smallest power of two that has it, or at the odd number
     below, whose rows allow no 128-bit access; rows of many tiles at a real vocabulary, 151,936 or the odd 50,257. Then
     every other branch of the kernels, once."""
@@ -315,6 +355,7 @@ def compile_cases() -> Iterator[Case]:
             yield from (Case(kernel, num_experts, dtype) for num_experts in sizes)
     for kernel in _other_branches_of_routers():
         yield Case(kernel, 256, torch.float32)
+    yield from expert_cases.compile_cases()
 
 
 def _launch_configurations(kernel: Kernel, dtype: torch.dtype, one_tile: list[int], many_tiles: int) -> Iterator[Case]:

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from .cases import Case, compile_cases
+from .cases import AnyCase, compile_cases
 from .launches import CapturedLaunch, captured
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -43,29 +43,32 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Needs:
-    """Registers per thread, bytes that spill per thread, bytes of shared memory, the widest global accesses in bits."""
+    """Registers per thread, bytes that spill per thread, bytes of shared memory, the widest global accesses in bits,
+    and the kind of tensor-core instructions."""
 
     registers: int
     spilled: int
     shared: int
     load_bits: int
     store_bits: int
+    tensor_cores: str = ""
 
     def __str__(self) -> str:
-        return f"{self.registers} / {self.spilled} / {self.shared} / {self.load_bits} / {self.store_bits}"
+        numbers = f"{self.registers} / {self.spilled} / {self.shared} / {self.load_bits} / {self.store_bits}"
+        return f"{numbers} / {self.tensor_cores}" if self.tensor_cores else numbers
 
 
-def needs(case: Case, part: Part) -> Needs:
+def needs(case: AnyCase, part: Part) -> Needs:
     # the launcher asks which vendor's torch this is
     with mock.patch.object(torch.version, "hip", "0" if part.target.backend == "hip" else None), captured() as launches:
-        case.kernel.call(case.rows())
+        case.run()
     (launch,) = launches
     compiled = compile_launch(launch, part.target)
     if part.target.backend == "hip":
         return _needs_of_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
-    registers, spilled = _usage_of_cubin(compiled.asm["cubin"])
+    registers, spilled, tensor_cores = _read_cubin(compiled.asm["cubin"])
     load_bits, store_bits = (_widest_in_ptx(compiled.asm["ptx"], access) for access in ("ld", "st"))
-    return Needs(registers, spilled, compiled.metadata.shared, load_bits, store_bits)
+    return Needs(registers, spilled, compiled.metadata.shared, load_bits, store_bits, tensor_cores)
 
 
 def compile_launch(launch: CapturedLaunch, target: GPUTarget) -> CompiledKernel:
@@ -78,7 +81,7 @@ def compile_launch(launch: CapturedLaunch, target: GPUTarget) -> CompiledKernel:
     return triton.compile(source, target=target, options=options.__dict__)
 
 
-def faults(case: Case, name: str, found: Needs) -> list[str]:
+def faults(case: AnyCase, name: str, found: Needs) -> list[str]:
     """What of it the part cannot give, or wastes."""
     part = PARTS[name]
     with mock.patch.object(torch.version, "hip", "0" if part.target.backend == "hip" else None):
@@ -90,21 +93,22 @@ def faults(case: Case, name: str, found: Needs) -> list[str]:
         reasons.append(f"{threads} threads of {found.registers} registers do not fit in {part.registers}")
     if found.shared > part.shared:
         reasons.append(f"{found.shared} bytes of shared memory do not fit in {part.shared}")
-    streams_in = case.kernel.reads(case.config, case.vocab_size) >= 1
-    if case.is_aligned and streams_in and found.load_bits < 128:
+    if case.loads_wide and found.load_bits < 128:
         reasons.append(f"loads at most {found.load_bits} bits at once")
-    if case.is_aligned and case.kernel.streams_out and found.store_bits < 128:
+    if case.stores_wide and found.store_bits < 128:
         reasons.append(f"stores at most {found.store_bits} bits at once")
+    if case.on_tensor_cores and not found.tensor_cores:
+        reasons.append("multiplies without tensor cores")
     return [f"{case}, {name}: {reason}" for reason in reasons]
 
 
-def table_rows(cases: Iterable[Case]) -> Iterator[tuple[str, list[str]]]:
+def table_rows(cases: Iterable[AnyCase]) -> Iterator[tuple[str, list[str]]]:
     """(line of the table, its faults) for each case."""
     for case in cases:
         found = {name: needs(case, part) for name, part in PARTS.items()}
         wrong = [fault for name in found for fault in faults(case, name, found[name])]
         dtype = str(case.dtype).removeprefix("torch.")
-        cells = [case.kernel.name, dtype, f"{case.vocab_size:,}", str(case.config.tile), str(case.config.threads)]
+        cells = [case.kernel.name, dtype, case.size, str(case.config.tile), str(case.config.threads)]
         yield "| " + " | ".join(cells + [str(cell) for cell in found.values()]) + " |", wrong
 
 
@@ -115,19 +119,21 @@ Written by `python -m minirl_kernels.verify compile`; a test fails when it no lo
 
 Each kernel, in each launch configuration that it can have, compiled ahead of time by the compiler of triton
 {triton.__version__} with the alignments of real tensors. A cell is *registers per thread / bytes spilled per thread /
-bytes of shared memory / widest global load in bits / widest global store in bits*. Nothing here was run on a GPU.
-A vocabulary of 50,257 is odd, so that its rows allow no 128-bit access. token_logprobs writes no logits.
+bytes of shared memory / widest global load in bits / widest global store in bits*, and *tensor-core instructions* where
+there are any. Nothing here was run on a GPU.
+A vocabulary of 50,257 is odd, so that its rows allow no 128-bit access. token_logprobs writes no logits. The size of
+moe_experts is H × I, of which the code asks no more than that either.
 
 Sources: `{fingerprint()}`
 
-| kernel | dtype | V | logits per tile | threads | {" | ".join(PARTS)} |
+| kernel | dtype | size | elements per tile | threads | {" | ".join(PARTS)} |
 |{"---|" * (5 + len(PARTS))}
 """
 
 
 def fingerprint() -> str:
     """Of the code of all kernels and launchers, but not of its comments and layout."""
-    sources = sorted([*PACKAGE.rglob("triton_*.py"), PACKAGE / "verify" / "cases.py"])
+    sources = sorted([*PACKAGE.rglob("triton_*.py"), *PACKAGE.glob("verify/*cases.py")])
     code = "".join(ast.unparse(_without_docstrings(ast.parse(path.read_text()))) for path in sources)
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
@@ -156,20 +162,34 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
     return tree
 
 
-def _usage_of_cubin(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory) by the cuobjdump that comes with Triton."""
+def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
+    """(registers, bytes of local memory, tensor-core instructions) by the tools that come with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        def output_of(tool, *options):
+            return subprocess.run([tool.path, *options, file.name], check=True, capture_output=True, text=True).stdout
+
+        usage = output_of(triton.knobs.nvidia.cuobjdump, "-res-usage")
+        tensor_cores = _tensor_cores_in(output_of(triton.knobs.nvidia.nvdisasm, "--print-code"))
     registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local
+    return registers, stack + local, tensor_cores
+
+
+def _tensor_cores_in(assembly: str) -> str:
+    found = re.search(r"\b(HMMA|HGMMA|UTCHMMA)\b|\bv_(mfma)_", assembly)
+    return (found[1] or found[2]).upper() if found else ""
 
 
 def _widest_in_ptx(ptx: str, access: str) -> int:
+    """Copies to shared memory are loads too."""
     found = re.findall(rf"\b{access}\.global\S*?(?:\.v(\d))?\.b(\d+)\b", ptx)
-    return max((int(count or 1) * int(bits) for count, bits in found), default=0)
+    widths = [int(count or 1) * int(bits) for count, bits in found]
+    if access == "ld":
+        copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global\S* \[[^]]*\], \[[^]]*\], (\w+)", ptx)
+        widths += [8 * int(size, 0) for size in copies]
+    return max(widths, default=0)
 
 
 def _needs_of_amdgcn(assembly: str, shared: int) -> Needs:
@@ -181,4 +201,5 @@ def _needs_of_amdgcn(assembly: str, shared: int) -> Needs:
         return max((16 if name.endswith("short") else 32 * int(count or 1) for name, count in found), default=0)
 
     registers = field("vgpr_count") + field("agpr_count")
-    return Needs(registers, field("private_segment_fixed_size"), shared, widest("load"), widest("store"))
+    spilled = field("private_segment_fixed_size")
+    return Needs(registers, spilled, shared, widest("load"), widest("store"), _tensor_cores_in(assembly))

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cases import Case
+from .cases import AnyCase
 from .interpreter import recording
 
 
-def check(case: Case) -> list[str]:
-    return [f"{case}: {fault}" for fault in differences(lambda: case.kernel.call(case.rows(traps=True)))]
+def check(case: AnyCase) -> list[str]:
+    return [f"{case}: {fault}" for fault in differences(lambda: case.run(traps=True))]
 
 
 def differences(call: Callable[[], tuple[Tensor, ...]]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from .cases import Case
+from .cases import AnyCase
 from .interpreter import Launch, recording
 
 
@@ -47,8 +47,8 @@ def element_addresses(tensor: Tensor) -> np.ndarray:
     return (tensor.data_ptr() + offsets.ravel() * tensor.element_size()).astype(np.uint64)
 
 
-def check(case: Case) -> list[str]:
+def check(case: AnyCase) -> list[str]:
     with recording() as launches:
-        outputs = case.kernel.call(case.rows(traps=True))
+        outputs = case.run(traps=True)
     faults = [fault for launch in launches for fault in conflicts(launch)] + unwritten(launches, outputs)
     return [f"{case}: {fault}" for fault in faults]

@@ -10,7 +10,7 @@ from itertools import groupby
 
 import numpy as np
 
-from .cases import Case
+from .cases import AnyCase
 from .interpreter import Access, Launch, recording
 
 UNIT = 2  # bytes of the narrowest element
@@ -42,9 +42,9 @@ def races(launch: Launch) -> list[str]:
     ]
 
 
-def check(case: Case) -> list[str]:
+def check(case: AnyCase) -> list[str]:
     with recording() as launches:
-        case.kernel.call(case.rows(traps=True))
+        case.run(traps=True)
     return [f"{case}: {fault}" for launch in launches for fault in races(launch)]
 
 

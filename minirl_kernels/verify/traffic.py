@@ -1,15 +1,12 @@
-"""How many bytes a launch moves, against the floor of each input read once and each output written once."""
+"""Bytes that a launch moves, against the floor: each input once (once for each tile of a product), each output once."""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-from .cases import Case
+from .cases import AnyCase
 from .interpreter import Launch, recording
-
-# what a program reads beside logits: its token's id, temperature, gradient, ...
-BYTES_OF_A_TOKEN = 64
 
 
 class Traffic(NamedTuple):
@@ -27,18 +24,16 @@ def traffic(*launches: Launch) -> Traffic:
     )
 
 
-def measure(case: Case) -> tuple[Traffic, Traffic]:
-    """(what the case moves, what its kernel may move at most)."""
+def measure(case: AnyCase) -> tuple[Traffic, Traffic]:
+    """(what the case moves, what it may move at most)."""
     with recording() as launches:
-        outputs = case.kernel.call(case.rows())
-    logits = case.rows().logits.numel() * case.dtype.itemsize
-    tokens = BYTES_OF_A_TOKEN * sum(math.prod(launch.grid) for launch in launches)
-    loaded = case.kernel.reads(case.config, case.vocab_size) * logits + tokens
+        outputs = case.run()
+    programs = sum(math.prod(launch.grid) for launch in launches)
     stored = sum(output.numel() * output.element_size() for output in outputs)
-    return traffic(*launches), Traffic(int(loaded), stored)
+    return traffic(*launches), Traffic(case.most_loaded(programs), stored)
 
 
-def check(case: Case) -> list[str]:
+def check(case: AnyCase) -> list[str]:
     moved, allowed = measure(case)
     return [
         f"{case}: {name} {here:,} bytes where {bound:,} are enough"

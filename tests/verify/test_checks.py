@@ -1,5 +1,7 @@
 """The checks on Triton kernels in the interpreter: every kernel of the library passes, every planted fault fails."""
 
+from functools import partial
+
 import pytest
 import torch
 import triton_cases
@@ -8,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from faulty_kernels import faulty_case
 
-from minirl_kernels.verify import bounds, cases, order, ownership, races, traffic
+from minirl_kernels.verify import bounds, cases, expert_cases, order, ownership, races, traffic
 
 pytestmark = triton_cases.interpreter_only()
 
@@ -60,8 +62,12 @@ def test_every_kernel_is_listed():
         if line.startswith("def ") and line.split("(")[0].endswith("_kernel")
     }
     launched = set()
-    for kernel in (*cases.KERNELS, *cases.ROUTERS):
+    rows = cases.Rows.make(64, torch.float32)
+    operands = expert_cases.Operands.make(expert_cases.Sizes(4, 2, 3, 16, 16), torch.float32)
+    calls = [partial(kernel.call, rows) for kernel in (*cases.KERNELS, *cases.ROUTERS)]
+    calls += [partial(kernel.call, operands) for kernel in expert_cases.KERNELS]
+    for call in calls:
         with captured() as launches:
-            kernel.call(cases.Rows.make(64, torch.float32))
+            call()
         launched |= {launch.kernel.__name__ for launch in launches}
     assert written == launched

@@ -7,25 +7,28 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+import torch
 import triton
 
-from minirl_kernels.verify import cases, compile_matrix
+from minirl_kernels.verify import cases, compile_matrix, expert_cases
 from minirl_kernels.verify.compile_matrix import Needs
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "compile_matrix.md"
 COMPILED = """
 import json, sys
-from minirl_kernels.verify import cases, compile_matrix
+from minirl_kernels.verify import cases, compile_matrix, expert_cases
 kernels = [cases.Case(kernel, cases.QWEN3_VOCAB, dtype) for kernel in cases.KERNELS for dtype in
            (cases.torch.bfloat16, cases.torch.float32)]
 kernels += [cases.Case(kernel, 256, cases.torch.float32) for kernel in cases.ROUTERS]
+kernels += [case for case in expert_cases.compile_cases() if case.dtype == cases.torch.bfloat16 and case.loads_wide]
 print(json.dumps(list(compile_matrix.table_rows(kernels))))
 """
 FAULTY = """
@@ -56,8 +59,7 @@ def test_the_table_is_fresh():
 def test_the_table_lists_every_configuration():
     rows = [line.split(" | ")[:3] for line in TABLE.read_text().splitlines() if line.startswith("| ")][1:]
     expected = [
-        [f"| {case.kernel.name}", str(case.dtype).removeprefix("torch."), f"{case.vocab_size:,}"]
-        for case in cases.compile_cases()
+        [f"| {case.kernel.name}", str(case.dtype).removeprefix("torch."), case.size] for case in cases.compile_cases()
     ]
     assert rows == expected
 
@@ -86,11 +88,20 @@ def test_what_a_part_cannot_give_is_found(needs, reason):
     (case,) = [
         case
         for case in cases.compile_cases()
-        if (case.kernel.name, case.vocab_size) == ("fused_policy_loss", 32_768) and case.is_aligned
+        if (case.kernel.name, case.size) == ("fused_policy_loss", "32,768") and case.is_aligned
     ]
     assert compile_matrix.faults(case, "sm_90", Needs(64, 0, 128, 128, 128)) == []
     (fault,) = compile_matrix.faults(case, "sm_90", needs)
     assert reason in fault
+
+
+def test_a_product_without_tensor_cores_is_found():
+    of_dtype = {case.dtype: case for case in expert_cases.compile_cases() if case.kernel.name == "moe_experts down"}
+    needs = Needs(64, 0, 128, 128, 128)
+    assert compile_matrix.faults(of_dtype[torch.float32], "sm_90", needs) == []
+    assert compile_matrix.faults(of_dtype[torch.bfloat16], "sm_90", replace(needs, tensor_cores="HGMMA")) == []
+    (fault,) = compile_matrix.faults(of_dtype[torch.bfloat16], "sm_90", needs)
+    assert fault.endswith("sm_90: multiplies without tensor cores")
 
 
 def test_faults_are_found_in_what_is_compiled():
