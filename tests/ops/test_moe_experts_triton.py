@@ -88,7 +88,7 @@ def test_strides(dtype):
     check_strides(dtype, "triton", same_bits=True)
 
 
-@pytest.mark.parametrize("wrong", [4, -1, 2**40, -(2**40)])
+@pytest.mark.parametrize("wrong", [4, -1, 2**40])
 def test_an_expert_that_is_none(wrong):
     with recording() as launches:
         check_an_expert_that_is_none(wrong, "triton")

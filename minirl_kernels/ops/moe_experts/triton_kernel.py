@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...triton_tiles import LOG2E, LaunchConfig, dot, launch, make_config, multiple, round_to, tile_offsets
 
-# one binary per dtype, number of experts of a token and alignment: ALIGN says all that a kernel needs to know of these
+# one binary per dtype, K, power of two above E, and alignment: ALIGN says all that a kernel needs to know of these
 SIZES = ["E", "H", "I", "M", "N", "D", "V", "stride_t", "stride_e", "stride_o", "stride_left", "stride_right"]
 # a slice of them begins anywhere
 UNALIGNED = ["weights"]
