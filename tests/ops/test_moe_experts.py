@@ -195,7 +195,7 @@ def test_an_expert_that_is_none_by_the_reference_of_a_gpu():
     out = moe_experts_reference(hidden, weights, experts, gate_up, down)
     assert out[[2, 13]].isnan().all()
     rest = [token for token in range(20) if token not in (2, 13)]
-    assert torch.equal(out[rest], expected[rest])
+    torch.testing.assert_close(out[rest], expected[rest])  # torch's matmul has other bits for fewer rows
 
 
 def test_no_experts_at_all_are_refused_not_read(backend):
