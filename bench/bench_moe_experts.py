@@ -157,7 +157,7 @@ def test_moe_experts(compare, device, dtype, tokens, way):
         make=partial(experts_batch, dtype=dtype, device=device),
         contenders=partial(contenders, way=way),
         shape={"tokens": tokens, **SHAPE},
-        small={"tokens": 1, "hidden_size": 64, "intermediate_size": 48, "num_experts": 8, "top_k": 4},
+        small={"tokens": 1, "hidden_size": 64, "intermediate_size": 64, "num_experts": 8, "top_k": 4},
         dtype=dtype,
         floor_bytes=lambda batch: (
             passes

@@ -59,6 +59,8 @@ class RolloutConfig:
 
     engine: Literal["transformers"] = "transformers"
     """Inference engine; transformers is the embedded one."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of its computation; none: that of training. Another makes a discrepancy, to be studied."""
     group_size: int = 8
     """Responses per prompt, G in the paper; their mean reward is the baseline."""
     temperature: float = 1.0

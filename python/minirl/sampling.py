@@ -43,7 +43,7 @@ def make_sampler(
     """The engine of `config`, holding the weights of `model`, with the tokenizer and the task."""
     engine = TransformersEngine(
         config.rollout,
-        dtype=config.dtype,
+        dtype=config.rollout.dtype or config.dtype,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         eos_token_ids=end_token_ids(model, tokenizer),
         # for R2 too, which does not replay them: what records breaks ties by a rule, and transformers' routers by none

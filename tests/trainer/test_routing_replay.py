@@ -64,6 +64,14 @@ def test_r3_changes_the_target_policy_from_the_first_minibatch_on(config, make_t
     }
 
 
+@pytest.mark.parametrize(("dtype", "differs"), [(None, False), ("float32", False), ("bfloat16", True)])
+def test_an_engine_of_another_dtype_makes_a_discrepancy(config, make_trainer, dtype, differs):
+    trainer = make_trainer(config, routing_replay="R3", rollout=replace(config.rollout, dtype=dtype))
+    batch = collected(trainer)[1]
+    mask = batch.loss_mask
+    assert ((batch.old_log_probs[mask] - batch.rollout_log_probs[mask]).abs().max() > 1e-3) == differs
+
+
 @pytest.mark.parametrize("setting", ["R2", "R3"])
 def test_ties_are_broken_alike_in_rollouts_and_training(config, make_trainer, setting):
     """In 16 bits routers tie every few tokens, and a token sent elsewhere for that is discrepancy that nobody has."""
