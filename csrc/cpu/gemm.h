@@ -209,7 +209,7 @@ MINIRL_INLINE NativeFloat multiply_add(PairWord, uint32_t a, NativeFloat b, Nati
 }
 #endif
 
-MINIRL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+MINIRL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Where a chunk's share goes: added to `sums` if `add`, and if `rounded` is there, the result to that instead.
 template <class T>
@@ -308,7 +308,7 @@ struct Block {
     part.a = a.from(first);
     part.out += first * out_stride;
     if (rounded) part.rounded += first * rounded_stride;
-    part.rows = smaller(rows - first, count);
+    part.rows = least(rows - first, count);
     return part;
   }
   Place<T> place(int64_t row, int64_t column, int64_t term, bool last) const {
@@ -333,9 +333,9 @@ MINIRL_INLINE int64_t scratch_words(int64_t columns) {
 template <class Word, class T>
 MINIRL_INLINE void pack_columns(const Operand<T>& b, int64_t column, int64_t columns, int64_t term, int64_t terms,
                                 uint32_t* out) {
-  for (int64_t part = 0; part < smaller(columns, kPanelColumns); part += kLanes) {
-    const int64_t lanes = smaller(columns - part, kLanes);
-    pack_panel<Word>(b, column + part, smaller(lanes, kPanelColumns), term, terms, kPanelColumns, out + part);
+  for (int64_t part = 0; part < least(columns, kPanelColumns); part += kLanes) {
+    const int64_t lanes = least(columns - part, kLanes);
+    pack_panel<Word>(b, column + part, least(lanes, kPanelColumns), term, terms, kPanelColumns, out + part);
   }
 }
 
@@ -354,7 +354,7 @@ static void pack_matrix(const Operand<T>& b, int64_t columns, int64_t depth, uin
   typedef typename WordOf<T>::type Word;
   for (int64_t n = 0; n < columns; n += kPanelColumns)
     for (int64_t k = 0; k < depth; k += Word::kChunk)
-      pack_columns<Word>(b, n, columns - n, k, smaller(depth - k, Word::kChunk),
+      pack_columns<Word>(b, n, columns - n, k, least(depth - k, Word::kChunk),
                          out + packed_words_before<T>(n, depth) + kPanelColumns * Word::words(k));
 }
 
@@ -364,21 +364,21 @@ static void multiply_many_rows(const Block<T>& block, uint32_t* scratch) {
   typedef typename WordOf<T>::type Word;
   uint32_t *packed_b = scratch, *packed_a = scratch + panel_words<T>(block.columns);
   for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
-    const int64_t terms = smaller(block.depth - k, Word::kChunk), words = Word::words(terms);
+    const int64_t terms = least(block.depth - k, Word::kChunk), words = Word::words(terms);
     // Terms that lie apart are read some at a time, all columns of them: a panel's alone would each be on another page.
     // (A panel narrower than a store may only be filled from one end to the other.)
     const bool apart = block.b.term_stride != 1 || block.b.term_index;
     const int64_t strip = apart && kPanelColumns >= kLanes ? kStrip : terms;
     for (int64_t first = 0; first < terms; first += strip)
       for (int64_t n = 0; n < block.columns; n += kPanelColumns)
-        pack_columns<Word>(block.b, n, block.columns - n, k + first, smaller(terms - first, strip),
+        pack_columns<Word>(block.b, n, block.columns - n, k + first, least(terms - first, strip),
                            packed_b + n * words + Word::words(first) * kPanelColumns);
     for (int64_t m = 0; m < block.rows; m += kPanelRows) {
-      const int64_t rows = smaller(block.rows - m, kPanelRows);
+      const int64_t rows = least(block.rows - m, kPanelRows);
       pack_panel<Word>(block.a, m, rows, k, terms, kPanelRows, packed_a);
       for (int64_t n = 0; n < block.columns; n += kPanelColumns)
         multiply_rows<Word>(rows, packed_a, packed_b + n * words, words, block.place(m, n, k, k + terms == block.depth),
-                            smaller(block.columns - n, kPanelColumns));
+                            least(block.columns - n, kPanelColumns));
     }
   }
 }
@@ -395,22 +395,22 @@ static void multiply_few_rows(const Block<T>& block, uint32_t* scratch) {
   uint32_t *panel_of_b = scratch, *packed_a = scratch + panel_words<T>(kPanelColumns);
   for (int64_t k = 0; k < block.depth; k += Word::kChunk)
     for (int64_t panel = 0; panel < panels; ++panel)
-      pack_panel<Word>(block.a, panel * kPanelRows, smaller(block.rows - panel * kPanelRows, kPanelRows), k,
-                       smaller(block.depth - k, Word::kChunk), kPanelRows,
+      pack_panel<Word>(block.a, panel * kPanelRows, least(block.rows - panel * kPanelRows, kPanelRows), k,
+                       least(block.depth - k, Word::kChunk), kPanelRows,
                        packed_a + (k / Word::kChunk * panels + panel) * kPanelWords);
   for (int64_t n = 0; n < block.columns; n += kPanelColumns) {
     for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
-      const int64_t terms = smaller(block.depth - k, Word::kChunk);
+      const int64_t terms = least(block.depth - k, Word::kChunk);
       const uint32_t* b = panel_of_b;
       if (block.packed_b)
         b = block.packed_b + packed_words_before<T>(n, block.depth) + kPanelColumns * Word::words(k);
       else
         pack_columns<Word>(block.b, n, block.columns - n, k, terms, panel_of_b);
       for (int64_t panel = 0; panel < panels; ++panel)
-        multiply_rows<Word>(smaller(block.rows - panel * kPanelRows, kPanelRows),
+        multiply_rows<Word>(least(block.rows - panel * kPanelRows, kPanelRows),
                             packed_a + (k / Word::kChunk * panels + panel) * kPanelWords, b, Word::words(terms),
                             block.place(panel * kPanelRows, n, k, k + terms == block.depth),
-                            smaller(block.columns - n, kPanelColumns));
+                            least(block.columns - n, kPanelColumns));
     }
   }
 }

@@ -6,8 +6,6 @@
 namespace minirl {
 namespace {
 
-MINIRL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class T>
 MINIRL_INLINE void multiply_blocks(const Matmul& args, int64_t begin, int64_t end) {
   const int64_t across = pieces(args.columns, args.block_columns);

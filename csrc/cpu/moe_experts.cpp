@@ -6,8 +6,6 @@
 namespace minirl {
 namespace {
 
-MINIRL_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <class T>
 MINIRL_INLINE Floats load_first(const T* p, int64_t n) {
   return n < kLanes ? load_part(p, n) : load(p);
