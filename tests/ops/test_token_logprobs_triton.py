@@ -1,5 +1,6 @@
 """token_logprobs by its Triton kernels, in Triton's interpreter: maths and masks, not hardware."""
 
+import itertools
 import math
 
 import pytest
@@ -143,11 +144,15 @@ def test_ignored_tokens_are_zero_whatever_their_logits(garbage):
         assert values[[0, 2]].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("bad", [-1, 40, -101, 2**31 - 1, -(2**31), 2**32 + 3, 2**40])
+@pytest.mark.parametrize(
+    ("bad", "dtype"),
+    [
+        *itertools.product([-1, 40, -101, 2**31 - 1, -(2**31)], [torch.int32, torch.int64]),
+        *itertools.product([2**32 + 3, 2**40], [torch.int64]),
+    ],
+    ids=str,
+)
 def test_an_id_out_of_range_is_nan_and_reads_nothing(bad, dtype):
-    if bad > torch.iinfo(dtype).max:
-        pytest.skip("not an int32")
     logits, token_ids = random_logits(3, 40), torch.tensor([3, 7, 5], dtype=dtype)
     expected = gradient(logits, token_ids)
     token_ids[1] = bad
