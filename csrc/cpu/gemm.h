@@ -246,13 +246,8 @@ MINIRL_INLINE void add_or_round(const Place<T>& place, const NativeFloat (&sum)[
       memcpy(sums, row, columns * sizeof(float));
       continue;
     }
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      T* const to = place.rounded + i * place.rounded_stride + j;
-      if (columns - j < kLanes)
-        store_part(to, load(row + j), columns - j);
-      else
-        store(to, load(row + j));
-    }
+    for (int64_t j = 0; j < columns; j += kLanes)
+      store_first(place.rounded + i * place.rounded_stride + j, load(row + j), columns - j);
   }
 }
 

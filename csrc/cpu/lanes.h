@@ -229,6 +229,18 @@ MINIRL_INLINE void store_part(T* p, Floats v, int64_t n) {
   store(padded, v);
   memcpy(p, padded, n * sizeof(T));
 }
+// Up to all lanes.
+template <class T>
+MINIRL_INLINE Floats load_first(const T* p, int64_t n) {
+  return n < kLanes ? load_part(p, n) : load(p);
+}
+template <class T>
+MINIRL_INLINE void store_first(T* p, Floats v, int64_t n) {
+  if (n < kLanes)
+    store_part(p, v, n);
+  else
+    store(p, v);
+}
 template <class T>
 MINIRL_INLINE float load_one(const T* p) {
   return load_part(p, 1).part[0][0];

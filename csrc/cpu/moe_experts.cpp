@@ -6,17 +6,6 @@
 namespace minirl {
 namespace {
 
-template <class T>
-MINIRL_INLINE Floats load_first(const T* p, int64_t n) {
-  return n < kLanes ? load_part(p, n) : load(p);
-}
-template <class T>
-MINIRL_INLINE void store_first(T* p, Floats v, int64_t n) {
-  if (n < kLanes)
-    store_part(p, v, n);
-  else
-    store(p, v);
-}
 // The first n lanes, the others 0.
 MINIRL_INLINE Floats keep_first(Floats v, int64_t n) {
   float a[kLanes];

@@ -12,10 +12,10 @@
 namespace minirl {
 
 #ifdef __linux__
-// On the whole pages of `page` bytes within.
-inline void advise(uintptr_t begin, int64_t bytes, uintptr_t page, int advice) {
+// On the whole pages of `page` bytes within; says whether that was done.
+inline bool advise(uintptr_t begin, int64_t bytes, uintptr_t page, int advice) {
   const uintptr_t first = (begin + page - 1) & ~(page - 1), last = (begin + bytes) & ~(page - 1);
-  if (first < last) madvise((void*)first, last - first, advice);
+  return first < last && madvise((void*)first, last - first, advice) == 0;
 }
 #endif
 
@@ -37,11 +37,11 @@ inline void release_pages(uintptr_t begin, int64_t bytes) {
 inline void write_zeros(void* begin, int64_t bytes) {
   constexpr int64_t kMany = int64_t{1} << 20;
 #ifdef __linux__
-  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (uintptr_t)begin, last = first + bytes;
-  const uintptr_t inner = (first + page - 1) & ~(page - 1), inner_end = last & ~(page - 1);
-  if (bytes >= kMany && madvise((void*)inner, inner_end - inner, MADV_DONTNEED) == 0) {
-    memset(begin, 0, inner - first);
-    memset((void*)inner_end, 0, last - inner_end);
+  const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+  if (bytes >= kMany && advise((uintptr_t)begin, bytes, page, MADV_DONTNEED)) {
+    // what is left at either end is less than a page; the neighbours of the whole pages may be zeroed twice
+    memset(begin, 0, page);
+    memset((char*)begin + bytes - page, 0, page);
     return;
   }
 #endif

@@ -74,7 +74,7 @@ MINIRL_INLINE float tile_max(const T* x, int64_t n) {
   int64_t j = 0;
   for (; j + kStep <= n; j += kStep)
     for (int64_t u = 0; u < kUnroll; ++u) m[u] = max(m[u], load(x + j + u * kLanes));
-  for (; j < n; j += kLanes) m[0] = max(m[0], n - j < kLanes ? load_part(x + j, n - j) : load(x + j));
+  for (; j < n; j += kLanes) m[0] = max(m[0], load_first(x + j, n - j));
   return max_lanes(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 

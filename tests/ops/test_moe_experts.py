@@ -245,3 +245,16 @@ def test_bad_input(bad, error, named, was, must_be, backend):
     moe_experts(**good)
     with pytest.raises(error, match=rf"^{named}\b.*{was}.*must .*{must_be}"):
         moe_experts(**{**good, **bad})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_expert_without_tokens_has_no_gradient_where_memory_was_used(dtype, cpu):
+    """Large enough that its pages are given back rather than written."""
+    (hidden, weights, experts, gate_up, down), upstream = random_case(5, 1, 3, 1100, 501, dtype)
+    operands = (hidden, weights, torch.ones_like(experts), gate_up, down)
+    used = [torch.full_like(weight, torch.nan) for weight in (gate_up, down)]
+    del used
+    results = ours(operands, upstream, cpu)
+    assert_exact(operands, upstream, results)
+    for grad in results[-2:]:
+        assert not grad[[0, 2]].any()
