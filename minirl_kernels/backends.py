@@ -140,6 +140,13 @@ def _default(device_type: str, supported: tuple[str, ...]) -> str:
     return backend
 
 
+# Streaming kernels have the same bits on every table; what a matmul's depend on, where that is no common ground.
+_MATMUL_BITS = {
+    "baseline": "bits of its own: this table has no fused multiply-add",
+    "amx": "bits of its own in bfloat16, by the order of AMX's tiles; in float32 and float16 those of the other tables",
+}
+
+
 def status() -> dict:
     """What can run here: per backend whether and why not, and what is known of the native module."""
     reasons = {name: unavailable_reason(name) for name in BACKENDS}
@@ -151,7 +158,7 @@ def status() -> dict:
 
 def _native_status(missing: str | None) -> dict:
     if missing is not None:
-        return {"built": [], "supported": [], "picked": None, "why": missing, "threads": None}
+        return {"built": [], "supported": [], "picked": None, "why": missing, "matmul": None, "threads": None}
     module = native()
     built, supported, picked = module.isa_built(), module.isa_supported(), module.isa_picked()
     if os.environ.get("MINIRL_ISA") == picked:
@@ -161,4 +168,6 @@ def _native_status(missing: str | None) -> dict:
     else:
         why = "set_isa"
     threads = "torch's pool" if _parallel_for_address() else "serial: this torch exports no torch_parallel_for"
-    return {"built": built, "supported": supported, "picked": picked, "why": why, "threads": threads}
+    matmul = _MATMUL_BITS.get(picked, "the bits of every table with fused multiply-adds")
+    native_facts = {"built": built, "supported": supported, "picked": picked, "why": why}
+    return {**native_facts, "matmul": matmul, "threads": threads}

@@ -56,6 +56,7 @@ def render(found: dict) -> str:
             ("instruction sets", f"built: {', '.join(native['built'])}"),
             ("", f"supported here: {', '.join(native['supported'])}"),
             ("", f"picked: {native['picked']} ({native['why']})"),
+            ("native matmul", native["matmul"]),
             ("native threads", native["threads"]),
         ]
     for name, entry in found["backends"].items():

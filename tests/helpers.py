@@ -8,9 +8,17 @@ from dataclasses import dataclass, replace
 import equations
 import torch
 
+from minirl_kernels.backends import native
+
 # What a float32 result may be off beyond the eager path, of its largest value: a float32 log-probability of -8 that is
 # rounded correctly is off by 2**-21 itself, and so is exp of it.
 SLACK = 2.0**-20
+
+
+def tables_of_one_order(dtype: torch.dtype) -> list[str]:
+    """The instruction sets that run here whose matmuls have the same bits."""
+    others = {"baseline", "amx"} if dtype == torch.bfloat16 else {"baseline"}
+    return [isa for isa in native().isa_supported() if isa not in others]
 
 
 @dataclass

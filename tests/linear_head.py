@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from helpers import SLACK
 
-TINY_TEMPERATURE = 2.0**-15
+TINY_TEMPERATURE = 2.0**-17
 
 
 def random_head(tokens, hidden_size, vocab_size, dtype=torch.float32, seed=0, with_bias=False):

@@ -136,7 +136,9 @@ def test_status_without_native_module(no_native):
 
 def test_status_after_set_isa(set_isa):
     set_isa("baseline")
-    assert backends.status()["native"]["picked"] == "baseline"
+    native = backends.status()["native"]
+    assert native["picked"] == "baseline"
+    assert "no fused multiply-add" in native["matmul"]
 
 
 def test_set_isa_names_the_choices():

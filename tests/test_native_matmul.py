@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import tables_of_one_order
 
 from minirl_kernels import backends
 from minirl_kernels.native_matmul import matmul_into
@@ -36,7 +37,7 @@ def cancelling(rows, depth, columns, dtype):
     return torch.cat([x, x], 1), torch.cat([w, -w], 0)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_float64(dtype, isa, set_isa):
     if isa not in backends.native().isa_supported():
@@ -76,10 +77,44 @@ def test_bits_do_not_depend_on_rows_place_layout_or_threads(dtype, threads):
 def test_bits_are_equal_on_tables_with_a_fused_multiply_add(dtype, set_isa):
     a, b = cancelling(37, 1026, 70, dtype)
     results = []
-    for isa in set(backends.native().isa_supported()) - {"baseline"}:
+    for isa in tables_of_one_order(dtype):
         set_isa(isa)
         results.append(product(a, b))
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+def chain(sums, a, b, terms):
+    """Fused multiply-adds onto `sums`: a product of two bfloat16 is exact in float32, so only the sum is rounded."""
+    for k in terms:
+        sums = sums + a[:, k, None] * b[k]
+    return sums
+
+
+def order_of_pairs(a, b):
+    total = torch.zeros(a.shape[0], b.shape[1])
+    for chunk in range(0, a.shape[1], 512):
+        terms = [k ^ 1 for k in range(chunk, min(chunk + 512, a.shape[1]))]
+        total = total + chain(torch.zeros_like(total), a, b, terms)
+    return total
+
+
+def order_of_tiles(a, b):
+    total = torch.zeros(a.shape[0], b.shape[1])
+    for tile in range(0, a.shape[1], 32):
+        firsts, seconds = range(tile, min(tile + 32, a.shape[1]), 2), range(tile + 1, min(tile + 32, a.shape[1]), 2)
+        zeros = torch.zeros_like(total)
+        total = total + (chain(zeros, a, b, firsts) + chain(zeros, a, b, seconds))
+    return total
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512bf16", "amx"])
+def test_the_order_of_bfloat16_sums_is_what_the_header_says(isa, set_isa):
+    if isa not in backends.native().isa_supported():
+        pytest.skip(f"this processor does not run {isa}")
+    set_isa(isa)
+    a, b = cancelling(37, 1028, 50, torch.bfloat16)
+    expected = (order_of_tiles if isa == "amx" else order_of_pairs)(a.float(), b.float())
+    assert torch.equal(product(a, b), expected)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (3, 0, 4), (3, 4, 0)], ids=str)

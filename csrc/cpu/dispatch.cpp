@@ -3,6 +3,14 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef MINIRL_HAVE_AVX2
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/isa.h"
 
 namespace minirl {
@@ -13,12 +21,28 @@ const char* const kNames[] = {MINIRL_FOR_EACH_ISA(MINIRL_NAME)};
 #undef MINIRL_NAME
 constexpr int kCount = sizeof(kNames) / sizeof(kNames[0]);
 
+#ifdef MINIRL_HAVE_AVX2
+// AMX with bfloat16, which Linux saves for a process that has asked for it, and not for others.
+bool may_use_tiles() {
+#ifdef __linux__
+  unsigned a, b, c, d;
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBFloat16) || !(d & kTiles)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h, from Linux 5.16
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 bool runs_here(int isa) {
 #ifdef MINIRL_HAVE_AVX2
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const bool runs[] = {true, avx2, avx512, avx512 && __builtin_cpu_supports("avx512bf16")};
+  const bool bfloat16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool runs[] = {true, avx2, avx512, bfloat16, bfloat16 && may_use_tiles()};
   return runs[isa];
 #else
   return isa == 0;

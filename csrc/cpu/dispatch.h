@@ -11,16 +11,17 @@
 
 // The tables of this build, best last; the definitions come from CMakeLists.txt.
 #ifdef MINIRL_HAVE_AVX2
-#define MINIRL_FOR_EACH_ISA(DO) DO(baseline) DO(avx2) DO(avx512) DO(avx512bf16)
+#define MINIRL_FOR_EACH_ISA(DO) DO(baseline) DO(avx2) DO(avx512) DO(avx512bf16) DO(amx)
 #else
 #define MINIRL_FOR_EACH_ISA(DO) DO(baseline)
 #endif
 
-#define MINIRL_DECLARE_KERNEL(name, Args)              \
-  void name##_baseline(const Args&, int64_t, int64_t); \
-  void name##_avx2(const Args&, int64_t, int64_t);     \
-  void name##_avx512(const Args&, int64_t, int64_t);   \
-  void name##_avx512bf16(const Args&, int64_t, int64_t);
+#define MINIRL_DECLARE_KERNEL(name, Args)                \
+  void name##_baseline(const Args&, int64_t, int64_t);   \
+  void name##_avx2(const Args&, int64_t, int64_t);       \
+  void name##_avx512(const Args&, int64_t, int64_t);     \
+  void name##_avx512bf16(const Args&, int64_t, int64_t); \
+  void name##_amx(const Args&, int64_t, int64_t);
 
 namespace minirl {
 
@@ -33,7 +34,7 @@ int picked_isa();
 }  // namespace minirl
 
 #ifdef MINIRL_HAVE_AVX2
-#define MINIRL_TABLE(name) {name##_baseline, name##_avx2, name##_avx512, name##_avx512bf16}
+#define MINIRL_TABLE(name) {name##_baseline, name##_avx2, name##_avx512, name##_avx512bf16, name##_amx}
 #else
 #define MINIRL_TABLE(name) {name##_baseline}
 #endif

@@ -23,6 +23,7 @@ from experts_cases import (
     ours,
     random_case,
 )
+from helpers import tables_of_one_order
 from linear_head import assert_matrices_as_exact
 
 from minirl_kernels import moe_experts
@@ -46,7 +47,7 @@ def test_few_of_anything(size, backend):
     check_values_and_gradients(size, torch.float32, backend)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_on_every_instruction_set(dtype, isa, set_isa):
     if isa not in native().isa_supported():
@@ -113,7 +114,7 @@ def test_threads(dtype, cpu, threads):
 def test_bits_are_equal_on_tables_with_a_fused_multiply_add(dtype, set_isa):
     operands, upstream = cancelling_case(40, 3, 4, 301, 141, dtype)
     results = []
-    for isa in sorted(set(native().isa_supported()) - {"baseline"}):
+    for isa in tables_of_one_order(dtype):
         set_isa(isa)
         results.append(ours(operands, upstream))
     for result in results[1:]:

@@ -42,7 +42,7 @@ def test_same_bits(size, dtype, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
 def test_same_bits_on_every_instruction_set(isa, dtype, set_isa):
     if isa not in native().isa_supported():
         pytest.skip(f"this processor does not run {isa}")
