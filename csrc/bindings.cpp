@@ -9,7 +9,6 @@
 #include "cpu/fused_policy_loss.h"
 #include "cpu/isa.h"
 #include "cpu/logits.h"
-#include "cpu/matmul.h"
 #include "cpu/moe_routing.h"
 #include "cpu/pages.h"
 #include "cpu/softcap.h"
@@ -17,6 +16,7 @@
 #ifdef MINIRL_HAVE_CUDA
 #include "cuda/counting_sort.h"
 #endif
+#include "matmul.h"
 #include "moe_experts.h"
 #include "parallel.h"
 
@@ -131,28 +131,42 @@ void softcap(Address logits, int64_t rows, int64_t vocab_size, int64_t stride, f
   minirl::parallel_rows(rows, vocab_size, MINIRL_PICK(minirl::softcap, minirl::SoftcapLogits), args);
 }
 
-// out (+)= a b. Few blocks are made one for every thread along the longer side, so that little is packed twice.
-void matmul(Address a, int64_t a_row_stride, int64_t a_column_stride, Address b, int64_t b_row_stride,
-            int64_t b_column_stride, const std::string& dtype, Address out, int64_t out_stride, int64_t rows,
-            int64_t columns, int64_t depth, bool accumulate, int64_t threads) {
-  minirl::Matmul args = {{pointer<void>(a), a_row_stride, a_column_stride},
-                         {pointer<void>(b), b_row_stride, b_column_stride},
-                         dtype_of(dtype),
-                         pointer<float>(out),
-                         out_stride,
-                         rows,
-                         columns,
-                         depth,
-                         accumulate,
-                         minirl::kBlockRows,
-                         minirl::kBlockColumns};
-  if (minirl::matmul_blocks(args) < 4 * threads) {
-    int64_t& block = rows < columns ? args.block_columns : args.block_rows;
-    block = std::min(block, minirl::pieces(std::max(rows, columns), threads));
+// The arguments that both calls over matrices begin with; all strides are in elements.
+#define MINIRL_MATMUL_PARAMETERS                                                                                \
+  Address out, int64_t out_batch_stride, int64_t out_stride, const std::string &out_dtype, Address a,           \
+      int64_t a_batch_stride, int64_t a_row_stride, int64_t a_column_stride, Address b, int64_t b_batch_stride, \
+      int64_t b_row_stride, int64_t b_column_stride, const std::string &dtype, int64_t rows, int64_t columns,   \
+      int64_t depth, int64_t threads
+#define MINIRL_MATMUL                                                                                              \
+  minirl::Matmul {                                                                                                 \
+    {pointer<void>(a), a_row_stride, a_column_stride}, {pointer<void>(b), b_row_stride, b_column_stride},          \
+        dtype_of(dtype), pointer<void>(out), dtype_of(out_dtype), out_stride, nullptr, 0, 1.f, 1.f, false, nullptr \
   }
+
+// out = alpha a b + beta addend, or with `accumulate` out += a b.
+void matmul(MINIRL_MATMUL_PARAMETERS, int64_t batch, Address addend, int64_t addend_batch_stride, int64_t addend_stride,
+            float alpha, float beta, bool accumulate) {
+  minirl::Matmul args = MINIRL_MATMUL;
+  args.addend = pointer<void>(addend);
+  args.addend_stride = addend_stride;
+  args.alpha = alpha;
+  args.beta = beta;
+  args.accumulate = accumulate;
   py::gil_scoped_release no_gil;
-  minirl::parallel_rows(minirl::matmul_blocks(args), args.block_rows * args.block_columns,
-                        MINIRL_PICK(minirl::matmul, minirl::Matmul), args);
+  minirl::multiply_batch(args, batch, {a_batch_stride, b_batch_stride, out_batch_stride, addend_batch_stride},
+                         minirl::whole_product(rows, columns, depth), threads);
+}
+
+// Returns the first group whose end is out of order or out of range, or -1.
+int64_t matmul_grouped(MINIRL_MATMUL_PARAMETERS, const std::string& grouped, Address ends, int64_t groups) {
+  using minirl::Grouped;
+  const minirl::Matmul args = MINIRL_MATMUL;
+  const auto kind = choice<Grouped>(
+      "grouped", grouped, {{"rows", Grouped::kRows}, {"columns", Grouped::kColumns}, {"terms", Grouped::kTerms}});
+  py::gil_scoped_release no_gil;
+  return minirl::multiply_groups(args, kind, pointer<int32_t>(ends), groups,
+                                 {a_batch_stride, b_batch_stride, out_batch_stride, 0},
+                                 minirl::whole_product(rows, columns, depth), threads);
 }
 
 // The arguments that both calls over router logits begin with.
@@ -286,6 +300,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("advise_huge_pages", [](Address begin, int64_t bytes) { minirl::advise_huge_pages(begin, bytes); });
   module.def("release_pages", [](Address begin, int64_t bytes) { minirl::release_pages(begin, bytes); });
   module.def("matmul", matmul);
+  module.def("matmul_grouped", matmul_grouped);
   module.def("moe_experts", moe_experts);
   module.def("pack_experts", pack_experts);
   module.def("packed_words", [](const std::string& dtype, int64_t rows, int64_t columns) {

@@ -1,31 +1,75 @@
-// The shared matmul over whole matrices, block by block of the output.
+// The shared matmul over pieces of whole matrices, and what is added to the products.
 #include "cpu/matmul.h"
 
+#include "cpu/few_rows.h"
 #include "cpu/gemm.h"
 
 namespace minirl {
 namespace {
 
-template <class T>
-MINIRL_INLINE void multiply_blocks(const Matmul& args, int64_t begin, int64_t end) {
-  const int64_t across = pieces(args.columns, args.block_columns);
-  uint32_t* scratch =
-      (uint32_t*)aligned_alloc(64, (scratch_words<T>(least(args.columns, args.block_columns)) + 15) / 16 * 64);
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t m = index / across * args.block_rows, n = index % across * args.block_columns;
-    const int64_t rows = args.rows - m, columns = args.columns - n;
-    multiply_block<T>(
-        {{(const T*)args.a.data + m * args.a.row_stride, args.a.row_stride, args.a.column_stride, rows},
-         {(const T*)args.b.data + n * args.b.column_stride, args.b.column_stride, args.b.row_stride, columns},
-         args.out + m * args.out_stride + n,
-         args.out_stride,
-         least(rows, args.block_rows),
-         least(columns, args.block_columns),
-         args.depth,
-         args.accumulate},
-        scratch);
+// out = alpha sums + beta addend; `out` may be `sums`.
+template <class T, class Out>
+MINIRL_INLINE void write_row(const float* sums, const T* addend, float alpha, float beta, int64_t n, Out* out) {
+  const Floats alphas = splat(alpha), betas = splat(beta);
+  for (int64_t j = 0; j < n; j += kLanes) {
+    Floats v = alphas * load_first(sums + j, n - j);
+    if (addend) v = v + betas * load_first(addend + j, n - j);
+    store_first(out + j, v, n - j);
   }
+}
+
+template <class T, class Out>
+MINIRL_INLINE void multiply_piece(const Matmul& args, const Piece& piece, float* sums, uint32_t* scratch) {
+  constexpr bool kRounds = sizeof(Out) < sizeof(float);
+  Out* const out = (Out*)args.out + piece.out;
+  const T* const addend = args.addend ? (const T*)args.addend + piece.addend : nullptr;
+  const bool finishes = addend || args.alpha != 1.f || (kRounds && piece.depth == 0);
+  Block<T> block = {
+      {(const T*)args.a.data + piece.a, args.a.row_stride, args.a.column_stride, piece.rows_left},
+      {(const T*)args.b.data + piece.b, args.b.column_stride, args.b.row_stride, piece.columns_left},
+      kRounds ? sums : (float*)out,
+      kRounds ? piece.columns : args.out_stride,
+      piece.rows,
+      piece.columns,
+      piece.depth,
+      args.accumulate,
+  };
+  if constexpr (kRounds) {
+    block.rounded = finishes ? nullptr : out;
+    block.rounded_stride = args.out_stride;
+  }
+  if (piece.depth == 0 && !args.accumulate)
+    for (int64_t i = 0; i < piece.rows; ++i) memset(block.out + i * block.out_stride, 0, piece.columns * sizeof(float));
+  if (is_for_few_rows(block))
+    multiply_few_rows_unpacked(block, scratch);
+  else
+    multiply_block<T>(block, scratch);
+  for (int64_t i = 0; finishes && i < piece.rows; ++i)
+    write_row(block.out + i * block.out_stride, addend ? addend + i * args.addend_stride : nullptr, args.alpha,
+              args.beta, piece.columns, out + i * args.out_stride);
+}
+
+template <class T, class Out>
+MINIRL_INLINE void multiply_pieces(const Matmul& args, int64_t begin, int64_t end) {
+  int64_t columns = 0, elements = 0, depth = 0;
+  for (int64_t index = begin; index < end; ++index) {
+    const Piece& piece = args.pieces[index];
+    columns = most(columns, piece.columns);
+    elements = most(elements, piece.rows * piece.columns);
+    if (piece.rows <= kFewRows) depth = most(depth, piece.depth);
+  }
+  const int64_t words = (most(scratch_words<T>(columns), scratch_words_few_rows<T>(depth)) + 15) / 16 * 16;
+  const int64_t sums = sizeof(Out) < sizeof(float) ? (elements + 15) / 16 * 16 : 0;
+  uint32_t* const scratch = (uint32_t*)aligned_alloc(64, (words + sums) * sizeof(uint32_t));
+  for (int64_t index = begin; index < end; ++index)
+    multiply_piece<T, Out>(args, args.pieces[index], (float*)(scratch + words), scratch);
   free(scratch);
+}
+
+template <class T>
+MINIRL_INLINE void multiply(const Matmul& args, int64_t begin, int64_t end) {
+  if (args.out_dtype == args.dtype) return multiply_pieces<T, T>(args, begin, end);
+  return multiply_pieces<T, float>(args, begin, end);
 }
 
 }  // namespace
@@ -33,11 +77,11 @@ MINIRL_INLINE void multiply_blocks(const Matmul& args, int64_t begin, int64_t en
 void MINIRL_KERNEL(matmul)(const Matmul& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case DType::kFloat32:
-      return multiply_blocks<float>(args, begin, end);
+      return multiply<float>(args, begin, end);
     case DType::kBFloat16:
-      return multiply_blocks<BFloat16>(args, begin, end);
+      return multiply<BFloat16>(args, begin, end);
     case DType::kFloat16:
-      return multiply_blocks<Float16>(args, begin, end);
+      return multiply<Float16>(args, begin, end);
   }
 }
 
