@@ -11,9 +11,6 @@ MINIRL_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // More rows make use of packed columns often enough.
 constexpr int64_t kFewRows = 4;
-// Of sixteen columns, whose chains hide each other's latency.
-constexpr int64_t kGroups = 2;
-
 // Sixteen words of sixteen columns from `k` on: words[j] has word j of each.
 template <class Word, class T>
 MINIRL_INLINE void load_square(Word, const T* const* columns, int64_t k, Ints (&words)[kLanes]) {
@@ -21,22 +18,24 @@ MINIRL_INLINE void load_square(Word, const T* const* columns, int64_t k, Ints (&
   transpose(words);
 }
 #if defined(__AVX512F__)
-// Four words at a time, each to its place: half of the turning is done by the loads.
+// Four words at a time, each to its place: half of the turning is done by the loads. Those of one column come one after
+// another: columns a power of two apart share a few places of the first-level cache, and soon push each other out.
 MINIRL_INLINE void load_square_of_words(const char* const* columns, int64_t offset, Ints (&words)[kLanes]) {
-  __m512i a[kLanes];
-  for (int part = 0; part < 4; ++part) {
-    for (int i = 0; i < 4; ++i) {
+  __m512i a[4][4];
+  for (int i = 0; i < 4; ++i) {
+    for (int part = 0; part < 4; ++part) {
       auto at = [&](int column) __attribute__((always_inline)) {
         return _mm_loadu_si128((const __m128i*)(columns[column + i] + offset + 16 * part));
       };
       __m512i v = _mm512_castsi128_si512(at(0));
       v = _mm512_mask_broadcast_i32x4(v, 0x00f0, at(4));
       v = _mm512_mask_broadcast_i32x4(v, 0x0f00, at(8));
-      a[4 * part + i] = _mm512_mask_broadcast_i32x4(v, 0xf000, at(12));
+      a[part][i] = _mm512_mask_broadcast_i32x4(v, 0xf000, at(12));
     }
-    __m512i* const four = a + 4 * part;
-    const __m512i b[] = {_mm512_unpacklo_epi32(four[0], four[1]), _mm512_unpackhi_epi32(four[0], four[1]),
-                         _mm512_unpacklo_epi32(four[2], four[3]), _mm512_unpackhi_epi32(four[2], four[3])};
+  }
+  for (int part = 0; part < 4; ++part) {
+    const __m512i b[] = {_mm512_unpacklo_epi32(a[part][0], a[part][1]), _mm512_unpackhi_epi32(a[part][0], a[part][1]),
+                         _mm512_unpacklo_epi32(a[part][2], a[part][3]), _mm512_unpackhi_epi32(a[part][2], a[part][3])};
     words[4 * part].part[0] = (NativeInt)_mm512_unpacklo_epi64(b[0], b[2]);
     words[4 * part + 1].part[0] = (NativeInt)_mm512_unpackhi_epi64(b[0], b[2]);
     words[4 * part + 2].part[0] = (NativeInt)_mm512_unpacklo_epi64(b[1], b[3]);
@@ -65,30 +64,27 @@ MINIRL_INLINE void multiply_square(const uint32_t* a, const Ints (&words)[kLanes
             multiply_add(Word{}, a[j * kRows + i], (NativeFloat)words[Word::place(j)].part[part], sum[i].part[part]);
 }
 
-// One chunk's share: `columns` point to its first terms.
+// One chunk's share: `columns` point to its first terms. No more than sixteen at a time, as memory is fetched ahead
+// along few columns only.
 template <class Word, int kRows, class T>
-MINIRL_INLINE void multiply_columns(const uint32_t* a, const T* const (&columns)[kGroups][kLanes], int64_t terms,
-                                    Floats (&sum)[kGroups][kRows]) {
+MINIRL_INLINE void multiply_columns(const uint32_t* a, const T* const (&columns)[kLanes], int64_t terms,
+                                    Floats (&sum)[kRows]) {
   constexpr int64_t kSide = kLanes * Word::kTerms;
   Ints words[kLanes];
   int64_t k = 0;
   for (; k + kSide <= terms; k += kSide, a += kLanes * kRows) {
-    for (int64_t group = 0; group < kGroups; ++group) {
-      load_square(Word{}, columns[group], k, words);
-      multiply_square<Word>(a, words, kLanes, sum[group]);
-    }
+    load_square(Word{}, columns, k, words);
+    multiply_square<Word>(a, words, kLanes, sum);
   }
   if (k == terms) return;
-  for (int64_t group = 0; group < kGroups; ++group) {
-    T padded[kLanes][kSide] = {};
-    const T* rest[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) {
-      memcpy(padded[i], columns[group][i] + k, (terms - k) * sizeof(T));
-      rest[i] = padded[i];
-    }
-    load_square(Word{}, rest, 0, words);
-    multiply_square<Word>(a, words, Word::words(terms - k), sum[group]);
+  T padded[kLanes][kSide] = {};
+  const T* rest[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) {
+    memcpy(padded[i], columns[i] + k, (terms - k) * sizeof(T));
+    rest[i] = padded[i];
   }
+  load_square(Word{}, rest, 0, words);
+  multiply_square<Word>(a, words, Word::words(terms - k), sum);
 }
 
 template <int kRows, class T>
@@ -97,31 +93,23 @@ static void multiply_unpacked(const Block<T>& block, uint32_t* packed_a) {
   for (int64_t k = 0; k < block.depth; k += Word::kChunk)
     pack_panel<Word>(block.a, 0, kRows, k, least(block.depth - k, Word::kChunk), kRows,
                      packed_a + Word::words(k) * kRows);
-  for (int64_t n = 0; n < block.columns; n += kGroups * kLanes) {
-    Floats total[kGroups][kRows];
+  for (int64_t n = 0; n < block.columns; n += kLanes) {
+    Floats total[kRows];
     for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
-      const T* columns[kGroups][kLanes];
-      Floats sum[kGroups][kRows];
-      for (int64_t group = 0; group < kGroups; ++group) {
-        // beyond the last column there is the last one again
-        for (int64_t i = 0; i < kLanes; ++i)
-          columns[group][i] = block.b.at(least(n + group * kLanes + i, block.columns - 1), k);
-        for (int i = 0; i < kRows; ++i) sum[group][i] = splat(0.f);
-      }
-      multiply_columns<Word, kRows>(packed_a + Word::words(k) * kRows, columns, least(block.depth - k, Word::kChunk),
-                                    sum);
-      for (int64_t group = 0; group < kGroups; ++group)
-        for (int i = 0; i < kRows; ++i) total[group][i] = k > 0 ? total[group][i] + sum[group][i] : sum[group][i];
+      const T* columns[kLanes];
+      // beyond the last column there is the last one again
+      for (int64_t i = 0; i < kLanes; ++i) columns[i] = block.b.at(least(n + i, block.columns - 1), k);
+      Floats sum[kRows];
+      for (int i = 0; i < kRows; ++i) sum[i] = splat(0.f);
+      multiply_columns<Word>(packed_a + Word::words(k) * kRows, columns, least(block.depth - k, Word::kChunk), sum);
+      for (int i = 0; i < kRows; ++i) total[i] = k > 0 ? total[i] + sum[i] : sum[i];
     }
-    for (int64_t first = n; first < least(n + kGroups * kLanes, block.columns); first += kLanes)
-      for (int64_t i = 0; i < kRows; ++i) {
-        const int64_t lanes = least(block.columns - first, kLanes);
-        const Floats sum = total[(first - n) / kLanes][i];
-        if (block.rounded)
-          store_first(block.rounded + i * block.rounded_stride + first, sum, lanes);
-        else
-          store_first(block.out + i * block.out_stride + first, sum, lanes);
-      }
+    for (int64_t i = 0; i < kRows; ++i) {
+      if (block.rounded)
+        store_first(block.rounded + i * block.rounded_stride + n, total[i], block.columns - n);
+      else
+        store_first(block.out + i * block.out_stride + n, total[i], block.columns - n);
+    }
   }
 }
 
