@@ -5,6 +5,7 @@ from .moe import RoutedExperts, moe_layer_indices, record_routing, replay_routin
 from .ops.fused_linear_policy_loss import fused_linear_policy_loss
 from .ops.fused_policy_loss import fused_policy_loss
 from .ops.linear_token_logprobs import linear_token_logprobs
+from .ops.matmul import bmm, linear, matmul
 from .ops.moe_experts import PackedExperts, moe_experts, pack_experts
 from .ops.moe_routing import Routing, moe_routing
 from .ops.policy_loss import PolicyLossMetrics, PolicyLossOutput, group_advantages, policy_loss
@@ -17,10 +18,13 @@ __all__ = [
     "PolicyLossOutput",
     "RoutedExperts",
     "Routing",
+    "bmm",
     "fused_linear_policy_loss",
     "fused_policy_loss",
     "group_advantages",
+    "linear",
     "linear_token_logprobs",
+    "matmul",
     "moe_experts",
     "moe_layer_indices",
     "moe_routing",

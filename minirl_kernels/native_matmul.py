@@ -23,11 +23,10 @@ def matmul_into(
 ) -> Tensor:
     """out = a @ b, or out += a @ b, or out = alpha (a @ b) + beta addend.
 
-    a [M, K] and b [K, N] of one dtype, either way round; out [M, N] float32 or of that dtype, last dimension contiguous;
-    addend of the dtype of a, [M, N] with last dimension contiguous, or [N]. Or all but an addend [N] with one more
-    dimension in front. accumulate: into float32, without an addend. No two of them share memory but out and addend, if
-    they are the same elements. The order of every output's sum is a function of K and the dtype alone, and it is rounded
-    once, to the dtype of out.
+    a [M, K] and b [K, N], of one dtype, either way round; out [M, N], float32 or of that dtype, last dimension
+    contiguous; addend of the dtype of a: [M, N], last dimension contiguous, or [N]. Or all but an addend [N] with one
+    more dimension in front. accumulate: into float32, without an addend. None of them shares memory with out.
+    The order of every output's sum is a function of K and the dtype alone; it is rounded once, to the dtype of out.
     """
     a, a_strides = matrix_strides(a)
     b, b_strides = matrix_strides(b)

@@ -16,8 +16,9 @@ from ..ops.linear_token_logprobs.tiles import gradient_in_place
 from ..ops.moe_routing import triton_kernel as moe_routing
 from ..ops.token_logprobs import triton_kernel as token_logprobs
 from ..triton_tiles import LaunchConfig
-from . import expert_cases
+from . import expert_cases, matmul_cases
 from .expert_cases import ExpertsCase
+from .matmul_cases import MatmulCase
 
 QWEN3_VOCAB, GPT2_VOCAB = 151_936, 50_257
 # what a program reads beside logits: its token's id, temperature, gradient, ...
@@ -121,7 +122,7 @@ class Case:
         return f"{self.kernel.name}, {str(self.dtype).removeprefix('torch.')}, V = {self.vocab_size:,}{apart}"
 
 
-AnyCase = Case | ExpertsCase
+AnyCase = Case | ExpertsCase | MatmulCase
 
 
 def _once(config: LaunchConfig, vocab_size: int) -> float:
@@ -322,6 +323,7 @@ def interpreter_cases() -> Iterator[AnyCase]:
         yield Case(kernel, 60, torch.bfloat16, padding=15)
         yield Case(kernel, 1_024, torch.bfloat16, padding=8)
     yield from expert_cases.interpreter_cases()
+    yield from matmul_cases.interpreter_cases()
 
 
 def compile_cases() -> Iterator[AnyCase]:
@@ -356,6 +358,7 @@ def compile_cases() -> Iterator[AnyCase]:
     for kernel in _other_branches_of_routers():
         yield Case(kernel, 256, torch.float32)
     yield from expert_cases.compile_cases()
+    yield from matmul_cases.compile_cases()
 
 
 def _launch_configurations(kernel: Kernel, dtype: torch.dtype, one_tile: list[int], many_tiles: int) -> Iterator[Case]:

@@ -1,0 +1,3 @@
+from .op import bmm, linear, matmul
+
+__all__ = ["bmm", "linear", "matmul"]

@@ -1,0 +1,156 @@
+"""What torch calls its products, by the kernels of a backend: below autograd, into `out` if it is given.
+
+Each takes the backend's module (cpu.py, triton_kernel.py) first, then what the operator of torch takes, of one dtype of
+float32, bfloat16 and float16, with any strides. Every element is summed in float32 and rounded once; its bits are a
+function of the reduced dimension and the dtype alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...memory import empty
+
+
+def product(kernels, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """mm, bmm: a b."""
+    return _multiply(kernels, out, a, b)
+
+
+def added_product(kernels, addend: Tensor, a: Tensor, b: Tensor, *, beta=1, alpha=1, out: Tensor | None = None):
+    """addmm, baddbmm: beta addend + alpha a b; an addend that beta = 0 takes away may be no number."""
+    return _multiply(kernels, out, a, b, addend if beta != 0 else None, float(alpha), float(beta))
+
+
+def vector_product(kernels, a: Tensor, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """mv: a x."""
+    return _as_one_row(kernels, out, a, x)
+
+
+def added_vector_product(kernels, addend: Tensor, a: Tensor, x: Tensor, *, beta=1, alpha=1, out: Tensor | None = None):
+    """addmv: beta addend + alpha a x."""
+    return _as_one_row(kernels, out, a, x, addend if beta != 0 else None, float(alpha), float(beta))
+
+
+def dot_product(kernels, x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """dot: the sum of x y."""
+    if x.shape != y.shape or x.dim() != 1:
+        raise ValueError(f"tensor has shape {tuple(y.shape)}: it must be that of self, {tuple(x.shape)}, one dimension")
+    out = x.new_empty(()) if out is None else out
+    _multiply(kernels, out.view(1, 1), x[None], y[:, None])
+    return out
+
+
+def grouped_product(
+    kernels,
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """_grouped_mm: the products of a batch, or of the groups of rows, columns or terms that end at offs [G] int32."""
+    if bias is not None:
+        raise ValueError("bias is a tensor: it must be None, as grouped products have none")
+    if out_dtype not in (None, a.dtype):
+        raise ValueError(f"out_dtype is {out_dtype}: it must be that of the operands, {a.dtype}")
+    dims = (a.dim(), b.dim())
+    if dims == (3, 3):
+        return _multiply(kernels, None, a, b)
+    if dims not in _GROUPED:
+        raise ValueError(f"self and mat2 have {dims[0]} and {dims[1]} dimensions: they must have two or three each")
+    if offs is None or offs.dim() != 1 or offs.dtype != torch.int32:
+        raise ValueError("offs must be the end of each group, [G] int32, where self or mat2 has two dimensions")
+    _check_operands(a, b)
+    batch = {len(x) for x in (a, b) if x.dim() == 3}
+    if batch - {len(offs)}:
+        raise ValueError(f"offs has {len(offs)} groups: it must have {batch.pop()}, as self or mat2 has")
+    grouped = _GROUPED[dims]
+    shape = (a.shape[-2], b.shape[-1])
+    out = empty((len(offs), *shape) if grouped == "terms" else shape, a.dtype, a.device)
+    if out.numel():
+        kernels.grouped_into(out, a, b, offs.contiguous(), grouped)
+    return out
+
+
+# what the groups are of, by how many dimensions the operands have
+_GROUPED = {(2, 3): "rows", (3, 2): "columns", (2, 2): "terms"}
+
+# by the names of the operators, each of which has an overload `out` as well but for the last
+OPERATORS = {
+    "mm": product,
+    "bmm": product,
+    "addmm": added_product,
+    "baddbmm": added_product,
+    "mv": vector_product,
+    "addmv": added_vector_product,
+    "dot": dot_product,
+    "_grouped_mm": grouped_product,
+}
+
+
+def _as_one_row(kernels, out, a, x, addend=None, alpha=1.0, beta=1.0) -> Tensor:
+    """a x as x^T a^T: the kernels are made for many columns rather than for one."""
+    if a.dim() != 2 or x.dim() != 1:
+        raise ValueError(f"self and vec have shapes {tuple(a.shape)} and {tuple(x.shape)}: they must be [M, K] and [K]")
+    out = empty(a.shape[:1], a.dtype, a.device) if out is None else out
+    _multiply(kernels, out[None], x[None], a.T, addend, alpha, beta)
+    return out
+
+
+def _multiply(kernels, out, a, b, addend=None, alpha=1.0, beta=1.0) -> Tensor:
+    _check_operands(a, b)
+    shape = (*a.shape[:-1], b.shape[-1])
+    if a.dim() != b.dim() or a.shape[:-2] != b.shape[:-2]:
+        raise ValueError(
+            f"mat2 has shape {tuple(b.shape)}: it must have the outer dimensions of self, {tuple(a.shape)}"
+        )
+    if out is None:
+        out = empty(shape, a.dtype, a.device)
+    elif out.shape != shape or out.dtype != a.dtype:
+        raise ValueError(f"out has shape {tuple(out.shape)} and dtype {out.dtype}: it must be {shape}, {a.dtype}")
+    if not out.numel():
+        return out
+    if addend is not None:
+        if addend.dtype != a.dtype:
+            raise TypeError(f"self has dtype {addend.dtype}: it must be that of mat1, {a.dtype}")
+        addend = _lay_out(addend, out)
+    row, column = out.stride()[-2:]
+    if row == 1 and (column != 1 or shape[-1] == 1):
+        # each sum has the same terms in the same order with its factors exchanged
+        if addend is not None:
+            addend = addend.expand(shape).mT.contiguous()
+        kernels.matmul_into(out.mT, b.mT, a.mT, addend=addend, alpha=alpha, beta=beta)
+    elif column == 1 or shape[-1] == 1:
+        kernels.matmul_into(out, a, b, addend=addend, alpha=alpha, beta=beta)
+    else:
+        out.copy_(
+            kernels.matmul_into(
+                torch.empty_like(out, memory_format=torch.contiguous_format),
+                a,
+                b,
+                addend=addend,
+                alpha=alpha,
+                beta=beta,
+            )
+        )
+    return out
+
+
+def _check_operands(a, b) -> None:
+    if b.dtype != a.dtype:
+        raise TypeError(f"mat2 has dtype {b.dtype}: it must be that of self, {a.dtype}")
+    if b.shape[-2] != a.shape[-1]:
+        raise ValueError(
+            f"mat2 has shape {tuple(b.shape)}: it must be [{a.shape[-1]}, N], as self has {tuple(a.shape)}"
+        )
+
+
+def _lay_out(addend, out) -> Tensor:
+    """As the kernels take it: [N], or of the shape of out, last dimension contiguous; and not in out's own memory."""
+    if addend.shape != out.shape[-1:]:
+        addend = addend.expand(out.shape)
+    if addend.data_ptr() == out.data_ptr():
+        return addend.clone(memory_format=torch.contiguous_format)
+    return addend if addend.stride(-1) == 1 else addend.contiguous()

@@ -1,0 +1,177 @@
+"""matmul, linear and bmm: products of matrices whose bits depend on the reduced dimension and the dtype alone.
+
+    matmul: out = a b            d a = (d out) b^T         d b = a^T (d out)
+    linear: out = x W^T + bias   d x = (d out) W           d W = (d out)^T x       d bias = sum of d out over the rows
+Sums are float32, and each output is rounded once. In the forward and in d a, d x, a row has the same bits whatever rows
+are beside it; d b and d W sum over the rows, and have the same bits from run to run.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from ...backends import resolve
+from ...checks import FLOAT_DTYPES, check_device, check_tensor
+from ...library import register
+from . import aten
+from .reference import linear_reference, matmul_reference
+
+_BACKENDS = ("reference", "cpu", "triton")
+
+
+def matmul(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
+    """a b of two matrices; no bit of an output depends on M, N, its place, the strides or the number of threads.
+
+    a: [M, K]; float32, bfloat16 or float16; any strides, where neither dimension is contiguous a copy is made.
+    b: [K, N], or its transpose's view, of the dtype of a (autocast casts both). The same of its strides.
+    Returns [M, N] of that dtype, differentiable twice.
+    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    """
+    return _product(a, b, 2, "matmul", backend)
+
+
+def bmm(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
+    """a[i] b[i] for each matrix of a batch: the bits of matmul, whatever the size of the batch.
+
+    a: [B, M, K], b: [B, K, N], as in matmul. Returns [B, M, N] of their dtype, differentiable twice.
+    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    """
+    return _product(a, b, 3, "bmm", backend)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """x weight^T + bias, the bias added in float32: a row has the same bits in any batch and place.
+
+    x: [..., K]; float32, bfloat16 or float16; any strides, where neither of the last two dimensions is contiguous a
+        copy is made.
+    weight: [N, K] of the dtype of x (autocast casts all three), any strides. bias: [N] of that dtype, or None.
+    Returns [..., N] of that dtype, differentiable twice.
+    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    """
+    check_tensor("x", x)
+    check_tensor("weight", weight)
+    if bias is not None:
+        check_tensor("bias", bias)
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_dtype("x", x)
+    if x.dim() == 0:
+        raise ValueError("x has shape (): it must be [..., K]")
+    _check_like("weight", weight, x, "x")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}: it must be [N, {x.shape[-1]}], K of x")
+    if bias is not None:
+        _check_like("bias", bias, x, "x")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}: it must be ({weight.shape[0]},), N of weight")
+    backend = resolve(backend, x.device, op="linear", supported=_BACKENDS)
+    if backend == "reference":
+        return linear_reference(x, weight, bias)
+    if x.dim() in (2, 3):
+        return _Linear.apply(x, weight, bias, backend)
+    out = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias, backend)
+    return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _product(a, b, dims, op, backend) -> Tensor:
+    check_tensor("a", a)
+    check_tensor("b", b)
+    a, b = _autocast(a, b)
+    _check_dtype("a", a)
+    if a.dim() != dims:
+        raise ValueError(f"a has shape {tuple(a.shape)}: it must be {'[M, K]' if dims == 2 else '[B, M, K]'}")
+    _check_like("b", b, a, "a")
+    if b.dim() != dims or b.shape[:-1] != (*a.shape[:-2], a.shape[-1]):
+        expected = ", ".join(map(str, (*a.shape[:-2], a.shape[-1])))
+        raise ValueError(f"b has shape {tuple(b.shape)}: it must be [{expected}, N], as a has it")
+    backend = resolve(backend, a.device, op=op, supported=_BACKENDS)
+    if backend == "reference":
+        return matmul_reference(a, b)
+    return _Product.apply(a, b, backend)
+
+
+def _autocast(*tensors) -> list[Tensor | None]:
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+
+
+def _check_dtype(name, value) -> None:
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}: it must be float32, bfloat16 or float16")
+
+
+def _check_like(name, value, other, name_of_other) -> None:
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name} has dtype {value.dtype}: it must be that of {name_of_other}, {other.dtype}")
+    check_device(name, value, other.device)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b, backend):
+        ctx.save_for_backward(a, b)
+        ctx.backend = backend
+        return matmul_forward(a, b, backend)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        needs_a, needs_b, _ = ctx.needs_input_grad
+        grad_a = _Product.apply(grad, b.mT, ctx.backend) if needs_a else None
+        grad_b = _Product.apply(a.mT, grad, ctx.backend) if needs_b else None
+        return grad_a, grad_b, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, backend):
+        ctx.save_for_backward(x, weight)
+        ctx.backend = backend
+        return linear_forward(x, weight, bias, backend)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        grad_x = _Linear.apply(grad, weight.T, None, ctx.backend) if needs_x else None
+        grad_weight = _Product.apply(rows.T, x.flatten(0, -2), ctx.backend) if needs_weight else None
+        return grad_x, grad_weight, rows.sum(0) if needs_bias else None, None
+
+
+def _kernels(backend: str):
+    """The backend's module, imported when first called: Triton may be absent."""
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+
+
+def _matmul(a, b, backend):
+    return aten.product(_kernels(backend), a, b)
+
+
+def _linear(x, weight, bias, backend):
+    kernels, columns, outer = _kernels(backend), weight.T, x.shape[:-1]
+    if x.dim() == 3:
+        batch, length = outer
+        if batch > 1 and length > 1 and x.stride(0) != length * x.stride(1):
+            columns = columns.expand(batch, *columns.shape)  # rows that are no one matrix, read where they are
+        else:
+            x = x.flatten(0, 1)
+    out = aten.product(kernels, x, columns) if bias is None else aten.added_product(kernels, bias, x, columns)
+    return out.view(*outer, weight.shape[0])
+
+
+matmul_forward = register(
+    "matmul(Tensor a, Tensor b, str backend) -> Tensor",
+    _matmul,
+    lambda a, b, _: a.new_empty((*a.shape[:-1], b.shape[-1])),
+)
+linear_forward = register(
+    "linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
+    _linear,
+    lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+)

@@ -1,0 +1,21 @@
+"""Products of matrices, in eager torch: what is correct. Float32 sums (float64 of float64), rounded once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def matmul_reference(a: Tensor, b: Tensor) -> Tensor:
+    """a b: a [M, K], b [K, N]; or a [B, M, K], b [B, K, N]. Differentiable."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    with torch.autocast(a.device.type, enabled=False):
+        return (a.to(wide) @ b.to(wide)).to(a.dtype)
+
+
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias: x [..., K], weight [N, K], bias [N]. Differentiable."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)).to(x.dtype)
