@@ -70,12 +70,12 @@ def matmul_arguments(out: Tensor, a: Tensor, a_strides, b: Tensor, b_strides) ->
 def matrix_strides(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     """(x, its strides of batch, row and column), one of the last two 1: x is a copy where neither is.
 
-    That of a dimension of one element is free.
+    That of a dimension of one element is free, and so are all where there is none.
     """
     strides, (rows, columns) = x.stride(), x.shape[-2:]
     row, column = strides[-2], 1 if columns == 1 else strides[-1]
     if column != 1 and row != 1:
-        if rows == 1:
+        if rows == 1 or not x.numel():
             row = 1
         else:
             return matrix_strides(x.contiguous())

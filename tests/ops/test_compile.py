@@ -65,6 +65,14 @@ def op_arguments():
         "fused_linear_policy_loss": [
             (*head, *loss, *which, "cpu") for head, loss, which in zip(heads, of_linear_loss, needs, strict=True)
         ],
+        "linear": [
+            (torch.randn(2, 3, 5), torch.randn(4, 5), torch.randn(4), "cpu"),
+            (torch.randn(3, 5), torch.randn(4, 5), none, "cpu"),
+        ],
+        "matmul": [
+            (torch.randn(3, 5), torch.randn(4, 5).T, "cpu"),
+            (torch.randn(2, 3, 5).half(), torch.randn(2, 5, 4).half(), "cpu"),
+        ],
         "checked_token_ids": [(ids, 7, ones)],
         "checked_offsets": [(torch.tensor([0, 2, 6]), 6), (torch.tensor([0, 6], dtype=torch.int32), 6)],
         "group_advantages": [(torch.rand(4), torch.tensor([0, 1, 0, 1]), False)],

@@ -82,8 +82,8 @@ def matmul_kernel(
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """out = alpha a b + beta addend, which may be None. A_TURNED: the columns of a are contiguous, not its rows; so of b.
-    GROUPED: what the groups that end at ends are of, "rows" or "terms", or "" if there are none."""
+    """out = alpha a b + beta addend, which may be None. A_TURNED, B_TURNED: columns are contiguous, not rows. GROUPED: what
+    the groups that end at ends are of, "rows" or "terms", or "" if there are none."""
     M = M if not A_TURNED else multiple(M, ALIGN)
     N = multiple(N, ALIGN)
     D = D if A_TURNED and not B_TURNED else multiple(D, ALIGN)
