@@ -9,8 +9,11 @@ from helpers import random_batch
 
 from minirl_kernels import (
     PolicyLossConfig,
+    bmm,
     fused_policy_loss,
     group_advantages,
+    linear,
+    matmul,
     moe_experts,
     moe_routing,
     policy_loss,
@@ -277,6 +280,24 @@ def test_moe_experts(compiler, cpu):
         assert torch.equal(compiled(*operands, None), results[1][0])
     with pytest.raises(ValueError, match=r"routing\.experts has the expert 4 at row 5"):
         compiled(*operands, torch.tensor([[0, 1]] * 5 + [[2, 4]] + [[0, 1]]))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_products(compiler, cpu):
+    """linear, matmul and bmm, with a bias and without, of rows that are no one matrix."""
+    torch.manual_seed(0)
+    operands = [torch.randn(2, 7, 12)[:, 1:5], torch.randn(9, 12), torch.randn(9)]
+
+    def call(x, weight, bias):
+        y = linear(x, weight, bias, backend=cpu)
+        return matmul(linear(y[0], weight.T, backend=cpu), weight.T, backend=cpu) + bmm(y, y.mT, backend=cpu).sum()
+
+    results = []
+    for f in (torch.compile(call, fullgraph=True, backend=compiler), call):
+        leaves = [leaf.detach().requires_grad_() for leaf in operands]
+        out = f(*leaves)
+        results.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    torch.testing.assert_close(*results)
 
 
 def test_group_advantages():

@@ -82,8 +82,9 @@ def matmul_kernel(
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """out = alpha a b + beta addend, which may be None. A_TURNED, B_TURNED: columns are contiguous, not rows. GROUPED: what
-    the groups that end at ends are of, "rows" or "terms", or "" if there are none."""
+    """out = alpha a b + beta addend, which may be None. A_TURNED, B_TURNED: columns are contiguous, not rows.
+
+    GROUPED: what the groups that end at ends are of, "rows" or "terms", or "" if there are none."""
     M = M if not A_TURNED else multiple(M, ALIGN)
     N = multiple(N, ALIGN)
     D = D if A_TURNED and not B_TURNED else multiple(D, ALIGN)
@@ -223,11 +224,11 @@ WIDE = 8192
 
 
 def tile_config(columns: int, dtype: torch.dtype) -> TileConfig:
-    """Float32 is multiplied from registers, and needs more of them for its operands. Where columns are few, tiles are
-    narrow, so that enough programs read the weight when there is one row. AMD's shared memory is 64 KiB, a third of the
-    others'."""
+    """Where columns are few, tiles are narrow, so that enough programs read the weight when there is one row. Threads and
+    depth: what leaves registers for an address each, where rows allow no wide accesses. Float32 is multiplied from
+    registers, and needs more of them for its operands. AMD's shared memory is 64 KiB, a third of the others'."""
     if dtype == torch.float32:
         return TileConfig(rows=64, columns=64, depth=16, threads=256, stages=3)
     return TileConfig(
-        rows=128, columns=128 if columns >= WIDE else 64, depth=64, threads=256, stages=2 if torch.version.hip else 3
+        rows=128, columns=128 if columns >= WIDE else 64, depth=32, threads=256, stages=2 if torch.version.hip else 4
     )
