@@ -277,6 +277,28 @@ class LaunchConfig:
         return max(self.threads // (64 if torch.version.hip else 32), 1)
 
 
+@dataclass(frozen=True)
+class TileConfig:
+    """How a product is cut, never by its number of rows, so that a row's bits do not depend on which others there are.
+
+    rows x columns: of a program's tile; depth: what it sums over at once; stages: how many of those are in flight.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    threads: int
+    stages: int
+
+    @property
+    def tile(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def num_warps(self) -> int:
+        return self.threads // (64 if torch.version.hip else 32)
+
+
 def make_config(vocab_size: int, dtype: torch.dtype, *, threads: int, per_thread: int) -> LaunchConfig:
     """A tile of `per_thread` logits for each of `threads` threads; for a short row fewer, down to AMD's warp.
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..ops.moe_experts import gpu, triton_kernel
-from ..ops.moe_experts.triton_kernel import Rows, TileConfig
-from ..triton_tiles import LaunchConfig
+from ..ops.moe_experts.triton_kernel import Rows
+from ..triton_tiles import LaunchConfig, TileConfig
 
 
 @dataclass(frozen=True)

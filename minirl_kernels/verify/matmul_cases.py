@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.matmul import triton_kernel
-from ..ops.matmul.triton_kernel import TileConfig
+from ..triton_tiles import TileConfig
 
 
 @dataclass(frozen=True)

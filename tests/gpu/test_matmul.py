@@ -1,4 +1,4 @@
-"""matmul, linear and bmm by their Triton kernel, on a GPU: what the interpreter checks, and what only hardware can say."""
+"""matmul, linear and bmm by their Triton kernel, on a GPU: what the interpreter checks, and what hardware can say."""
 
 import pytest
 import torch

@@ -29,6 +29,10 @@ def test_matmul(sizes, dtype):
     check_matmul(sizes, dtype, "triton")
 
 
+def test_tiles_of_many_columns():
+    check_matmul((3, triton_kernel.WIDE + 8, 20), torch.bfloat16, "triton")
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bmm(dtype):
     check_bmm((3, 17, 33, 20), dtype, "triton")

@@ -6,15 +6,13 @@ whatever rows are beside it. Names: as in triton_tiles, and D the reduced dimens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...native_matmul import matrix_strides
-from ...triton_tiles import dot, multiple, round_to
+from ...triton_tiles import TileConfig, dot, multiple, round_to
 
 # one binary per dtype, layout and alignment: ALIGN says all that the kernel needs to know of these
 SIZES = ["M", "N", "D", "G", "tiles_m", "stride_ab", "stride_a", "stride_bb", "stride_b", "stride_cb", "stride_c"]
@@ -197,36 +195,15 @@ def _launch(out, a, b, batch, *, addend=None, alpha=1.0, beta=1.0, ends=None, gr
         )
 
 
-@dataclass(frozen=True)
-class TileConfig:
-    """How a product is cut, from N and the dtype alone.
-
-    rows x columns: of a program's tile; depth: what it sums over at once; stages: how many of those are in flight.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    threads: int
-    stages: int
-
-    @property
-    def tile(self) -> int:
-        return self.rows * self.columns
-
-    @property
-    def num_warps(self) -> int:
-        return self.threads // (64 if torch.version.hip else 32)
-
-
 # The fewest columns for which a decoded token's product still has 64 programs of the wider tile.
 WIDE = 8192
 
 
 def tile_config(columns: int, dtype: torch.dtype) -> TileConfig:
-    """Where columns are few, tiles are narrow, so that enough programs read the weight when there is one row. Threads and
-    depth: what leaves registers for an address each, where rows allow no wide accesses. Float32 is multiplied from
-    registers, and needs more of them for its operands. AMD's shared memory is 64 KiB, a third of the others'."""
+    """From N and the dtype alone. Where columns are few, tiles are narrow, so that enough programs read the weight when
+    there is one row. Threads and depth: what leaves registers for an address each, where rows allow no wide accesses.
+    Float32 is multiplied from registers, and needs more of them for its operands. AMD's shared memory is 64 KiB, a third
+    of the others'."""
     if dtype == torch.float32:
         return TileConfig(rows=64, columns=64, depth=16, threads=256, stages=3)
     return TileConfig(

@@ -8,7 +8,7 @@ Names: as in triton_tiles, and D the depth of a product: what it sums over.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_tiles import LOG2E, LaunchConfig, dot, launch, make_config, multiple, round_to, tile_offsets
+from ...triton_tiles import LOG2E, LaunchConfig, TileConfig, dot, launch, make_config, multiple, round_to, tile_offsets
 
 # one binary per dtype, K, power of two above E, and alignment: ALIGN says all that a kernel needs to know of these
 SIZES = ["E", "H", "I", "M", "N", "D", "V", "stride_t", "stride_e", "stride_o", "stride_left", "stride_right"]
@@ -390,28 +390,6 @@ def _launch(kernel, grid, args: tuple, sizes: tuple[int, ...], config: TileConfi
             num_warps=config.num_warps,
             num_stages=config.stages,
         )
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """How a product is cut, from the dtype alone, so that a row's bits do not depend on which others there are.
-
-    rows x columns: of a program's tile; depth: what it sums over at once; stages: how many of those are in flight.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    threads: int
-    stages: int
-
-    @property
-    def tile(self) -> int:
-        return self.rows * self.columns
-
-    @property
-    def num_warps(self) -> int:
-        return self.threads // (64 if torch.version.hip else 32)
 
 
 def product_config(dtype: torch.dtype) -> TileConfig:
