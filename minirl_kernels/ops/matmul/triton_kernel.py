@@ -106,15 +106,23 @@ def matmul_kernel(
     first_n = (i_n * BLOCK_N).to(tl.int64)
     o_n = tl.arange(0, BLOCK_N)[None, :]
     m_n = o_n < N - first_n
-    p_a = a + i_b * multiple(stride_ab, ALIGN) + (o_m if A_TURNED else o_m * stride_a)
-    p_b = b + i_b * multiple(stride_bb, ALIGN) + ((first_n + o_n) * stride_b if B_TURNED else first_n + o_n)
+    o_d = tl.arange(0, BLOCK_D)
+    step_a = stride_a.to(tl.int64) if A_TURNED else 1
+    step_b = 1 if B_TURNED else stride_b.to(tl.int64)
+    p_a = a + i_b * multiple(stride_ab, ALIGN) + begin_d * step_a + (o_m if A_TURNED else o_m * stride_a)
+    p_b = b + i_b * multiple(stride_bb, ALIGN) + begin_d * step_b
+    p_b += (first_n + o_n) * stride_b if B_TURNED else first_n + o_n
+    p_a += o_d[None, :] * step_a
+    p_b += o_d[:, None] * step_b
+    terms = (end_d - begin_d).to(tl.int32)
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i_d in range(tl.cdiv(end_d - begin_d, BLOCK_D).to(tl.int32)):
-        o_d = begin_d + i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-        m_d = o_d < end_d
-        b_a = tl.load(p_a + (o_d * stride_a if A_TURNED else o_d)[None, :], mask=m_m & m_d[None, :], other=0.0)
-        b_b = tl.load(p_b + (o_d if B_TURNED else o_d * stride_b)[:, None], mask=m_d[:, None] & m_n, other=0.0)
+    for i_d in range(tl.cdiv(terms, BLOCK_D)):
+        m_d = o_d < terms - i_d * BLOCK_D
+        b_a = tl.load(p_a, mask=m_m & m_d[None, :], other=0.0)
+        b_b = tl.load(p_b, mask=m_d[:, None] & m_n, other=0.0)
         b_sum = dot(b_a, b_b, b_sum)
+        p_a += BLOCK_D * step_a
+        p_b += BLOCK_D * step_b
     b_sum *= alpha
     if addend is not None:
         p_c = addend + i_b * multiple(stride_cb, ALIGN) + o_m * multiple(stride_c, ALIGN) + first_n + o_n
@@ -202,10 +210,10 @@ WIDE = 8192
 def tile_config(columns: int, dtype: torch.dtype) -> TileConfig:
     """From N and the dtype alone. Where columns are few, tiles are narrow, so that enough programs read the weight when
     there is one row. Threads and depth: what leaves registers for an address each, where rows allow no wide accesses.
-    Float32 is multiplied from registers, and needs more of them for its operands. AMD's shared memory is 64 KiB, a third
-    of the others'."""
+    Float32 is multiplied from registers, and needs more of them for its operands. AMD's shared memory is 64 KiB, a
+    third of the others'."""
     if dtype == torch.float32:
         return TileConfig(rows=64, columns=64, depth=16, threads=256, stages=3)
     return TileConfig(
-        rows=128, columns=128 if columns >= WIDE else 64, depth=32, threads=256, stages=2 if torch.version.hip else 4
+        rows=64, columns=128 if columns >= WIDE else 64, depth=32, threads=256, stages=2 if torch.version.hip else 4
     )
