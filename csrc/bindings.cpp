@@ -131,42 +131,75 @@ void softcap(Address logits, int64_t rows, int64_t vocab_size, int64_t stride, f
   minirl::parallel_rows(rows, vocab_size, MINIRL_PICK(minirl::softcap, minirl::SoftcapLogits), args);
 }
 
-// The arguments that both calls over matrices begin with; all strides are in elements.
-#define MINIRL_MATMUL_PARAMETERS                                                                                \
-  Address out, int64_t out_batch_stride, int64_t out_stride, const std::string &out_dtype, Address a,           \
-      int64_t a_batch_stride, int64_t a_row_stride, int64_t a_column_stride, Address b, int64_t b_batch_stride, \
-      int64_t b_row_stride, int64_t b_column_stride, const std::string &dtype, int64_t rows, int64_t columns,   \
-      int64_t depth, int64_t threads
-#define MINIRL_MATMUL                                                                                              \
-  minirl::Matmul {                                                                                                 \
-    {pointer<void>(a), a_row_stride, a_column_stride}, {pointer<void>(b), b_row_stride, b_column_stride},          \
-        dtype_of(dtype), pointer<void>(out), dtype_of(out_dtype), out_stride, nullptr, 0, 1.f, 1.f, false, nullptr \
-  }
+// The item that is so far from the end of a tensor's sizes or strides, 0 beyond its first.
+int64_t from_end(const py::tuple& numbers, size_t place) {
+  const size_t count = PyTuple_GET_SIZE(numbers.ptr());
+  return place > count ? 0 : PyLong_AsLongLong(PyTuple_GET_ITEM(numbers.ptr(), count - place));
+}
 
-// out = alpha a b + beta addend, or with `accumulate` out += a b.
-void matmul(MINIRL_MATMUL_PARAMETERS, int64_t batch, Address addend, int64_t addend_batch_stride, int64_t addend_stride,
-            float alpha, float beta, bool accumulate) {
+// Of a tensor [rows, columns], or a batch of them. The stride of a dimension of one element is free.
+struct Operand {
+  int64_t rows, columns, batch_stride;
+  minirl::Matrix matrix;
+
+  Operand(Address address, const py::tuple& sizes, const py::tuple& strides)
+      : rows(from_end(sizes, 2)),
+        columns(from_end(sizes, 1)),
+        batch_stride(from_end(strides, 3)),
+        matrix{pointer<void>(address), from_end(strides, 2), columns == 1 ? 1 : from_end(strides, 1)} {
+    if (matrix.column_stride != 1 && (rows == 1 || rows * columns == 0)) matrix.row_stride = 1;
+  }
+  // Whether the kernels can read it.
+  bool runs_along_memory() const { return matrix.row_stride == 1 || matrix.column_stride == 1; }
+};
+
+// The arguments that both calls over matrices begin with: sizes and strides as torch has them.
+#define MINIRL_MATMUL_PARAMETERS                                                                         \
+  Address out_address, const py::tuple &out_strides, const std::string &out_dtype, Address a_address,    \
+      const py::tuple &a_sizes, const py::tuple &a_strides, Address b_address, const py::tuple &b_sizes, \
+      const py::tuple &b_strides, const std::string &dtype, int64_t threads
+#define MINIRL_MATMUL                                                                                               \
+  minirl::Matmul {                                                                                                  \
+    a.matrix, b.matrix, dtype_of(dtype), pointer<void>(out_address), dtype_of(out_dtype), from_end(out_strides, 2), \
+        nullptr, 0, 1.f, 1.f, false, nullptr                                                                        \
+  }
+constexpr int kCopyA = 1, kCopyB = 2;
+int copies_wanted(const Operand& a, const Operand& b) {
+  return (a.runs_along_memory() ? 0 : kCopyA) | (b.runs_along_memory() ? 0 : kCopyB);
+}
+
+// out = alpha a b + beta addend, or with `accumulate` out += a b. Returns which of a and b must be copied first, and
+// has written nothing then, else 0.
+int matmul(MINIRL_MATMUL_PARAMETERS, int64_t batch, Address addend, const py::tuple& addend_strides, float alpha,
+           float beta, bool accumulate) {
+  const Operand a(a_address, a_sizes, a_strides), b(b_address, b_sizes, b_strides);
+  if (const int copies = copies_wanted(a, b)) return copies;
   minirl::Matmul args = MINIRL_MATMUL;
   args.addend = pointer<void>(addend);
-  args.addend_stride = addend_stride;
+  args.addend_stride = from_end(addend_strides, 2);
   args.alpha = alpha;
   args.beta = beta;
   args.accumulate = accumulate;
+  const minirl::BatchStrides strides = {a.batch_stride, b.batch_stride, from_end(out_strides, 3),
+                                        from_end(addend_strides, 3)};
   py::gil_scoped_release no_gil;
-  minirl::multiply_batch(args, batch, {a_batch_stride, b_batch_stride, out_batch_stride, addend_batch_stride},
-                         minirl::whole_product(rows, columns, depth), threads);
+  minirl::multiply_batch(args, batch, strides, minirl::whole_product(a.rows, b.columns, a.columns), threads);
+  return 0;
 }
 
-// Returns the first group whose end is out of order or out of range, or -1.
-int64_t matmul_grouped(MINIRL_MATMUL_PARAMETERS, const std::string& grouped, Address ends, int64_t groups) {
+// Returns the same, and the first group whose end is out of order or out of range, else -1.
+std::pair<int, int64_t> matmul_grouped(MINIRL_MATMUL_PARAMETERS, const std::string& grouped, Address ends,
+                                       int64_t groups) {
   using minirl::Grouped;
-  const minirl::Matmul args = MINIRL_MATMUL;
   const auto kind = choice<Grouped>(
       "grouped", grouped, {{"rows", Grouped::kRows}, {"columns", Grouped::kColumns}, {"terms", Grouped::kTerms}});
+  const Operand a(a_address, a_sizes, a_strides), b(b_address, b_sizes, b_strides);
+  if (const int copies = copies_wanted(a, b)) return {copies, -1};
+  const minirl::Matmul args = MINIRL_MATMUL;
+  const minirl::BatchStrides strides = {a.batch_stride, b.batch_stride, from_end(out_strides, 3), 0};
   py::gil_scoped_release no_gil;
-  return minirl::multiply_groups(args, kind, pointer<int32_t>(ends), groups,
-                                 {a_batch_stride, b_batch_stride, out_batch_stride, 0},
-                                 minirl::whole_product(rows, columns, depth), threads);
+  return {0, minirl::multiply_groups(args, kind, pointer<int32_t>(ends), groups, strides,
+                                     minirl::whole_product(a.rows, b.columns, a.columns), threads)};
 }
 
 // The arguments that both calls over router logits begin with.

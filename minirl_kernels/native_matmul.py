@@ -28,55 +28,38 @@ def matmul_into(
     more dimension in front. accumulate: into float32, without an addend. None of them shares memory with out.
     The order of every output's sum is a function of K and the dtype alone; it is rounded once, to the dtype of out.
     """
-    a, a_strides = matrix_strides(a)
-    b, b_strides = matrix_strides(b)
-    addend_address = addend_batch = addend_row = 0
-    if addend is not None:
-        addend_address = addend.data_ptr()
-        *_, addend_batch, addend_row, _ = (0, 0, *addend.stride())
-    native().matmul(
-        *matmul_arguments(out, a, a_strides, b, b_strides),
-        out.shape[0] if out.dim() == 3 else 1,
-        addend_address,
-        addend_batch,
-        addend_row,
+    copies = native().matmul(
+        *matmul_arguments(out, a, b),
+        len(out) if out.dim() == 3 else 1,
+        0 if addend is None else addend.data_ptr(),
+        () if addend is None else addend.stride(),
         alpha,
         beta,
         accumulate,
     )
+    if copies:
+        a, b = copied(copies, a, b)
+        return matmul_into(out, a, b, accumulate=accumulate, addend=addend, alpha=alpha, beta=beta)
     return out
 
 
-def matmul_arguments(out: Tensor, a: Tensor, a_strides, b: Tensor, b_strides) -> tuple:
+def matmul_arguments(out: Tensor, a: Tensor, b: Tensor) -> tuple:
     """What both native calls over matrices begin with."""
-    out_strides = out.stride()
     return (
         out.data_ptr(),
-        out_strides[0] if len(out_strides) == 3 else 0,
-        out_strides[-2],
+        out.stride(),
         _NAMES[out.dtype],
         a.data_ptr(),
-        *a_strides,
+        a.shape,
+        a.stride(),
         b.data_ptr(),
-        *b_strides,
+        b.shape,
+        b.stride(),
         _NAMES[a.dtype],
-        a.shape[-2],
-        b.shape[-1],
-        a.shape[-1],
         torch.get_num_threads(),
     )
 
 
-def matrix_strides(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """(x, its strides of batch, row and column), one of the last two 1: x is a copy where neither is.
-
-    That of a dimension of one element is free, and so are all where there is none.
-    """
-    strides, (rows, columns) = x.stride(), x.shape[-2:]
-    row, column = strides[-2], 1 if columns == 1 else strides[-1]
-    if column != 1 and row != 1:
-        if rows == 1 or not x.numel():
-            row = 1
-        else:
-            return matrix_strides(x.contiguous())
-    return x, (strides[0] if len(strides) == 3 else 0, row, column)
+def copied(copies: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of them contiguous that the native call asks for: no dimension of theirs is."""
+    return a.contiguous() if copies & 1 else a, b.contiguous() if copies & 2 else b

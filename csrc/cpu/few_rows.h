@@ -1,5 +1,6 @@
-// The matmul of few rows: columns whose terms lie side by side are turned in the registers and multiplied there, so
-// that a weight that is used for a token or two is read once, in the order of its memory, and written nowhere.
+// The matmul of few rows: a weight that is used for a token or two is read once, in the order of its memory, and
+// written nowhere. Columns whose terms lie side by side are turned in the registers; of columns that lie side by side
+// themselves some terms are added at a time to sums in the first-level cache.
 //
 // Every output is the chain that gemm.h says, so its bits are those of the packed matmul.
 #pragma once
@@ -8,9 +9,11 @@
 namespace {
 
 MINIRL_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+MINIRL_INLINE int64_t whole_lanes(int64_t columns) { return (columns + kLanes - 1) / kLanes * kLanes; }
 
 // More rows make use of packed columns often enough.
 constexpr int64_t kFewRows = 4;
+
 // Sixteen words of sixteen columns from `k` on: words[j] has word j of each.
 template <class Word, class T>
 MINIRL_INLINE void load_square(Word, const T* const* columns, int64_t k, Ints (&words)[kLanes]) {
@@ -87,12 +90,26 @@ MINIRL_INLINE void multiply_columns(const uint32_t* a, const T* const (&columns)
   multiply_square<Word>(a, words, Word::words(terms - k), sum);
 }
 
+// All terms of the rows: those of a chunk from words(its first one) * kRows on.
 template <int kRows, class T>
-static void multiply_unpacked(const Block<T>& block, uint32_t* packed_a) {
+MINIRL_INLINE void pack_rows(const Block<T>& block, uint32_t* out) {
   typedef typename WordOf<T>::type Word;
   for (int64_t k = 0; k < block.depth; k += Word::kChunk)
-    pack_panel<Word>(block.a, 0, kRows, k, least(block.depth - k, Word::kChunk), kRows,
-                     packed_a + Word::words(k) * kRows);
+    pack_panel<Word>(block.a, 0, kRows, k, least(block.depth - k, Word::kChunk), kRows, out + Word::words(k) * kRows);
+}
+
+template <class T>
+MINIRL_INLINE void store_result(const Block<T>& block, int64_t row, int64_t column, Floats sum) {
+  if (block.rounded)
+    store_first(block.rounded + row * block.rounded_stride + column, sum, block.columns - column);
+  else
+    store_first(block.out + row * block.out_stride + column, sum, block.columns - column);
+}
+
+template <int kRows, class T>
+static void multiply_turned(const Block<T>& block, uint32_t* scratch) {
+  typedef typename WordOf<T>::type Word;
+  pack_rows<kRows>(block, scratch);
   for (int64_t n = 0; n < block.columns; n += kLanes) {
     Floats total[kRows];
     for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
@@ -101,31 +118,81 @@ static void multiply_unpacked(const Block<T>& block, uint32_t* packed_a) {
       for (int64_t i = 0; i < kLanes; ++i) columns[i] = block.b.at(least(n + i, block.columns - 1), k);
       Floats sum[kRows];
       for (int i = 0; i < kRows; ++i) sum[i] = splat(0.f);
-      multiply_columns<Word>(packed_a + Word::words(k) * kRows, columns, least(block.depth - k, Word::kChunk), sum);
+      multiply_columns<Word>(scratch + Word::words(k) * kRows, columns, least(block.depth - k, Word::kChunk), sum);
       for (int i = 0; i < kRows; ++i) total[i] = k > 0 ? total[i] + sum[i] : sum[i];
     }
-    for (int64_t i = 0; i < kRows; ++i) {
-      if (block.rounded)
-        store_first(block.rounded + i * block.rounded_stride + n, total[i], block.columns - n);
-      else
-        store_first(block.out + i * block.out_stride + n, total[i], block.columns - n);
+    for (int64_t i = 0; i < kRows; ++i) store_result(block, i, n, total[i]);
+  }
+}
+
+// A word of up to sixteen columns from `lane` on, which lie side by side.
+template <class Word, class T>
+MINIRL_INLINE Ints load_across(const Operand<T>& x, int64_t lane, int64_t lanes, int64_t term, int64_t terms,
+                               int64_t word) {
+  const int64_t k = Word::place(word) * Word::kTerms, last = k + Word::kTerms - 1;
+  if (last < terms && x.readable - lane >= kLanes)
+    return words_across(Word{}, x.at(lane, term + k), x.at(lane, term + last));
+  T padded[Word::kTerms * kLanes] = {};
+  for (int64_t j = 0; j < Word::kTerms && k + j < terms; ++j)
+    memcpy(padded + j * kLanes, x.at(lane, term + k + j), least(lanes, kLanes) * sizeof(T));
+  return words_across(Word{}, padded, padded + (Word::kTerms - 1) * kLanes);
+}
+
+// Words that are added to a sum before it goes back to the cache.
+constexpr int64_t kWordsAtOnce = 8;
+
+template <int kRows, class T>
+static void multiply_across(const Block<T>& block, uint32_t* scratch) {
+  typedef typename WordOf<T>::type Word;
+  pack_rows<kRows>(block, scratch);
+  const int64_t width = whole_lanes(block.columns);
+  float* const sums = (float*)(scratch + Word::words(block.depth) * kRows + kLanes);
+  for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
+    const int64_t terms = least(block.depth - k, Word::kChunk), words = Word::words(terms);
+    const bool is_last = k + terms == block.depth;
+    for (int64_t word = 0; word < words; word += kWordsAtOnce) {
+      const uint32_t* const a = scratch + (Word::words(k) + word) * kRows;
+      const int64_t count = least(words - word, kWordsAtOnce);
+      for (int64_t n = 0; n < block.columns; n += kLanes) {
+        Floats sum[kRows];
+        for (int i = 0; i < kRows; ++i) sum[i] = word > 0 ? load(sums + i * width + n) : splat(0.f);
+        for (int64_t j = 0; j < count; ++j) {
+          const Ints right = load_across<Word>(block.b, n, block.columns - n, k, terms, word + j);
+          for (int i = 0; i < kRows; ++i)
+            for (int part = 0; part < kParts; ++part)
+              sum[i].part[part] =
+                  multiply_add(Word{}, a[j * kRows + i], (NativeFloat)right.part[part], sum[i].part[part]);
+        }
+        for (int i = 0; i < kRows; ++i) store(sums + i * width + n, sum[i]);
+      }
     }
+    for (int64_t n = 0; n < block.columns; n += kLanes)
+      for (int64_t i = 0; i < kRows; ++i) {
+        float* const total = block.out + i * block.out_stride + n;
+        Floats sum = load(sums + i * width + n);
+        if (k > 0) sum = load_first(total, block.columns - n) + sum;
+        if (is_last)
+          store_result(block, i, n, sum);
+        else
+          store_first(total, sum, block.columns - n);
+      }
   }
 }
 
 // Whether multiply_few_rows_unpacked is there for it, and worth it.
 template <class T>
 MINIRL_INLINE bool is_for_few_rows(const Block<T>& block) {
-  return block.rows <= kFewRows && block.depth > 0 && !block.accumulate && block.b.term_stride == 1;
+  return block.rows <= kFewRows && block.depth > 0 && !block.accumulate;
 }
 // Words of scratch that it needs.
 template <class T>
-MINIRL_INLINE int64_t scratch_words_few_rows(int64_t depth) {
-  return WordOf<T>::type::words(depth) * kFewRows + kLanes;
+MINIRL_INLINE int64_t scratch_words_few_rows(int64_t columns, int64_t depth) {
+  return (WordOf<T>::type::words(depth) + whole_lanes(columns)) * kFewRows + kLanes;
 }
 template <class T, int kRows = kFewRows>
 MINIRL_INLINE void multiply_few_rows_unpacked(const Block<T>& block, uint32_t* scratch) {
-  if (block.rows == kRows) return multiply_unpacked<kRows>(block, scratch);
+  if (block.rows == kRows)
+    return block.b.term_stride == 1 ? multiply_turned<kRows>(block, scratch) : multiply_across<kRows>(block, scratch);
   if constexpr (kRows > 1) multiply_few_rows_unpacked<T, kRows - 1>(block, scratch);
 }
 

@@ -58,7 +58,7 @@ MINIRL_INLINE void multiply_pieces(const Matmul& args, int64_t begin, int64_t en
     elements = most(elements, piece.rows * piece.columns);
     if (piece.rows <= kFewRows) depth = most(depth, piece.depth);
   }
-  const int64_t words = (most(scratch_words<T>(columns), scratch_words_few_rows<T>(depth)) + 15) / 16 * 16;
+  const int64_t words = (most(scratch_words<T>(columns), scratch_words_few_rows<T>(columns, depth)) + 15) / 16 * 16;
   const int64_t sums = sizeof(Out) < sizeof(float) ? (elements + 15) / 16 * 16 : 0;
   uint32_t* const scratch = (uint32_t*)aligned_alloc(64, (words + sums) * sizeof(uint32_t));
   for (int64_t index = begin; index < end; ++index)

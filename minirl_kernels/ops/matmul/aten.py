@@ -101,11 +101,12 @@ def _as_one_row(kernels, out, a, x, addend=None, alpha=1.0, beta=1.0) -> Tensor:
 
 def _multiply(kernels, out, a, b, addend=None, alpha=1.0, beta=1.0) -> Tensor:
     _check_operands(a, b)
-    shape = (*a.shape[:-1], b.shape[-1])
-    if a.dim() != b.dim() or a.shape[:-2] != b.shape[:-2]:
+    outer, columns = a.shape[:-1], b.shape[-1]
+    if b.dim() != a.dim() or (b.dim() == 3 and len(a) != len(b)):
         raise ValueError(
             f"mat2 has shape {tuple(b.shape)}: it must have the outer dimensions of self, {tuple(a.shape)}"
         )
+    shape = (*outer, columns)
     if out is None:
         out = empty(shape, a.dtype, a.device)
     elif out.shape != shape or out.dtype != a.dtype:
@@ -117,24 +118,16 @@ def _multiply(kernels, out, a, b, addend=None, alpha=1.0, beta=1.0) -> Tensor:
             raise TypeError(f"self has dtype {addend.dtype}: it must be that of mat1, {a.dtype}")
         addend = _lay_out(addend, out)
     row, column = out.stride()[-2:]
-    if row == 1 and (column != 1 or shape[-1] == 1):
+    if row == 1 and (column != 1 or columns == 1):
         # each sum has the same terms in the same order with its factors exchanged
         if addend is not None:
             addend = addend.expand(shape).mT.contiguous()
         kernels.matmul_into(out.mT, b.mT, a.mT, addend=addend, alpha=alpha, beta=beta)
-    elif column == 1 or shape[-1] == 1:
+    elif column == 1 or columns == 1:
         kernels.matmul_into(out, a, b, addend=addend, alpha=alpha, beta=beta)
     else:
-        out.copy_(
-            kernels.matmul_into(
-                torch.empty_like(out, memory_format=torch.contiguous_format),
-                a,
-                b,
-                addend=addend,
-                alpha=alpha,
-                beta=beta,
-            )
-        )
+        contiguous = torch.empty(shape, dtype=a.dtype, device=a.device)
+        out.copy_(kernels.matmul_into(contiguous, a, b, addend=addend, alpha=alpha, beta=beta))
     return out
 
 

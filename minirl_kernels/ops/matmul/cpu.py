@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...backends import native
-from ...native_matmul import matmul_arguments, matmul_into, matrix_strides
+from ...native_matmul import copied, matmul_arguments, matmul_into
 
 __all__ = ["grouped_into", "matmul_into"]
 
@@ -16,11 +16,10 @@ def grouped_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor, grouped: str) 
     grouped: "rows": a [M, K], b [G, K, N], out [M, N]; "columns": a [G, M, K], b [K, N], out [M, N]; "terms": a [M, K],
     b [K, N], out [G, M, N]. ends: [G] int32, contiguous. Otherwise as matmul_into; rows and columns of no group are 0.
     """
-    a, a_strides = matrix_strides(a)
-    b, b_strides = matrix_strides(b)
-    arguments = matmul_arguments(out, a, a_strides, b, b_strides)
-    bad_group = native().matmul_grouped(*arguments, grouped, ends.data_ptr(), len(ends))
-    if bad_group >= 0:
+    copies, bad_group = native().matmul_grouped(*matmul_arguments(out, a, b), grouped, ends.data_ptr(), len(ends))
+    if copies:
+        grouped_into(out, *copied(copies, a, b), ends, grouped)
+    elif bad_group >= 0:
         size = {"rows": a.shape[-2], "columns": b.shape[-1], "terms": a.shape[-1]}[grouped]
         raise ValueError(
             f"offs has {ends[bad_group].item()} for group {bad_group}: it must be at least that of the group before, "

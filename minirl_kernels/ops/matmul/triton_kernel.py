@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...native_matmul import matrix_strides
 from ...triton_tiles import TileConfig, dot, multiple, round_to
 
 # one binary per dtype, layout and alignment: ALIGN says all that the kernel needs to know of these
@@ -152,8 +151,8 @@ def grouped_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor, grouped: str) 
 
 
 def _launch(out, a, b, batch, *, addend=None, alpha=1.0, beta=1.0, ends=None, grouped="") -> None:
-    a, (stride_ab, a_row, a_column) = matrix_strides(a)
-    b, (stride_bb, b_row, b_column) = matrix_strides(b)
+    a, (stride_ab, a_row, a_column) = _matrix_strides(a)
+    b, (stride_bb, b_row, b_column) = _matrix_strides(b)
     rows, columns, depth = out.shape[-2], out.shape[-1], a.shape[-1]
     config = tile_config(columns, out.dtype)
     groups = len(ends) if ends is not None else 0
@@ -201,6 +200,20 @@ def _launch(out, a, b, batch, *, addend=None, alpha=1.0, beta=1.0, ends=None, gr
             num_warps=config.num_warps,
             num_stages=config.stages,
         )
+
+
+def _matrix_strides(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """(x, its strides of batch, row and column), one of the last two 1: x is a copy where neither is.
+
+    That of a dimension of one element is free, and so are all where there is none.
+    """
+    strides, (rows, columns) = x.stride(), x.shape[-2:]
+    row, column = strides[-2], 1 if columns == 1 else strides[-1]
+    if column != 1 and row != 1:
+        if rows != 1 and x.numel():
+            return _matrix_strides(x.contiguous())
+        row = 1
+    return x, (strides[0] if len(strides) == 3 else 0, row, column)
 
 
 # The fewest columns for which a decoded token's product still has 64 programs of the wider tile.
