@@ -2,7 +2,8 @@
 // written nowhere. Columns whose terms lie side by side are turned in the registers; of columns that lie side by side
 // themselves some terms are added at a time to sums in the first-level cache.
 //
-// Every output is the chain that gemm.h says, so its bits are those of the packed matmul.
+// Every output is the chain that gemm.h says, so its bits are those of the packed matmul; tiles have an order of their
+// own, and are left to it.
 #pragma once
 #include "cpu/gemm.h"
 
@@ -92,7 +93,7 @@ MINIRL_INLINE void multiply_columns(const uint32_t* a, const T* const (&columns)
 
 // All terms of the rows: those of a chunk from words(its first one) * kRows on.
 template <int kRows, class T>
-MINIRL_INLINE void pack_rows(const Block<T>& block, uint32_t* out) {
+MINIRL_INLINE void pack_few_rows(const Block<T>& block, uint32_t* out) {
   typedef typename WordOf<T>::type Word;
   for (int64_t k = 0; k < block.depth; k += Word::kChunk)
     pack_panel<Word>(block.a, 0, kRows, k, least(block.depth - k, Word::kChunk), kRows, out + Word::words(k) * kRows);
@@ -109,7 +110,7 @@ MINIRL_INLINE void store_result(const Block<T>& block, int64_t row, int64_t colu
 template <int kRows, class T>
 static void multiply_turned(const Block<T>& block, uint32_t* scratch) {
   typedef typename WordOf<T>::type Word;
-  pack_rows<kRows>(block, scratch);
+  pack_few_rows<kRows>(block, scratch);
   for (int64_t n = 0; n < block.columns; n += kLanes) {
     Floats total[kRows];
     for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
@@ -144,7 +145,7 @@ constexpr int64_t kWordsAtOnce = 8;
 template <int kRows, class T>
 static void multiply_across(const Block<T>& block, uint32_t* scratch) {
   typedef typename WordOf<T>::type Word;
-  pack_rows<kRows>(block, scratch);
+  pack_few_rows<kRows>(block, scratch);
   const int64_t width = whole_lanes(block.columns);
   float* const sums = (float*)(scratch + Word::words(block.depth) * kRows + kLanes);
   for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
@@ -179,10 +180,17 @@ static void multiply_across(const Block<T>& block, uint32_t* scratch) {
   }
 }
 
+template <class Word>
+constexpr bool kIsChain = true;
+#if defined(__AMX_BF16__)
+template <>
+constexpr bool kIsChain<TileWord> = false;
+#endif
+
 // Whether multiply_few_rows_unpacked is there for it, and worth it.
 template <class T>
 MINIRL_INLINE bool is_for_few_rows(const Block<T>& block) {
-  return block.rows <= kFewRows && block.depth > 0 && !block.accumulate;
+  return kIsChain<typename WordOf<T>::type> && block.rows <= kFewRows && block.depth > 0 && !block.accumulate;
 }
 // Words of scratch that it needs.
 template <class T>

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_as_exact_as_eager
+from helpers import assert_as_exact_as_eager, tables_of_one_order
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matmul_cases import (
@@ -16,7 +16,8 @@ from matmul_cases import (
 )
 from torch.nn import functional as F
 
-from minirl_kernels import backends, bmm, linear, matmul
+from minirl_kernels import bmm, linear, matmul
+from minirl_kernels.backends import native
 from minirl_kernels.ops.matmul import aten
 from minirl_kernels.ops.matmul import cpu as kernels
 
@@ -86,12 +87,27 @@ def test_every_instruction_set_with_a_fused_multiply_add(dtype, set_isa):
     """On rows that are packed and on those that are not, of weights whose memory runs either way."""
     x, weight = cancelling(20, 90, 1102, dtype)
     results = []
-    for isa in set(backends.native().isa_supported()) - {"baseline"}:
+    for isa in tables_of_one_order(dtype):
         set_isa(isa)
         results.append([matmul(x[:count], b) for b in (weight.T, weight.T.contiguous()) for count in (1, 2, 3, 4, 20)])
     for result in results:
         assert all(map(torch.equal, result, results[0]))
-        assert all(torch.equal(part, result[-1][: len(part)]) for part in result)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows_on_every_instruction_set(dtype, isa, set_isa):
+    """They are multiplied in ways of their own, which must not show."""
+    if isa not in native().isa_supported():
+        pytest.skip(f"this processor does not run {isa}")
+    set_isa(isa)
+    for depth in (1102, 70, 1):
+        x, weight = cancelling(20, 90, 2 * depth, dtype)
+        for columns in (90, 16, 7):
+            together = matmul(x, weight[:columns].T)
+            for count in range(1, 7):
+                for b in (weight[:columns].T, weight[:columns].T.contiguous()):
+                    assert torch.equal(matmul(x[count : 2 * count], b), together[count : 2 * count])
 
 
 @settings(deadline=None, max_examples=60)
