@@ -3,15 +3,19 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
 #include "cpu/fused_policy_loss.h"
 #include "cpu/isa.h"
 #include "cpu/logits.h"
+#include "cpu/mean.h"
 #include "cpu/moe_routing.h"
 #include "cpu/pages.h"
+#include "cpu/rms_norm.h"
 #include "cpu/softcap.h"
+#include "cpu/softmax.h"
 #include "cpu/token_logprobs.h"
 #ifdef MINIRL_HAVE_CUDA
 #include "cuda/counting_sort.h"
@@ -309,6 +313,88 @@ void moe_experts_backward(MINIRL_EXPERTS_PARAMETERS, Address gate_up, Address gr
   minirl::moe_experts_backward(args, grads);
 }
 
+// Rows of contiguous elements, as the calls over them take each of their tensors.
+#define MINIRL_ROWS_PARAMETERS(name) \
+  Address name, int64_t name##_length, int64_t name##_batch_stride, int64_t name##_length_stride
+#define MINIRL_ROWS(name, dtype) \
+  minirl::StridedRows { pointer<void>(name), dtype, name##_length, name##_batch_stride, name##_length_stride }
+
+void softmax(MINIRL_ROWS_PARAMETERS(x), const std::string& dtype, int64_t rows, int64_t size, bool log, Address out,
+             const std::string& out_dtype) {
+  const minirl::Softmax args = {MINIRL_ROWS(x, dtype_of(dtype)),
+                                minirl::contiguous_rows(pointer<void>(out), dtype_of(out_dtype), size), size, log};
+  py::gil_scoped_release no_gil;
+  minirl::parallel_rows(rows, size, MINIRL_PICK(minirl::softmax, minirl::Softmax), args);
+}
+
+void softmax_backward(MINIRL_ROWS_PARAMETERS(grad), MINIRL_ROWS_PARAMETERS(output), const std::string& dtype,
+                      int64_t rows, int64_t size, bool log, Address out, const std::string& out_dtype) {
+  const minirl::SoftmaxBackward args = {MINIRL_ROWS(grad, dtype_of(dtype)), MINIRL_ROWS(output, dtype_of(dtype)),
+                                        minirl::contiguous_rows(pointer<void>(out), dtype_of(out_dtype), size), size,
+                                        log};
+  py::gil_scoped_release no_gil;
+  minirl::parallel_rows(rows, size, MINIRL_PICK(minirl::softmax_backward, minirl::SoftmaxBackward), args);
+}
+
+void rms_norm(MINIRL_ROWS_PARAMETERS(x), const std::string& dtype, int64_t rows, int64_t size, Address weight,
+              double eps, Address out, Address rstd) {
+  const minirl::RmsNorm args = {MINIRL_ROWS(x, dtype_of(dtype)),
+                                minirl::contiguous_rows(pointer<void>(out), dtype_of(dtype), size),
+                                pointer<float>(weight),
+                                size,
+                                eps,
+                                pointer<float>(rstd)};
+  py::gil_scoped_release no_gil;
+  minirl::parallel_rows(rows, size, MINIRL_PICK(minirl::rms_norm, minirl::RmsNorm), args);
+}
+
+// d x where there is an `out` for it, and d weight where there is a `weight_grad`.
+void rms_norm_backward(MINIRL_ROWS_PARAMETERS(x), MINIRL_ROWS_PARAMETERS(grad), const std::string& dtype, int64_t rows,
+                       int64_t size, Address weight, Address rstd, Address out, Address weight_grad) {
+  using Args = minirl::RmsNormBackward;
+  const int64_t blocks = minirl::sum_blocks(rows);
+  const std::unique_ptr<float[]> partials(weight_grad ? new float[blocks * size] : nullptr);
+  const Args args = {MINIRL_ROWS(x, dtype_of(dtype)),
+                     MINIRL_ROWS(grad, dtype_of(dtype)),
+                     minirl::contiguous_rows(pointer<void>(out), dtype_of(dtype), size),
+                     pointer<float>(weight),
+                     pointer<float>(rstd),
+                     rows,
+                     size,
+                     partials.get(),
+                     pointer<float>(weight_grad)};
+  py::gil_scoped_release no_gil;
+  if (out) minirl::parallel_rows(rows, size, MINIRL_PICK(minirl::rms_norm_backward, Args), args);
+  if (!weight_grad) return;
+  minirl::parallel_rows(blocks * minirl::strips(size), std::min(rows, minirl::kSumBlock) * minirl::kStrip,
+                        MINIRL_PICK(minirl::rms_norm_weight_partials, Args), args);
+  minirl::parallel_rows(size, blocks, MINIRL_PICK(minirl::rms_norm_weight_grad, Args), args);
+}
+
+// x [rows, reduced, inner] with one of the last two contiguous.
+void mean(MINIRL_ROWS_PARAMETERS(x), const std::string& dtype, int64_t rows, int64_t reduced, int64_t reduced_stride,
+          int64_t inner, double divisor, Address out, const std::string& out_dtype) {
+  using minirl::Mean;
+  const int64_t blocks = minirl::sum_blocks(reduced);
+  const std::unique_ptr<float[]> partials(blocks > 1 ? new float[rows * blocks * inner] : nullptr);
+  const Mean args = {MINIRL_ROWS(x, dtype_of(dtype)),
+                     reduced,
+                     reduced_stride,
+                     inner,
+                     divisor,
+                     partials.get(),
+                     pointer<void>(out),
+                     dtype_of(out_dtype)};
+  py::gil_scoped_release no_gil;
+  const int64_t terms = std::min(reduced, minirl::kSumBlock);
+  if (inner == 1)
+    minirl::parallel_rows(rows * blocks, terms, MINIRL_PICK(minirl::mean_rows, Mean), args);
+  else
+    minirl::parallel_rows(rows * blocks * minirl::strips(inner), terms * std::min(inner, minirl::kStrip),
+                          MINIRL_PICK(minirl::mean_columns, Mean), args);
+  if (blocks > 1) minirl::parallel_rows(rows * inner, blocks, MINIRL_PICK(minirl::mean_of_blocks, Mean), args);
+}
+
 #ifdef MINIRL_HAVE_CUDA
 // On the device that is current, to which all addresses belong.
 void counting_sort(Address keys, int64_t items, int64_t num_keys, int64_t segments, Address places, Address begins,
@@ -334,6 +420,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("release_pages", [](Address begin, int64_t bytes) { minirl::release_pages(begin, bytes); });
   module.def("matmul", matmul);
   module.def("matmul_grouped", matmul_grouped);
+  module.def("mean", mean);
   module.def("moe_experts", moe_experts);
   module.def("pack_experts", pack_experts);
   module.def("packed_words", [](const std::string& dtype, int64_t rows, int64_t columns) {
@@ -342,7 +429,11 @@ PYBIND11_MODULE(_C, module) {
   module.def("moe_experts_backward", moe_experts_backward);
   module.def("moe_routing", moe_routing);
   module.def("moe_routing_backward", moe_routing_backward);
+  module.def("rms_norm", rms_norm);
+  module.def("rms_norm_backward", rms_norm_backward);
   module.def("softcap", softcap);
+  module.def("softmax", softmax);
+  module.def("softmax_backward", softmax_backward);
   module.def("token_logprobs", token_logprobs);
   module.def("token_logprobs_backward", token_logprobs_backward);
   module.def("fused_policy_loss", fused_policy_loss);

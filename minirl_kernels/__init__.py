@@ -6,9 +6,12 @@ from .ops.fused_linear_policy_loss import fused_linear_policy_loss
 from .ops.fused_policy_loss import fused_policy_loss
 from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.matmul import bmm, linear, matmul
+from .ops.mean import mean, sum
 from .ops.moe_experts import PackedExperts, moe_experts, pack_experts
 from .ops.moe_routing import Routing, moe_routing
 from .ops.policy_loss import PolicyLossMetrics, PolicyLossOutput, group_advantages, policy_loss
+from .ops.rms_norm import rms_norm
+from .ops.softmax import log_softmax, softmax
 from .ops.token_logprobs import token_logprobs
 
 __all__ = [
@@ -25,6 +28,8 @@ __all__ = [
     "linear",
     "linear_token_logprobs",
     "matmul",
+    "log_softmax",
+    "mean",
     "moe_experts",
     "moe_layer_indices",
     "moe_routing",
@@ -32,5 +37,8 @@ __all__ = [
     "policy_loss",
     "record_routing",
     "replay_routing",
+    "rms_norm",
+    "softmax",
+    "sum",
     "token_logprobs",
 ]

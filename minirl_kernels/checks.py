@@ -23,11 +23,24 @@ def check_integers(name: str, value) -> None:
         raise TypeError(f"{name} has dtype {value.dtype}: it must be integers")
 
 
-def check_float_matrix(name: str, value: Tensor) -> None:
-    """[..., D] with one or two outer dimensions, float32/bfloat16/float16, contiguous in the last dimension."""
+def check_floats(name: str, value) -> None:
+    """A tensor of any shape; float32, bfloat16 or float16."""
     check_tensor(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}: it must be float32, bfloat16 or float16")
+
+
+def check_dim(name: str, dim, value: Tensor) -> None:
+    """One dimension of `value`, from its front or from its end."""
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{name} is {dim!r}: it must be an integer")
+    if not -value.dim() <= dim < value.dim():
+        raise ValueError(f"{name} is {dim}: it must be a dimension of a tensor of shape {tuple(value.shape)}")
+
+
+def check_float_matrix(name: str, value: Tensor) -> None:
+    """[..., D] with one or two outer dimensions, float32/bfloat16/float16, contiguous in the last dimension."""
+    check_floats(name, value)
     if value.dim() not in (2, 3):
         raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be [T, D] or [B, L, D]")
     if value.shape[-1] == 0:

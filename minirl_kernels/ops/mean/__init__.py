@@ -1,0 +1,3 @@
+from .op import mean, sum
+
+__all__ = ["mean", "sum"]

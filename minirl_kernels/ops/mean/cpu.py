@@ -1,0 +1,35 @@
+"""mean and sum on the CPU: allocate, call the native kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import native
+from .layout import layout_of, reduced_dims, reduced_shape
+
+
+def forward(
+    x: Tensor, dim: int | tuple[int, ...] | None, keepdim: bool, dtype: torch.dtype | None, divide: bool
+) -> Tensor:
+    """The mean over `dim` where `divide`, else the sum; `dtype` None is that of x."""
+    dtype = dtype or x.dtype
+    dims = reduced_dims(x, dim)
+    out = torch.empty(reduced_shape(x, dims, keepdim), dtype=dtype)
+    if out.numel():
+        lie = layout_of(x, dims, dtype, transposes=True)
+        native().mean(
+            lie.x.data_ptr(),
+            lie.length,
+            lie.batch_stride,
+            lie.length_stride,
+            str(lie.x.dtype),
+            lie.batch * lie.length,
+            lie.reduced,
+            lie.reduced_stride,
+            lie.inner,
+            lie.reduced if divide else 1,
+            out.data_ptr(),
+            str(dtype),
+        )
+    return out

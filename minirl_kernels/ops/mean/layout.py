@@ -1,0 +1,66 @@
+"""How the elements of a reduction lie: as [B, L, R, I], R reduced, with R contiguous and I = 1 or I contiguous."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """x holds the memory; strides are in elements; `trailing` says that the last dimension was among the reduced."""
+
+    x: Tensor
+    batch: int
+    length: int
+    reduced: int
+    inner: int
+    batch_stride: int
+    length_stride: int
+    reduced_stride: int
+    trailing: bool
+
+
+def reduced_dims(x: Tensor, dim: int | tuple[int, ...] | None) -> tuple[int, ...]:
+    """In ascending order, from 0 on; None and an empty tuple are all of them."""
+    if isinstance(dim, int):
+        dim = (dim,)
+    return tuple(sorted(d % x.dim() for d in dim)) if dim else tuple(range(x.dim()))
+
+
+def reduced_shape(x: Tensor, dims: tuple[int, ...], keepdim: bool) -> list[int]:
+    if keepdim:
+        return [1 if d in dims else size for d, size in enumerate(x.shape)]
+    return [size for d, size in enumerate(x.shape) if d not in dims]
+
+
+def reduced_size(x: Tensor, dims: tuple[int, ...]) -> int:
+    return math.prod(x.shape[d] for d in dims)
+
+
+def layout_of(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype, *, transposes: bool) -> Layout:
+    """Of x, as `dtype` unless that is float32, which the sums are anyway; a copy where no view has such strides.
+
+    transposes: rows over R, themselves apart by 1, are taken as columns, which is right where that has the same bits.
+    """
+    if dtype not in (x.dtype, torch.float32):
+        x = x.to(dtype)
+    if not dims:
+        x, dims = x.reshape(1), (0,)
+    elif dims[-1] - dims[0] >= len(dims):  # others are between them
+        x = x.movedim(dims, tuple(range(-len(dims), 0)))
+        dims = tuple(range(x.dim() - len(dims), x.dim()))
+    first, end = dims[0], dims[-1] + 1
+    outer, reduced, inner = x.shape[:first], math.prod(x.shape[first:end]), math.prod(x.shape[end:])
+    trailing = end == x.dim()
+    if x.is_contiguous():
+        return Layout(x, 1, math.prod(outer), reduced, inner, 0, reduced * inner, inner, trailing)
+    x = x.reshape(math.prod(outer[:-1]), math.prod(outer[-1:]), reduced, inner)
+    if transposes and inner == 1 and x.shape[1] > 1 and x.stride(1) == 1:
+        x = x.transpose(1, 3)
+    *sizes, inner = x.shape
+    if x.stride(2 if inner == 1 else 3) != 1:
+        x = x.contiguous()
+    return Layout(x, *sizes, inner, *x.stride()[:3], trailing)

@@ -1,0 +1,113 @@
+"""mean and sum over dimensions, in an order that depends on the number of elements and the dtype alone.
+
+    sum = sum_r x_r,  d x_r = d sum;  mean = sum / R,  d x_r = d mean / R,  R elements being reduced
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from ...backends import resolve
+from ...checks import FLOAT_DTYPES, check_dim, check_floats
+from ...library import register
+from .layout import reduced_dims, reduced_shape, reduced_size
+from .reference import mean_reference
+
+_BACKENDS = ("reference", "cpu", "triton")
+
+
+def mean(
+    x: Tensor,
+    dim: int | tuple[int, ...] | None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The mean of x over `dim`, summed in float32 and rounded once; differentiable.
+
+    x: any shape and strides; float32, bfloat16 or float16.
+    dim: a dimension, several, or None for all; keepdim: they stay, of size 1.
+    dtype: what x is cast to before, and the result's; float32, bfloat16 or float16, None for that of x.
+    Several dimensions are reduced as one, in their order in the shape. On the CPU the bits of an element are the same
+    whichever way x lies in memory; on a GPU those of a reduction whose last dimension is kept are others than those of
+    one over the last dimension. The mean of nothing is NaN.
+    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    """
+    return _reduce(x, dim, keepdim, dtype, True, backend)
+
+
+def sum(
+    x: Tensor,
+    dim: int | tuple[int, ...] | None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The sum of x over `dim`, in float32 and rounded once; differentiable. Arguments and errors as of mean.
+
+    The sum of nothing is 0.
+    """
+    return _reduce(x, dim, keepdim, dtype, False, backend)
+
+
+def _reduce(x, dim, keepdim, dtype, divide, backend):
+    check_floats("x", x)
+    dims = _checked_dims(x, dim)
+    if dtype is None:
+        dtype = x.dtype
+    elif dtype not in FLOAT_DTYPES:
+        raise TypeError(f"dtype is {dtype!r}: it must be float32, bfloat16, float16 or None")
+    backend = resolve(backend, x.device, op="mean" if divide else "sum", supported=_BACKENDS)
+    if backend == "reference":
+        return mean_reference(x, dims, keepdim, dtype, divide)
+    return _Mean.apply(x, dims, keepdim, dtype, divide, backend)
+
+
+def _checked_dims(x, dim) -> tuple[int, ...]:
+    given = () if dim is None else (dim,) if isinstance(dim, int) else dim
+    if not isinstance(given, (tuple, list)):
+        raise TypeError(f"dim is {dim!r}: it must be an integer, a tuple of them or None")
+    for one in given:
+        check_dim("dim", one, x)
+    dims = reduced_dims(x, given)
+    if len(set(dims)) != len(dims):
+        raise ValueError(f"dim is {dim}: its dimensions must be different ones")
+    return dims
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, dims, keepdim, dtype, divide, backend):
+        ctx.dims, ctx.unsqueezed = dims, () if keepdim else dims
+        ctx.shape, ctx.dtype, ctx.divisor = x.shape, x.dtype, reduced_size(x, dims) if divide else 1
+        return mean_forward(x, dims, keepdim, dtype, divide, backend)
+
+    @staticmethod
+    def backward(ctx, grad):
+        for d in ctx.unsqueezed:
+            grad = grad.unsqueeze(d)
+        # the quotient is an element's, not a row's: no copy of it for each
+        return (grad / ctx.divisor).to(ctx.dtype).expand(ctx.shape), None, None, None, None, None
+
+
+def _kernels(backend: str):
+    """The backend's module, imported when first called: Triton may be absent."""
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+
+
+def _forward(x, dim, keepdim, dtype, divide, backend):
+    return _kernels(backend).forward(x, dim, keepdim, dtype, divide)
+
+
+def _fake(x, dim, keepdim, dtype, divide, backend):
+    return x.new_empty(reduced_shape(x, reduced_dims(x, dim), keepdim), dtype=dtype)
+
+
+mean_forward = register(
+    "mean(Tensor x, int[] dim, bool keepdim, ScalarType dtype, bool divide, str backend) -> Tensor", _forward, _fake
+)

@@ -1,0 +1,54 @@
+"""rms_norm on the CPU: allocate, call the native kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import native
+from ...memory import empty
+from ...rows import row_arguments, rows_of
+
+
+def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """(out, rstd [..., 1] float32): x * rstd * weight and 1 / sqrt(mean(x^2) + eps)."""
+    out, rstd = empty(x.shape, x.dtype, x.device), torch.empty(*x.shape[:-1], 1)
+    rows, wide = rows_of(x), _wide(weight)
+    native().rms_norm(
+        *row_arguments(rows),
+        str(x.dtype),
+        rstd.numel(),
+        x.shape[-1],
+        0 if wide is None else wide.data_ptr(),
+        eps,
+        out.data_ptr(),
+        rstd.data_ptr(),
+    )
+    return out, rstd
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, input_grad: bool, weight_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """(d x, d weight float32), each empty where it is not asked for."""
+    size = x.shape[-1]
+    grad_x = empty(x.shape if input_grad else (0,), x.dtype, x.device)
+    grad_weight = torch.empty(size if weight_grad else 0)
+    grad_rows, x_rows, wide = rows_of(grad), rows_of(x), _wide(weight)
+    native().rms_norm_backward(
+        *row_arguments(x_rows),
+        *row_arguments(grad_rows),
+        str(x.dtype),
+        rstd.numel(),
+        size,
+        0 if wide is None else wide.data_ptr(),
+        rstd.data_ptr(),
+        grad_x.data_ptr(),
+        grad_weight.data_ptr(),
+    )
+    return grad_x, grad_weight
+
+
+def _wide(weight: Tensor | None) -> Tensor | None:
+    """The kernels take a float32 weight: it is one row beside many."""
+    return None if weight is None else weight.float().contiguous()

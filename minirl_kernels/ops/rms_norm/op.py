@@ -1,0 +1,97 @@
+"""rms_norm: each row divided by its root mean square.
+
+    y = x rstd,  rstd = 1 / sqrt(mean(x^2) + eps),  out = y weight         (Zhang and Sennrich, arXiv 1910.07467)
+    d x = rstd (g - y mean(g y)),  g = d out weight;  d weight = sum over rows of d out y
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from ...backends import resolve
+from ...checks import FLOAT_DTYPES, check_floats, check_like
+from ...library import register
+from .reference import rms_norm_reference
+
+_BACKENDS = ("reference", "cpu", "triton")
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "auto") -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: of x's shape and dtype, differentiable.
+
+    x: [..., H]; float32, bfloat16 or float16; any strides of the outer dimensions.
+    weight: [H] of one of those dtypes, or None, which is 1.
+    eps: a number from 0 on, in units of x squared.
+    Computed in float32 and rounded once. The bits of a row of the result and of d x depend on that row and the weight
+    alone; d weight is a sum over the rows, in an order that depends on their number alone.
+    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    """
+    check_floats("x", x)
+    if x.shape[-1] == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must not be empty")
+    if weight is not None:
+        check_like("weight", weight, x.shape[-1:], x.device)
+        if weight.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"weight has dtype {weight.dtype}: it must be float32, bfloat16 or float16")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps is {eps!r}: it must be a number")
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps is {eps}: it must be from 0 on, and finite")
+    backend = resolve(backend, x.device, op="rms_norm", supported=_BACKENDS)
+    if backend == "reference":
+        return rms_norm_reference(x, weight, eps)
+    return _RmsNorm.apply(x, weight, float(eps), backend)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, backend):
+        out, rstd = rms_norm_forward(x, weight, eps, backend)
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.backend = backend
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight, rstd = ctx.saved_tensors
+        of_x, of_weight = ctx.needs_input_grad[:2]
+        grad_x, grad_weight = rms_norm_backward(grad, x, weight, rstd, of_x, of_weight, ctx.backend)
+        return grad_x if of_x else None, grad_weight.to(weight.dtype) if of_weight else None, None, None
+
+
+def _kernels(backend: str):
+    """The backend's module, imported when first called: Triton may be absent."""
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+
+
+def _forward(x, weight, eps, backend):
+    return _kernels(backend).forward(x, weight, eps)
+
+
+def _forward_fake(x, weight, eps, backend):
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return out, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _backward(grad, x, weight, rstd, input_grad, weight_grad, backend):
+    return _kernels(backend).backward(grad, x, weight, rstd, input_grad, weight_grad)
+
+
+def _backward_fake(grad, x, weight, rstd, input_grad, weight_grad, backend):
+    grad_x = x.new_empty(x.shape if input_grad else (0,))
+    return grad_x, x.new_empty(x.shape[-1:] if weight_grad else (0,), dtype=torch.float32)
+
+
+rms_norm_forward = register(
+    "rms_norm(Tensor x, Tensor? weight, float eps, str backend) -> (Tensor out, Tensor rstd)", _forward, _forward_fake
+)
+rms_norm_backward = register(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, bool input_grad, bool weight_grad, "
+    "str backend) -> (Tensor grad_x, Tensor grad_weight)",
+    _backward,
+    _backward_fake,
+)

@@ -1,0 +1,3 @@
+from .op import log_softmax, softmax
+
+__all__ = ["log_softmax", "softmax"]

@@ -1,0 +1,43 @@
+"""softmax on the CPU: allocate, call the native kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import native
+from ...memory import empty
+from ...rows import moved_back, moved_last, row_arguments, rows_of
+
+
+def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
+    """softmax along `dim`, or the logarithm of it; `dtype` is that of x, or float32."""
+    x = moved_last(x, dim)
+    out = empty(x.shape, dtype, x.device)
+    if x.numel():
+        size = x.shape[-1]
+        rows = rows_of(x)
+        native().softmax(
+            *row_arguments(rows), str(x.dtype), x.numel() // size, size, log, out.data_ptr(), str(dtype)
+        )
+    return moved_back(out, dim)
+
+
+def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
+    """d x from that of the output and the output, which share a dtype; `dtype`, that of x, is theirs, or 16-bit."""
+    grad, output = moved_last(grad, dim), moved_last(output, dim)
+    out = empty(grad.shape, dtype, grad.device)
+    if grad.numel():
+        size = grad.shape[-1]
+        grad_rows, output_rows = rows_of(grad), rows_of(output)
+        native().softmax_backward(
+            *row_arguments(grad_rows),
+            *row_arguments(output_rows),
+            str(grad.dtype),
+            grad.numel() // size,
+            size,
+            log,
+            out.data_ptr(),
+            str(dtype),
+        )
+    return moved_back(out, dim)

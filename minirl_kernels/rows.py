@@ -1,0 +1,30 @@
+"""A tensor as rows, for kernels that reach them by two strides: a copy only where no view has them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def moved_last(x: Tensor, dim: int) -> Tensor:
+    return x if dim in (-1, x.dim() - 1) else x.movedim(dim, -1)
+
+
+def moved_back(x: Tensor, dim: int) -> Tensor:
+    """What moved_last has made of a tensor, undone."""
+    return x if dim in (-1, x.dim() - 1) else x.movedim(-1, dim)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x [..., D], at least one-dimensional, as a contiguous tensor or as [L, D] or [B, L, D] with D contiguous."""
+    if x.is_contiguous():
+        return x
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return x.contiguous()
+    return x.flatten(0, -3) if x.dim() > 3 else x
+
+
+def row_arguments(rows: Tensor) -> tuple[int, int, int, int]:
+    """(pointer, L, strides of B and of L in elements) of what rows_of returned."""
+    if rows.is_contiguous():
+        return rows.data_ptr(), 1, rows.shape[-1], 0
+    return rows.data_ptr(), rows.shape[-2], rows.stride(0) if rows.dim() == 3 else 0, rows.stride(-2)
