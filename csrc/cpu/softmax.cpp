@@ -2,20 +2,57 @@
 #include "cpu/softmax.h"
 
 #include "cpu/row_types.h"
-#include "cpu/rows.h"
 #include "cpu/sums.h"
 
 namespace minirl {
 namespace {
 
+constexpr float kLog2E = 1.44269504f;
+
+template <class T>
+MINIRL_INLINE float row_max(const T* x, int64_t n) {
+  Floats m[4];
+  for (int64_t u = 0; u < 4; ++u) m[u] = splat(-INFINITY);
+  int64_t j = 0;
+  for (; j + kPartials <= n; j += kPartials)
+    for (int64_t u = 0; u < 4; ++u) m[u] = max(m[u], load(x + j + u * kLanes));
+  for (; j < n; j += kLanes) m[0] = max(m[0], load_first(x + j, n - j));
+  float a[kLanes];
+  store(a, max(max(m[0], m[1]), max(m[2], m[3])));
+  for (int64_t half = kLanes / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; ++i) a[i] = a[i + half] > a[i] ? a[i + half] : a[i];
+  return a[0];
+}
+
+// A row that has NaN or infinity is NaN by its sum, and one of -inf alone by its maximum.
 template <class T, class U>
 MINIRL_INLINE void softmax_row(const T* x, U* out, int64_t n, bool log_of_it) {
-  ForgetExponentials forget;
-  const RowSums sums = row_sums(x, n, kLog2E, forget);
-  if (!log_of_it)
-    return write_gradient<false>(x, out, n, kLog2E, sums.shift, (float)(1.0 / sums.sum), 0.f, NoSoftcap{});
-  const Floats shift = splat(sums.shift), log_sum = splat((float)log((double)sums.sum));
-  for (int64_t j = 0; j < n; j += kLanes) store_first(out + j, load_or_zero(x + j, n - j) - shift - log_sum, n - j);
+  const float maximum = row_max(x, n);
+  const Floats shift = splat(maximum);
+  auto power = [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+    return exp_lanes(load_first(x + j, lanes) - shift);
+  };
+  if (log_of_it) {
+    const Floats log_sum = splat((float)log(row_sum(n, power)));
+    for (int64_t j = 0; j < n; j += kLanes)
+      store_first(out + j, load_or_zero(x + j, n - j) - shift - log_sum, n - j);
+    return;
+  }
+  // the powers are kept where there is room for them
+  float buffer[kSumBlock];
+  float* kept = sizeof(U) == sizeof(float) ? (float*)out : n <= kSumBlock ? buffer : nullptr;
+  if (!kept) {
+    const Floats scale = splat((float)(1.0 / row_sum(n, power)));
+    for (int64_t j = 0; j < n; j += kLanes) store_first(out + j, power(j, n - j) * scale, n - j);
+    return;
+  }
+  const double sum = row_sum(n, [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
+    const Floats e = power(j, lanes);
+    store_first(kept + j, e, lanes);
+    return e;
+  });
+  const Floats scale = splat((float)(1.0 / sum));
+  for (int64_t j = 0; j < n; j += kLanes) store_first(out + j, load_or_zero(kept + j, n - j) * scale, n - j);
 }
 
 // p (g - sum(p g)) for a softmax p; g - e^q sum(g) for its logarithm q
