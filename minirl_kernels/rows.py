@@ -28,3 +28,11 @@ def row_arguments(rows: Tensor) -> tuple[int, int, int, int]:
     if rows.is_contiguous():
         return rows.data_ptr(), 1, rows.shape[-1], 0
     return rows.data_ptr(), rows.shape[-2], rows.stride(0) if rows.dim() == 3 else 0, rows.stride(-2)
+
+
+def matrices_of(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one shape [..., D] as [L, D] or [B, L, D], all alike, with D contiguous."""
+    tensors = [rows_of(x) for x in tensors]
+    if all(x.is_contiguous() for x in tensors):
+        return [x.view(-1, x.shape[-1]) for x in tensors]
+    return [x.flatten(0, -3) if x.dim() > 3 else x for x in tensors]

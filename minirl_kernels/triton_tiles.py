@@ -55,6 +55,14 @@ def load_tile(p_row, i_tile, V, LANES: tl.constexpr, VEC: tl.constexpr, EVICT: t
 
 
 @triton.jit
+def load_terms(p_row, i_tile, V, LANES: tl.constexpr, VEC: tl.constexpr):
+    """A tile in float32, 0 beyond V: for sums."""
+    start = i_tile * (LANES * VEC)
+    o_v = tile_offsets(LANES, VEC)
+    return tl.load(p_row + start + o_v, mask=o_v < V - start, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def store_tile(p_row, b_x, i_tile, V, LANES: tl.constexpr, VEC: tl.constexpr, EVICT: tl.constexpr = ""):
     start = i_tile * (LANES * VEC)
     o_v = tile_offsets(LANES, VEC)
@@ -163,14 +171,11 @@ def softmax_merge(b_shift, b_sum, b_weighted, c):
 
 
 @triton.jit
-def softmax_of_row(
-    p_row, V, bias, softcap, temperature, LANES: tl.constexpr, VEC: tl.constexpr, ONE_TILE: tl.constexpr
-):
-    """(shift, log_sum, entropy, first tile as it is stored): log p_j = (x_j - shift) / temperature - log_sum.
+def sums_of_row(p_row, V, bias, softcap, c, LANES: tl.constexpr, VEC: tl.constexpr, ONE_TILE: tl.constexpr):
+    """(shift, sum of 2**y, sum of 2**y * y, first tile as it is stored); y = (x - shift) * c.
 
     The row is read once, a tile ahead, from its end: so the tile that is left on chip for a second reading is full.
     """
-    c = LOG2E / temperature
     b_shift = tl.full([LANES], LOWEST, tl.float32)
     b_sum = tl.zeros([LANES], tl.float32)
     b_weighted = tl.zeros([LANES], tl.float32)
@@ -185,6 +190,16 @@ def softmax_of_row(
     b_logits = logits_of(b_x, 0, V, bias, softcap, LANES, VEC)
     b_shift, b_sum, b_weighted = softmax_step(b_logits, b_shift, b_sum, b_weighted, c)
     shift, row_sum, weighted = softmax_merge(b_shift, b_sum, b_weighted, c)
+    return shift, row_sum, weighted, b_x
+
+
+@triton.jit
+def softmax_of_row(
+    p_row, V, bias, softcap, temperature, LANES: tl.constexpr, VEC: tl.constexpr, ONE_TILE: tl.constexpr
+):
+    """(shift, log_sum, entropy, first tile as it is stored): log p_j = (x_j - shift) / temperature - log_sum."""
+    c = LOG2E / temperature
+    shift, row_sum, weighted, b_x = sums_of_row(p_row, V, bias, softcap, c, LANES, VEC, ONE_TILE)
     log_sum = tl.log(row_sum)
     return shift, log_sum, log_sum - LN2 * (weighted / row_sum), b_x
 
