@@ -16,9 +16,10 @@ from ..ops.linear_token_logprobs.tiles import gradient_in_place
 from ..ops.moe_routing import triton_kernel as moe_routing
 from ..ops.token_logprobs import triton_kernel as token_logprobs
 from ..triton_tiles import LaunchConfig
-from . import expert_cases, matmul_cases
+from . import expert_cases, matmul_cases, row_cases
 from .expert_cases import ExpertsCase
 from .matmul_cases import MatmulCase
+from .row_cases import RowsCase
 
 QWEN3_VOCAB, GPT2_VOCAB = 151_936, 50_257
 # what a program reads beside logits: its token's id, temperature, gradient, ...
@@ -122,7 +123,7 @@ class Case:
         return f"{self.kernel.name}, {str(self.dtype).removeprefix('torch.')}, V = {self.vocab_size:,}{apart}"
 
 
-AnyCase = Case | ExpertsCase | MatmulCase
+AnyCase = Case | ExpertsCase | MatmulCase | RowsCase
 
 
 def _once(config: LaunchConfig, vocab_size: int) -> float:
@@ -324,6 +325,7 @@ def interpreter_cases() -> Iterator[AnyCase]:
         yield Case(kernel, 1_024, torch.bfloat16, padding=8)
     yield from expert_cases.interpreter_cases()
     yield from matmul_cases.interpreter_cases()
+    yield from row_cases.interpreter_cases()
 
 
 def compile_cases() -> Iterator[AnyCase]:
@@ -359,6 +361,7 @@ def compile_cases() -> Iterator[AnyCase]:
         yield Case(kernel, 256, torch.float32)
     yield from expert_cases.compile_cases()
     yield from matmul_cases.compile_cases()
+    yield from row_cases.compile_cases()
 
 
 def _launch_configurations(kernel: Kernel, dtype: torch.dtype, one_tile: list[int], many_tiles: int) -> Iterator[Case]:
