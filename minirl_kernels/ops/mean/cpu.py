@@ -13,11 +13,13 @@ def forward(
     x: Tensor, dim: int | tuple[int, ...] | None, keepdim: bool, dtype: torch.dtype | None, divide: bool
 ) -> Tensor:
     """The mean over `dim` where `divide`, else the sum; `dtype` None is that of x."""
+    if dtype not in (None, x.dtype, torch.float32):
+        return forward(x, dim, keepdim, torch.float32, divide).to(dtype)
     dtype = dtype or x.dtype
     dims = reduced_dims(x, dim)
     out = torch.empty(reduced_shape(x, dims, keepdim), dtype=dtype)
     if out.numel():
-        lie = layout_of(x, dims, dtype, transposes=True)
+        lie = layout_of(x, dims, transposes=True)
         native().mean(
             lie.x.data_ptr(),
             lie.length,

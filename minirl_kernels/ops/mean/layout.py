@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -37,16 +36,14 @@ def reduced_shape(x: Tensor, dims: tuple[int, ...], keepdim: bool) -> list[int]:
 
 
 def reduced_size(x: Tensor, dims: tuple[int, ...]) -> int:
-    return math.prod(x.shape[d] for d in dims)
+    return math.prod([x.shape[d] for d in dims])
 
 
-def layout_of(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype, *, transposes: bool) -> Layout:
-    """Of x, as `dtype` unless that is float32, which the sums are anyway; a copy where no view has such strides.
+def layout_of(x: Tensor, dims: tuple[int, ...], *, transposes: bool) -> Layout:
+    """Of x, or of a copy where no view has such strides.
 
-    transposes: rows over R, themselves apart by 1, are taken as columns, which is right where that has the same bits.
+    transposes: whether rows may be summed as columns, or columns as rows: where both have the same bits.
     """
-    if dtype not in (x.dtype, torch.float32):
-        x = x.to(dtype)
     if not dims:
         x, dims = x.reshape(1), (0,)
     elif dims[-1] - dims[0] >= len(dims):  # others are between them
@@ -58,9 +55,13 @@ def layout_of(x: Tensor, dims: tuple[int, ...], dtype: torch.dtype, *, transpose
     if x.is_contiguous():
         return Layout(x, 1, math.prod(outer), reduced, inner, 0, reduced * inner, inner, trailing)
     x = x.reshape(math.prod(outer[:-1]), math.prod(outer[-1:]), reduced, inner)
-    if transposes and inner == 1 and x.shape[1] > 1 and x.stride(1) == 1:
-        x = x.transpose(1, 3)
+    if not _fits(x):
+        swapped = x.transpose(1, 3)  # the rows of a transposed matrix are columns, and the other way round
+        x = swapped if transposes and 1 in (x.shape[1], inner) and _fits(swapped) else x.contiguous()
     *sizes, inner = x.shape
-    if x.stride(2 if inner == 1 else 3) != 1:
-        x = x.contiguous()
     return Layout(x, *sizes, inner, *x.stride()[:3], trailing)
+
+
+def _fits(x: Tensor) -> bool:
+    """Of x [B, L, R, I], where a dimension of one element may have any stride."""
+    return (x.stride(3) == 1) if x.shape[3] > 1 else (x.stride(2) == 1 or x.shape[2] <= 1)

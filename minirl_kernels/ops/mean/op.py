@@ -31,7 +31,7 @@ def mean(
 
     x: any shape and strides; float32, bfloat16 or float16.
     dim: a dimension, several, or None for all; keepdim: they stay, of size 1.
-    dtype: what x is cast to before, and the result's; float32, bfloat16 or float16, None for that of x.
+    dtype: of the result; float32, bfloat16 or float16, None for that of x.
     Several dimensions are reduced as one, in their order in the shape. On the CPU the bits of an element are the same
     whichever way x lies in memory; on a GPU those of a reduction whose last dimension is kept are others than those of
     one over the last dimension. The mean of nothing is NaN.
@@ -91,8 +91,8 @@ class _Mean(torch.autograd.Function):
     def backward(ctx, grad):
         for d in ctx.unsqueezed:
             grad = grad.unsqueeze(d)
-        # the quotient is an element's, not a row's: no copy of it for each
-        return (grad / ctx.divisor).to(ctx.dtype).expand(ctx.shape), None, None, None, None, None
+        quotient = grad.to(torch.promote_types(grad.dtype, ctx.dtype)) / ctx.divisor
+        return quotient.to(ctx.dtype).expand(ctx.shape), None, None, None, None, None
 
 
 def _kernels(backend: str):

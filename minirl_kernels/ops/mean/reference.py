@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def mean_reference(x: Tensor, dims: tuple[int, ...], keepdim: bool, dtype: torch.dtype, divide: bool) -> Tensor:
-    """The mean where `divide`, else the sum; x is taken as `dtype`, summed in float32 at least, and rounded to it."""
-    wide = x.to(dtype).to(torch.promote_types(dtype, torch.float32))
+    """The mean where `divide`, else the sum; summed in float32 at least and rounded to `dtype`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (torch.mean if divide else torch.sum)(wide, dims, keepdim).to(dtype)

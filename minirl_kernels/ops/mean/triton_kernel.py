@@ -101,11 +101,13 @@ def forward(
     x: Tensor, dim: int | tuple[int, ...] | None, keepdim: bool, dtype: torch.dtype | None, divide: bool
 ) -> Tensor:
     """The mean over `dim` where `divide`, else the sum; `dtype` None is that of x."""
+    if dtype not in (None, x.dtype, torch.float32):
+        return forward(x, dim, keepdim, torch.float32, divide).to(dtype)
     dtype = dtype or x.dtype
     dims = reduced_dims(x, dim)
     out = torch.empty(reduced_shape(x, dims, keepdim), dtype=dtype, device=x.device)
     if out.numel():
-        lie = layout_of(x, dims, dtype, transposes=False)
+        lie = layout_of(x, dims, transposes=False)
         sizes = (lie.batch, lie.length, lie.reduced, lie.inner)
         x = lie.x.as_strided(sizes, (lie.batch_stride, lie.length_stride, lie.reduced_stride, 1))
         # by which dimensions are reduced, not by their sizes: the two ways have other bits

@@ -30,6 +30,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "au
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
     """
     check_floats("x", x)
+    if x.dim() == 0:
+        raise ValueError("x has shape (): it must have one dimension or more")
     if x.shape[-1] == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must not be empty")
     if weight is not None:
