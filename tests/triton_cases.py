@@ -12,7 +12,10 @@ import pytest
 import torch
 from helpers import assert_as_exact_as_eager, per_row
 
-from minirl_kernels import fused_policy_loss, token_logprobs
+from minirl_kernels import fused_policy_loss, log_softmax, mean, rms_norm, softmax, token_logprobs
+from minirl_kernels import sum as mk_sum
+from minirl_kernels.ops.rms_norm.reference import rms_norm_reference
+from minirl_kernels.ops.softmax.reference import softmax_reference
 from minirl_kernels.ops.token_logprobs.reference import token_logprobs_reference
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -78,6 +81,89 @@ def check_token_logprobs(logits, token_ids, temperature=1.0, *, with_entropy=Tru
     for values, theirs, exact in zip(ours, eager, out, strict=True):
         assert_as_exact_as_eager(values, theirs, exact.detach())
     assert_as_exact_as_eager(our_grad, eager_grad, grad, per_row(grad))
+
+
+def _compare(reference_in, call, leaves, upstream, scales, device):
+    """call(*leaves, backend=...) and its gradients by Triton against reference_in(*leaves) in float64, as exact as eager.
+
+    scales(exact results) are those of the errors, one each.
+    """
+
+    def run(backend):
+        ours = [_on(leaf, device).requires_grad_() for leaf in leaves]
+        out = call(*ours, backend=backend)
+        grads = torch.autograd.grad(out, ours, upstream.to(device, out.dtype))
+        return [values.detach().cpu() for values in (out, *grads)]
+
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    out = reference_in(*wide)
+    exact = [values.detach() for values in (out, *torch.autograd.grad(out, wide, upstream.double()))]
+    for ours, eager, truth, scale in zip(run("triton"), run("reference"), exact, scales(exact), strict=True):
+        assert_as_exact_as_eager(ours, eager, truth, scale)
+
+
+def check_softmax(x, log, dim=-1, *, device="cpu"):
+    """Values and gradient along `dim`. The gradient of halves is a function of the result as it was rounded, which the
+    reference's is not: in float32 alone."""
+    call = log_softmax if log else softmax
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    if x.dtype == torch.float32:
+
+        def scales(exact):
+            terms = upstream.double() if log else exact[0] * upstream.double()
+            return exact[0].abs().amax(dim, True), terms.abs().amax(dim, True)
+
+        _compare(
+            lambda x: softmax_reference(x, dim, log),
+            lambda x, backend: call(x, dim, backend=backend),
+            [x],
+            upstream,
+            scales,
+            device,
+        )
+        return
+    exact = softmax_reference(x.double(), dim, log)
+    leaf = _on(x, device).requires_grad_()
+    out = call(leaf, dim, backend="triton")
+    (grad,) = torch.autograd.grad(out, leaf, upstream.to(device, x.dtype))
+    out, g = out.detach().cpu(), upstream.to(x.dtype).double()
+    assert_as_exact_as_eager(out, softmax_reference(x, dim, log), exact, exact.abs().amax(dim, True))
+    y = out.double()
+    expected = g - y.exp() * g.sum(dim, True) if log else y * (g - (y * g).sum(dim, True))
+    torch.testing.assert_close(grad.cpu(), expected.to(x.dtype))
+
+
+def check_rms_norm(x, weight, *, device="cpu"):
+    """Values and both gradients."""
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    _compare(
+        lambda x, weight=None: rms_norm_reference(x, weight, 1e-6),
+        lambda x, weight=None, *, backend: rms_norm(x, weight, 1e-6, backend=backend),
+        [x] if weight is None else [x, weight],
+        upstream,
+        lambda exact: [per_row(exact[0]), _first_term(x, weight, upstream), None][: len(exact)],
+        device,
+    )
+
+
+def _first_term(x, weight, upstream):
+    """The scale of d x, which is what subtraction leaves of it."""
+    wide = x.double()
+    return per_row(upstream.double() * (1 if weight is None else weight.double()) / wide.square().mean(-1, True).sqrt())
+
+
+def check_mean(x, dim, divide, *, device="cpu"):
+    """Values and gradient."""
+    out = x.double().abs().sum(dim)
+    terms = out / (x.numel() / out.numel() if divide else 1)
+    _compare(
+        lambda x: (torch.mean if divide else torch.sum)(x, dim),
+        lambda x, backend: (mean if divide else mk_sum)(x, dim, backend=backend),
+        [x],
+        torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype),
+        lambda exact: (terms, None),
+        device,
+    )
 
 
 class Results(NamedTuple):

@@ -115,9 +115,7 @@ def _softmax(operands: Operands, *, log: bool = False, dtype: torch.dtype | None
     return (softmax.forward(operands.x, -1, log, dtype or operands.x.dtype),)
 
 
-def _softmax_backward(
-    operands: Operands, *, log: bool = False, dtype: torch.dtype | None = None
-) -> tuple[Tensor, ...]:
+def _softmax_backward(operands: Operands, *, log: bool = False, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
     return (softmax.backward(operands.grad, operands.output, -1, log, dtype or operands.x.dtype),)
 
 

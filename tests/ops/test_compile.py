@@ -93,6 +93,21 @@ def op_arguments():
             (*of_experts, torch.randn(6, 6), torch.randn(3, 5), *[True] * 4, "cpu"),
             (*of_experts, torch.randn(6, 6), torch.randn(3, 5), False, True, False, False, "cpu"),
         ],
+        "mean": [
+            (logits, (0, -1), True, torch.float32, True, "cpu"),
+            (half[0], (), False, torch.float16, False, "cpu"),
+        ],
+        "rms_norm": [(logits, torch.randn(7), 1e-6, "cpu"), (half[0], none, 0.0, "cpu")],
+        "rms_norm_backward": [
+            (logits, logits + 1, weight, torch.ones(2, 3, 1), *wanted, "cpu")
+            for weight, wanted in (
+                (torch.randn(7), (True, True)),
+                (none, (True, False)),
+                (torch.randn(7), (False, True)),
+            )
+        ],
+        "softmax": [(logits, -1, True, "cpu"), (logits.half(), 1, False, "cpu")],
+        "softmax_backward": [(logits, logits - 3, 0, True, "cpu"), (logits.half(), logits.half(), -1, False, "cpu")],
         "token_logprobs": [(logits, ids, ones, with_entropy, "cpu") for with_entropy in (True, False)],
         "token_logprobs_backward": [(logits, *of_backward, grad_entropy, "cpu") for grad_entropy in (ones, none)],
         "token_logprobs_backward_": [(logits, *of_backward, grad_entropy, "cpu") for grad_entropy in (ones, none)],

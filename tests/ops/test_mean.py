@@ -151,7 +151,11 @@ def test_threads(shape, cpu, threads):
     x = cancelling(*shape)
 
     def call(x):
-        return mk.sum(x, -1, backend=cpu), mean(x, None, backend=cpu), mk.sum(x.view(-1, 32 * 47)[:, :9], 0, backend=cpu)
+        return (
+            mk.sum(x, -1, backend=cpu),
+            mean(x, None, backend=cpu),
+            mk.sum(x.view(-1, 32 * 47)[:, :9], 0, backend=cpu),
+        )
 
     whole = x if x.numel() % (32 * 47) == 0 else x.flatten()[: x.numel() // (32 * 47) * 32 * 47].view(1, -1)
     check_threads(call, whole, threads=threads)

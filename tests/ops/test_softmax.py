@@ -54,7 +54,7 @@ def check(calls, x, backend, dim=-1):
 
 
 def check_against_eager(calls, x, upstream, found, eager, backend, dim=-1):
-    """The kernels' gradient is a function of the output, as torch's is; the reference's is of what was not yet rounded."""
+    """The kernels' gradient is a function of the output, as torch's is; the reference's of what was not yet rounded."""
     x, upstream, *results = (values.movedim(dim, -1) for values in (x, upstream, *found, *eager))
     exact = calls[1](x.double(), -1)
     assert_as_exact_as_eager(results[0], results[2], exact, per_row(exact))

@@ -1,6 +1,6 @@
 """mean and sum over dimensions, in an order that depends on the number of elements and the dtype alone.
 
-    sum = sum_r x_r,  d x_r = d sum;  mean = sum / R,  d x_r = d mean / R,  R elements being reduced
+sum = sum_r x_r,  d x_r = d sum;  mean = sum / R,  d x_r = d mean / R,  R elements being reduced
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """rms_norm: each row divided by its root mean square.
 
-    y = x rstd,  rstd = 1 / sqrt(mean(x^2) + eps),  out = y weight         (Zhang and Sennrich, arXiv 1910.07467)
-    d x = rstd (g - y mean(g y)),  g = d out weight;  d weight = sum over rows of d out y
+y = x rstd,  rstd = 1 / sqrt(mean(x^2) + eps),  out = y weight         (Zhang and Sennrich, arXiv 1910.07467)
+d x = rstd (g - y mean(g y)),  g = d out weight;  d weight = sum over rows of d out y
 """
 
 from __future__ import annotations

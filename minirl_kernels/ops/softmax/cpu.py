@@ -17,9 +17,7 @@ def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
     if x.numel():
         size = x.shape[-1]
         rows = rows_of(x)
-        native().softmax(
-            *row_arguments(rows), str(x.dtype), x.numel() // size, size, log, out.data_ptr(), str(dtype)
-        )
+        native().softmax(*row_arguments(rows), str(x.dtype), x.numel() // size, size, log, out.data_ptr(), str(dtype))
     return moved_back(out, dim)
 
 

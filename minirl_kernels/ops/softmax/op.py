@@ -1,7 +1,7 @@
 """softmax and log_softmax of rows, each a function of its row alone.
 
-    p = e^(x - max x) / sum(e^(x - max x))      d x = p (g - sum(p g))      for p = softmax(x)
-    q = x - max x - log sum(e^(x - max x))      d x = g - e^q sum(g)        for q = log_softmax(x)
+p = e^(x - max x) / sum(e^(x - max x))      d x = p (g - sum(p g))      for p = softmax(x)
+q = x - max x - log sum(e^(x - max x))      d x = g - e^q sum(g)        for q = log_softmax(x)
 """
 
 from __future__ import annotations
