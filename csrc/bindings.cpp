@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/elementwise.h"
 #include "cpu/fused_policy_loss.h"
 #include "cpu/isa.h"
 #include "cpu/logits.h"
@@ -133,6 +134,26 @@ void softcap(Address logits, int64_t rows, int64_t vocab_size, int64_t stride, f
   const minirl::SoftcapLogits args = {pointer<float>(logits), vocab_size, stride, cap};
   py::gil_scoped_release no_gil;
   minirl::parallel_rows(rows, vocab_size, MINIRL_PICK(minirl::softcap, minirl::SoftcapLogits), args);
+}
+
+void elementwise(const std::string& name, const std::string& dtype, Address x, Address grad, Address out, int64_t size,
+                 float a, float b) {
+  using minirl::Function;
+  const auto function = choice<Function>("function", name,
+                                         {{"silu", Function::kSilu},
+                                          {"rsqrt", Function::kRsqrt},
+                                          {"sigmoid", Function::kSigmoid},
+                                          {"gelu", Function::kGelu},
+                                          {"gelu_tanh", Function::kGeluTanh},
+                                          {"softplus", Function::kSoftplus},
+                                          {"pow", Function::kPow},
+                                          {"mish", Function::kMish},
+                                          {"exp2", Function::kExp2}});
+  const minirl::Elementwise args = {
+      function, dtype_of(dtype), pointer<void>(x), pointer<void>(grad), pointer<void>(out), size, a, b};
+  py::gil_scoped_release no_gil;
+  minirl::parallel_rows((size + minirl::kElementwiseBlock - 1) / minirl::kElementwiseBlock, minirl::kElementwiseBlock,
+                        MINIRL_PICK(minirl::elementwise, minirl::Elementwise), args);
 }
 
 // The item that is so far from the end of a tensor's sizes or strides, 0 beyond its first.
@@ -418,6 +439,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_isa", minirl::set_isa);
   module.def("advise_huge_pages", [](Address begin, int64_t bytes) { minirl::advise_huge_pages(begin, bytes); });
   module.def("release_pages", [](Address begin, int64_t bytes) { minirl::release_pages(begin, bytes); });
+  module.def("elementwise", elementwise);
   module.def("matmul", matmul);
   module.def("matmul_grouped", matmul_grouped);
   module.def("mean", mean);

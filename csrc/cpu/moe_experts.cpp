@@ -1,6 +1,7 @@
 // The phases of a mixture of experts, forward and backward.
 #include "cpu/moe_experts.h"
 
+#include "cpu/functions.h"
 #include "cpu/gemm.h"
 
 namespace minirl {
@@ -12,23 +13,6 @@ MINIRL_INLINE Floats keep_first(Floats v, int64_t n) {
   store(a, v);
   for (int64_t i = n; i < kLanes; ++i) a[i] = 0.f;
   return load(a);
-}
-
-// Of x and of -x, by e^-|x|: neither cancels, and where one is too small for a float it is 0.
-struct Sigmoids {
-  Floats of_x, of_minus_x;
-};
-MINIRL_INLINE Sigmoids sigmoids(Floats x) {
-  Ints negative = bits_of(x);
-  MINIRL_EACH_PART negative.part[i] |= 0x80000000;
-  const Floats e = exp_lanes(floats_of(negative)), large = splat(1.f) / (splat(1.f) + e), small = e * large;
-  Ints first = bits_of(large), second = bits_of(small);
-  MINIRL_EACH_PART {
-    const NativeInt swapped = (NativeInt)(x.part[i] < 0.f) & (first.part[i] ^ second.part[i]);
-    first.part[i] ^= swapped;
-    second.part[i] ^= swapped;
-  }
-  return {floats_of(first), floats_of(second)};
 }
 
 // What a thread needs for blocks of up to `columns`: packed operands, and a block of results. Without a destructor,

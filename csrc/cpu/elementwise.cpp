@@ -1,0 +1,165 @@
+// Functions of one element and their slopes. Every element goes through the same sixteen lanes, the last ones too.
+#include "cpu/elementwise.h"
+
+#include "cpu/functions.h"
+
+namespace minirl {
+namespace {
+
+struct Sigmoid {
+  MINIRL_METHOD Floats value(Floats x) const { return sigmoids(x).of_x; }
+  MINIRL_METHOD Floats slope(Floats x) const {
+    const Sigmoids s = sigmoids(x);
+    return s.of_x * s.of_minus_x;
+  }
+};
+
+struct Silu {
+  MINIRL_METHOD Floats value(Floats x) const { return x * sigmoids(x).of_x; }
+  MINIRL_METHOD Floats slope(Floats x) const {
+    const Sigmoids s = sigmoids(x);
+    return s.of_x * (splat(1.f) + x * s.of_minus_x);
+  }
+};
+
+// log(1 + e^y) / beta of y = beta x, and x where y is above the threshold.
+struct Softplus {
+  float beta, threshold;
+  MINIRL_METHOD Floats value(Floats x) const {
+    const Floats y = x * splat(beta);
+    const Floats sum = max(splat(0.f), y) + log1p_of_fraction(exp_precise(negative_size(y)));
+    return where_greater(y, threshold, x, sum / splat(beta));
+  }
+  MINIRL_METHOD Floats slope(Floats x) const {
+    const Floats y = x * splat(beta);
+    return where_greater(y, threshold, splat(1.f), sigmoids(y).of_x);
+  }
+};
+
+struct Gelu {
+  MINIRL_METHOD Floats value(Floats x) const { return x * normal(x).below; }
+  MINIRL_METHOD Floats slope(Floats x) const {
+    const Normal n = normal(x);
+    return n.below + x * n.density;
+  }
+};
+
+// x (1 + tanh u) / 2 = x sigmoid(v) of v = 2u = x (c + 0.044715 c x^2), c = 2 sqrt(2 / pi).
+struct GeluTanh {
+  MINIRL_METHOD Floats value(Floats x) const {
+    const Floats y = bounded(x);
+    return x * sigmoids(y * (splat(1.59576912f) + splat(0.0713548163f) * (y * y))).of_x;
+  }
+  MINIRL_METHOD Floats slope(Floats x) const {
+    const Floats y = bounded(x), z = y * y;
+    const Sigmoids s = sigmoids(y * (splat(1.59576912f) + splat(0.0713548163f) * z));
+    return s.of_x + y * (s.of_x * s.of_minus_x) * (splat(1.59576912f) + splat(0.214064449f) * z);
+  }
+  // far beyond where the sigmoid is 0 or 1, and no power overflows
+  static MINIRL_METHOD Floats bounded(Floats x) { return max(splat(-64.f), at_most(x, 64.f)); }
+};
+
+// x tanh(log(1 + e^x)) = x n / (n + 2) of n = e^x (e^x + 2).
+struct Mish {
+  MINIRL_METHOD Floats value(Floats x) const {
+    const Floats n = numerator(x);
+    return x * (n / (n + splat(2.f)));
+  }
+  MINIRL_METHOD Floats slope(Floats x) const {
+    const Floats n = numerator(x), m = n + splat(2.f);
+    return n / m + x * sigmoids(x).of_x * (splat(4.f) * (n + splat(1.f)) / (m * m));
+  }
+  // above 15 the quotient is 1, and e^4x would overflow
+  static MINIRL_METHOD Floats numerator(Floats x) {
+    const Floats e = exp_precise(at_most(x, 15.f));
+    return e * (e + splat(2.f));
+  }
+};
+
+// Those that the C library computes, one lane after another.
+template <class F>
+MINIRL_INLINE Floats each_lane(Floats v, F f) {
+  float a[kLanes];
+  store(a, v);
+  for (int i = 0; i < kLanes; ++i) a[i] = f(a[i]);
+  return load(a);
+}
+struct Rsqrt {
+  MINIRL_METHOD Floats value(Floats x) const {
+    return splat(1.f) / each_lane(x, [](float v) { return sqrtf(v); });
+  }
+};
+struct Exp2 {
+  MINIRL_METHOD Floats value(Floats x) const {
+    return each_lane(x, [](float v) { return exp2f(v); });
+  }
+};
+struct Pow {
+  float exponent;
+  MINIRL_METHOD Floats value(Floats x) const {
+    return each_lane(x, [this](float v) { return powf(v, exponent); });
+  }
+};
+
+template <class F>
+MINIRL_INLINE void for_each_lanes(const Elementwise& args, int64_t begin, int64_t end, F visit) {
+  end = end * kElementwiseBlock < args.size ? end * kElementwiseBlock : args.size;
+  for (int64_t j = begin * kElementwiseBlock; j < end; j += kLanes)
+    visit(j, end - j < kLanes ? end - j : (int64_t)kLanes);
+}
+
+template <class T, class F>
+MINIRL_INLINE void values(const Elementwise& args, int64_t begin, int64_t end, F f) {
+  const T* const x = (const T*)args.x;
+  for_each_lanes(args, begin, end, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+    store_first((T*)args.out + j, f.value(load_first(x + j, n)), n);
+  });
+}
+
+template <class T, class F>
+MINIRL_INLINE void values_or_gradients(const Elementwise& args, int64_t begin, int64_t end, F f) {
+  if (!args.grad) return values<T>(args, begin, end, f);
+  const T *const x = (const T*)args.x, *const grad = (const T*)args.grad;
+  for_each_lanes(args, begin, end, [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+    store_first((T*)args.out + j, load_first(grad + j, n) * f.slope(load_first(x + j, n)), n);
+  });
+}
+
+template <class T>
+MINIRL_INLINE void run(const Elementwise& args, int64_t begin, int64_t end) {
+  switch (args.function) {
+    case Function::kSigmoid:
+      return values_or_gradients<T>(args, begin, end, Sigmoid{});
+    case Function::kSilu:
+      return values_or_gradients<T>(args, begin, end, Silu{});
+    case Function::kSoftplus:
+      return values_or_gradients<T>(args, begin, end, Softplus{args.a, args.b});
+    case Function::kGelu:
+      return values_or_gradients<T>(args, begin, end, Gelu{});
+    case Function::kGeluTanh:
+      return values_or_gradients<T>(args, begin, end, GeluTanh{});
+    case Function::kMish:
+      return values_or_gradients<T>(args, begin, end, Mish{});
+    case Function::kRsqrt:
+      return values<T>(args, begin, end, Rsqrt{});
+    case Function::kExp2:
+      return values<T>(args, begin, end, Exp2{});
+    case Function::kPow:
+      return values<T>(args, begin, end, Pow{args.a});
+  }
+}
+
+}  // namespace
+
+void MINIRL_KERNEL(elementwise)(const Elementwise& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case DType::kFloat32:
+      return run<float>(args, begin, end);
+    case DType::kBFloat16:
+      return run<BFloat16>(args, begin, end);
+    case DType::kFloat16:
+      return run<Float16>(args, begin, end);
+  }
+}
+
+}  // namespace minirl

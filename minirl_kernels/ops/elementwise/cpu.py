@@ -1,0 +1,90 @@
+"""The elementwise functions on the CPU, with the arguments of the aten operations of the same names.
+
+An element's bits depend on its value alone: not on its place, the number of elements, strides or threads. Any shape
+and strides; the result has those that torch's own would have. A gradient's dtype and strides are made x's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...backends import native
+from ...memory import empty
+
+
+def exp2(x: Tensor) -> Tensor:
+    return run("exp2", x)
+
+
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    return run("gelu" if approximate == "none" else "gelu_tanh", x)
+
+
+def gelu_backward(grad: Tensor, x: Tensor, approximate: str = "none") -> Tensor:
+    return run("gelu" if approximate == "none" else "gelu_tanh", x, grad)
+
+
+def mish(x: Tensor) -> Tensor:
+    return run("mish", x)
+
+
+def mish_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return run("mish", x, grad)
+
+
+def pow(x: Tensor, exponent: float) -> Tensor:
+    return run("pow", x, None, float(exponent))
+
+
+def rsqrt(x: Tensor) -> Tensor:
+    return run("rsqrt", x)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return run("sigmoid", x)
+
+
+def silu(x: Tensor) -> Tensor:
+    return run("silu", x)
+
+
+def silu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    return run("silu", x, grad)
+
+
+def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
+    return run("softplus", x, None, float(beta), float(threshold))
+
+
+def softplus_backward(grad: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+    return run("softplus", x, grad, float(beta), float(threshold))
+
+
+def run(function: str, x: Tensor, grad: Tensor | None = None, a: float = 0.0, b: float = 0.0) -> Tensor:
+    """f(x), or grad * f'(x) where there is a grad; a and b are the function's numbers, if it has any."""
+    if x.is_contiguous():
+        out = empty(x.shape, x.dtype, x.device)
+    else:
+        out = torch.empty_like(x)  # dense, its dimensions in the order of x's
+        x = _in_memory_as(out, x)
+    if grad is not None:
+        grad = _in_memory_as(out, grad)
+    native().elementwise(
+        function,
+        str(x.dtype),
+        x.data_ptr(),
+        0 if grad is None else grad.data_ptr(),
+        out.data_ptr(),
+        out.numel(),
+        a,
+        b,
+    )
+    return out
+
+
+def _in_memory_as(out: Tensor, values: Tensor) -> Tensor:
+    """`values`, or a copy of them, whose elements lie where those of `out` do."""
+    if values.dtype == out.dtype and values.stride() == out.stride():
+        return values
+    return torch.empty_like(out).copy_(values)
