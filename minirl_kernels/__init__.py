@@ -2,6 +2,7 @@
 
 from .config import PolicyLossConfig
 from .moe import RoutedExperts, moe_layer_indices, record_routing, replay_routing
+from .ops.elementwise import gelu, mish, sigmoid, silu, softplus
 from .ops.fused_linear_policy_loss import fused_linear_policy_loss
 from .ops.fused_policy_loss import fused_policy_loss
 from .ops.linear_token_logprobs import linear_token_logprobs
@@ -24,12 +25,14 @@ __all__ = [
     "bmm",
     "fused_linear_policy_loss",
     "fused_policy_loss",
+    "gelu",
     "group_advantages",
     "linear",
     "linear_token_logprobs",
     "matmul",
     "log_softmax",
     "mean",
+    "mish",
     "moe_experts",
     "moe_layer_indices",
     "moe_routing",
@@ -40,5 +43,8 @@ __all__ = [
     "rms_norm",
     "softmax",
     "sum",
+    "sigmoid",
+    "silu",
+    "softplus",
     "token_logprobs",
 ]

@@ -18,7 +18,11 @@ def empty_gradient(tensor: Tensor) -> Tensor:
 
 def empty(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Contiguous memory; on the CPU it asks for huge pages before it is first touched."""
-    out = torch.empty(shape, dtype=dtype, device=device)
+    return in_huge_pages(torch.empty(shape, dtype=dtype, device=device))
+
+
+def in_huge_pages(out: Tensor) -> Tensor:
+    """Dense memory that was not touched yet; on the CPU it asks for huge pages, where it is large."""
     if _is_large(out):
         native().advise_huge_pages(out.data_ptr(), out.nbytes)
     return out

@@ -62,18 +62,19 @@ struct GeluTanh {
 // x tanh(log(1 + e^x)) = x n / (n + 2) of n = e^x (e^x + 2).
 struct Mish {
   MINIRL_METHOD Floats value(Floats x) const {
-    const Floats n = numerator(x);
+    const Floats n = numerator(bounded(x));
     return x * (n / (n + splat(2.f)));
   }
   MINIRL_METHOD Floats slope(Floats x) const {
-    const Floats n = numerator(x), m = n + splat(2.f);
-    return n / m + x * sigmoids(x).of_x * (splat(4.f) * (n + splat(1.f)) / (m * m));
+    const Floats y = bounded(x), n = numerator(y), m = n + splat(2.f);
+    return n / m + y * sigmoids(y).of_x * (splat(4.f) * (n + splat(1.f)) / (m * m));
   }
-  // above 15 the quotient is 1, and e^4x would overflow
   static MINIRL_METHOD Floats numerator(Floats x) {
-    const Floats e = exp_precise(at_most(x, 15.f));
+    const Floats e = exp_precise(x);
     return e * (e + splat(2.f));
   }
+  // above 15 the quotient is 1, and e^4x would overflow
+  static MINIRL_METHOD Floats bounded(Floats x) { return at_most(x, 15.f); }
 };
 
 // Those that the C library computes, one lane after another.

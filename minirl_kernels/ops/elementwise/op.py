@@ -95,15 +95,11 @@ def _backward(grad, x, function, a, b):
     return cpu.run(function, x, grad, a, b)
 
 
-def _like(x):
-    return torch.empty_like(x, memory_format=torch.contiguous_format if x.is_contiguous() else torch.preserve_format)
-
-
 elementwise_forward = register(
-    "elementwise(Tensor x, str function, float a, float b) -> Tensor", _forward, lambda x, *_: _like(x)
+    "elementwise(Tensor x, str function, float a, float b) -> Tensor", _forward, lambda x, *_: torch.empty_like(x)
 )
 elementwise_backward = register(
     "elementwise_backward(Tensor grad, Tensor x, str function, float a, float b) -> Tensor",
     _backward,
-    lambda grad, x, *_: _like(x),
+    lambda grad, x, *_: torch.empty_like(x),
 )
