@@ -11,7 +11,7 @@ from minirl_kernels.batch_invariant.known import CONDITIONS, INVARIANT, is_invar
 
 aten = torch.ops.aten
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SIZE = 1920  # whole vectors of every width
+SIZE = 960  # whole vectors of every width
 
 UNARY = {
     "any number": (
