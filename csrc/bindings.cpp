@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "attention.h"
 #include "cpu/elementwise.h"
 #include "cpu/fused_policy_loss.h"
 #include "cpu/isa.h"
@@ -416,6 +417,50 @@ void mean(MINIRL_ROWS_PARAMETERS(x), const std::string& dtype, int64_t rows, int
   if (blocks > 1) minirl::parallel_rows(rows * inner, blocks, MINIRL_PICK(minirl::mean_of_blocks, Mean), args);
 }
 
+// The arguments that both calls of attention begin with.
+#define MINIRL_STRIDES(name) \
+  Address name, int64_t name##_batch_stride, int64_t name##_head_stride, int64_t name##_row_stride
+#define MINIRL_STRIDED(name) \
+  minirl::AttentionOperand { pointer<void>(name), name##_batch_stride, name##_head_stride, name##_row_stride }
+#define MINIRL_ATTENTION_PARAMETERS                                                                                    \
+  const std::string &dtype, Address spans, int64_t num_spans, int64_t batch, int64_t queries, int64_t keys,            \
+      int64_t heads, int64_t group, int64_t key_size, int64_t value_size, float scale, bool causal, MINIRL_STRIDES(q), \
+      MINIRL_STRIDES(k), MINIRL_STRIDES(v), Address out, Address stats
+#define MINIRL_ATTENTION                                                                                             \
+  minirl::Attention {                                                                                                \
+    dtype_of(dtype), pointer<minirl::Span>(spans), nullptr, heads, group, key_size, value_size, 0, 0, scale, causal, \
+        MINIRL_STRIDED(q), MINIRL_STRIDED(k), MINIRL_STRIDED(v), {}, pointer<float>(stats), queries                  \
+  }
+
+void check_spans(const minirl::Span* spans, int64_t num_spans, int64_t batch, int64_t queries, int64_t keys) {
+  auto inside = [](int64_t first, int64_t count, int64_t size) {
+    return first >= 0 && count >= 0 && first <= size && count <= size - first;
+  };
+  for (int64_t i = 0; i < num_spans; ++i)
+    if (!inside(spans[i].batch, 1, batch) || !inside(spans[i].first_query, spans[i].queries, queries) ||
+        !inside(spans[i].first_key, spans[i].keys, keys))
+      throw std::invalid_argument("spans has queries or keys at row " + std::to_string(i) +
+                                  " that are outside of q or k: they must be within");
+}
+
+void attention(MINIRL_ATTENTION_PARAMETERS) {
+  const minirl::Attention args = MINIRL_ATTENTION;
+  check_spans(args.spans, num_spans, batch, queries, keys);
+  py::gil_scoped_release no_gil;
+  minirl::run_attention(args, num_spans, {pointer<void>(out), batch, queries, heads * group, value_size});
+}
+
+void attention_backward(MINIRL_ATTENTION_PARAMETERS, MINIRL_STRIDES(grad_out), Address grad_q, Address grad_k,
+                        Address grad_v) {
+  const minirl::Attention args = MINIRL_ATTENTION;
+  check_spans(args.spans, num_spans, batch, queries, keys);
+  py::gil_scoped_release no_gil;
+  minirl::run_attention_backward(
+      args, num_spans, {pointer<void>(out), batch, queries, heads * group, value_size}, MINIRL_STRIDED(grad_out),
+      {pointer<void>(grad_q), batch, queries, heads * group, key_size},
+      {pointer<void>(grad_k), batch, keys, heads, key_size}, {pointer<void>(grad_v), batch, keys, heads, value_size});
+}
+
 #ifdef MINIRL_HAVE_CUDA
 // On the device that is current, to which all addresses belong.
 void counting_sort(Address keys, int64_t items, int64_t num_keys, int64_t segments, Address places, Address begins,
@@ -439,6 +484,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("set_isa", minirl::set_isa);
   module.def("advise_huge_pages", [](Address begin, int64_t bytes) { minirl::advise_huge_pages(begin, bytes); });
   module.def("release_pages", [](Address begin, int64_t bytes) { minirl::release_pages(begin, bytes); });
+  module.def("attention", attention);
+  module.def("attention_backward", attention_backward);
   module.def("elementwise", elementwise);
   module.def("matmul", matmul);
   module.def("matmul_grouped", matmul_grouped);

@@ -3,6 +3,7 @@
 from .config import PolicyLossConfig
 from .moe import RoutedExperts, moe_layer_indices, record_routing, replay_routing
 from .ops.elementwise import gelu, mish, sigmoid, silu, softplus
+from .ops.attention import attention
 from .ops.fused_linear_policy_loss import fused_linear_policy_loss
 from .ops.fused_policy_loss import fused_policy_loss
 from .ops.linear_token_logprobs import linear_token_logprobs
@@ -23,6 +24,7 @@ __all__ = [
     "RoutedExperts",
     "Routing",
     "bmm",
+    "attention",
     "fused_linear_policy_loss",
     "fused_policy_loss",
     "gelu",

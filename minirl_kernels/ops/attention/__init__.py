@@ -1,0 +1,3 @@
+from .op import attention, attention_over_spans
+
+__all__ = ["attention", "attention_over_spans"]

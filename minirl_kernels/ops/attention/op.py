@@ -1,0 +1,235 @@
+"""attention: softmax attention of packed sequences, causal and grouped-query, the same bits in every batch.
+
+With S = scale q k^T over the keys that a query sees:
+    out = softmax(S) v
+    d v = P^T d out,  d S = P (d out v^T - rowsum(d out * out)),  d q = scale d S k,  d k = scale d S^T q
+Sums are float32. A query goes over the keys in blocks of one size, from the first key of its sequence on, with the
+online softmax of Milakov and Gimelshein (arXiv 1805.02867): its bits do not depend on how many queries there are, on
+keys behind those that it sees, on other sequences, or on where it lies in memory. A token that is decoded from a cache
+has the bits that it has in the whole sequence.
+
+Rounding, in every case the same: the weights of a block, relative to the largest score so far, are rounded to the
+dtype of v for the product with it (they are the exact ones in float32), and their sum is of those not rounded; in the
+backward P and d S are rounded likewise. Between forward and backward a row is kept as two numbers, the largest score
+and the sum: logsumexp would lose the digits of a row that is far from 0.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import torch
+from torch import Tensor
+
+from ...backends import resolve
+from ...checks import FLOAT_DTYPES, INDEX_DTYPES, check_device, check_tensor
+from ...library import register
+from .reference import attention_reference
+
+_BACKENDS = ("reference", "cpu", "triton")
+MAX_SIZE = 256
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention of each packed sequence over its own keys.
+
+    q: [Tq, Hq, D]; k: [Tk, Hkv, D]; v: [Tk, Hkv, Dv]: float32, bfloat16 or float16, one dtype (autocast casts all
+        three), last dimension contiguous, D and Dv up to 256. Hq is a multiple of Hkv: heads of queries
+        g Hq / Hkv … share the g-th head of keys.
+    cu_seqlens_q, cu_seqlens_k: int32 or int64 [B + 1], where each sequence begins in q and in k, and their ends.
+    causal: align the ends: query i of a sequence sees the keys j <= i + its keys - its queries. A query that sees no
+        key gives 0, without a gradient.
+    scale: above 0; of the scores. 1 / sqrt(D) where None.
+    Returns [Tq, Hq, Dv] of the dtype of q, differentiable by q, k and v. A query's result and its gradient have the
+    same bits whatever else is in the batch and however many threads there are; the gradients by k and v are sums over
+    the queries of their own sequence in one order.
+    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, x)
+        if x.dim() != 3:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be [T, heads, size]")
+    for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_tensor(name, offsets)
+        if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype not in INDEX_DTYPES:
+            raise ValueError(
+                f"{name} has shape {tuple(offsets.shape)} and dtype {offsets.dtype}: it must be int32 [B + 1]"
+            )
+        check_device(name, offsets, q.device)
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise ValueError(
+            f"cu_seqlens_k has shape {tuple(cu_seqlens_k.shape)}: it must be that of cu_seqlens_q, "
+            f"{tuple(cu_seqlens_q.shape)}"
+        )
+    spans = packed_spans(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
+    by_head = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return attention_over_spans(*by_head, spans, causal=causal, scale=scale, backend=backend)[0]
+
+
+def attention_over_spans(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The same for sequences that lie anywhere in a batch: padded on either side, packed, or in a cache of keys.
+
+    q: [B, Hq, Lq, D]; k: [B, Hkv, Lk, D]; v: [B, Hkv, Lk, Dv], of any outer strides, as above.
+    spans: int64 [N, 5], contiguous: for each sequence the batch entry, its first row of q and how many there are, its
+        first row of k and v and how many. No two have a row in common. What lies outside of all is not read.
+    Returns [B, Lq, Hq, Dv], contiguous; 0 outside of all spans.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+    _check_operands(q, k, v)
+    _check_spans(spans, q)
+    scale = _checked_scale(scale, q.shape[3])
+    backend = resolve(backend, q.device, op="attention", supported=_BACKENDS)
+    if backend == "reference":
+        return attention_reference(q, k, v, spans, causal, scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(q, k, v, spans, causal, scale, backend)
+    return attention_forward(q, k, v, spans, causal, scale, False, backend)[0]
+
+
+def _check_operands(q, k, v) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} has dtype {x.dtype}: it must be float32, bfloat16 or float16")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {x.dtype}: it must be that of q, {q.dtype}")
+        check_device(name, x, q.device)
+        if x.dim() != 4 or not 0 < x.shape[3] <= MAX_SIZE or x.shape[1] == 0:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: it must have heads, and as its last dimension a size of 1 to "
+                f"{MAX_SIZE}"
+            )
+        if x.shape[3] > 1 and x.stride(3) != 1:
+            raise ValueError(
+                f"{name} has strides {tuple(x.stride())}: its last dimension must be contiguous (stride 1)"
+            )
+    (batch, heads, _, size), (_, key_heads, keys, _) = q.shape, k.shape
+    if k.shape[0] != batch or k.shape[3] != size:
+        raise ValueError(f"k has shape {tuple(k.shape)}: its batch and its last dimension must be {batch} and {size}")
+    if heads % key_heads:
+        raise ValueError(f"k has {key_heads} heads: the {heads} of q must be a multiple of them")
+    if v.shape[:3] != k.shape[:3]:
+        raise ValueError(
+            f"v has shape {tuple(v.shape)}: its heads and rows must be those of k, {key_heads} and {keys}"
+        )
+
+
+def _check_spans(spans, q) -> None:
+    check_tensor("spans", spans)
+    if spans.dtype != torch.int64 or spans.dim() != 2 or spans.shape[1] != 5 or not spans.is_contiguous():
+        raise ValueError(
+            f"spans has shape {tuple(spans.shape)} and dtype {spans.dtype}: it must be int64 [N, 5], contiguous"
+        )
+    check_device("spans", spans, q.device)
+
+
+def _checked_scale(scale, size: int) -> float:
+    if scale is None:
+        return size**-0.5
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale is {scale!r}: it must be a number")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}: it must be above 0 and finite")
+    return float(scale)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, spans, causal, scale, backend):
+        out, stats = attention_forward(q, k, v, spans, causal, scale, True, backend)
+        ctx.save_for_backward(q, k, v, spans, out, stats)
+        ctx.options = (causal, scale)
+        ctx.backend = backend
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        needs = ctx.needs_input_grad[:3]
+        grads = attention_backward(*ctx.saved_tensors, grad_out.contiguous(), *ctx.options, *needs, ctx.backend)
+        grads = [grad.transpose(1, 2) if needed else None for grad, needed in zip(grads, needs, strict=True)]
+        return *grads, None, None, None, None
+
+
+def _kernels(backend: str):
+    """The backend's module, imported when first called: Triton may be absent."""
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+
+
+def _spans(cu_seqlens_q, cu_seqlens_k, queries, keys):
+    columns = [torch.zeros_like(cu_seqlens_q[1:], dtype=torch.int64)]
+    for name, offsets, size in (("cu_seqlens_q", cu_seqlens_q, queries), ("cu_seqlens_k", cu_seqlens_k, keys)):
+        counts = offsets.diff()
+        good = (counts >= 0).all() & (offsets[0] == 0) & (offsets[-1] == size)
+        if offsets.is_cuda:  # no wait for the GPU: it stops at the assertion, before anything reads out of bounds
+            torch._assert_async(good, f"{name} must start at 0, never fall, and end at {size}")
+        elif not good:
+            raise ValueError(
+                f"{name} is {offsets.tolist()[:8]}…: it must start at 0, never fall, and end at the number of rows, "
+                f"{size}"
+            )
+        columns += [offsets[:-1], counts]
+    return torch.stack([column.long() for column in columns], 1)
+
+
+def _forward(q, k, v, spans, causal, scale, for_backward, backend):
+    return _kernels(backend).forward(q, k, v, spans, causal, scale, for_backward)
+
+
+def _forward_fake(q, k, v, spans, causal, scale, for_backward, backend):
+    batch, heads, queries, _ = q.shape
+    stats_shape = (batch, queries, heads, 2) if for_backward else (0,)
+    return q.new_empty(batch, queries, heads, v.shape[3]), q.new_empty(stats_shape, dtype=torch.float32)
+
+
+def _backward(q, k, v, spans, out, stats, grad_out, causal, scale, needs_q, needs_k, needs_v, backend):
+    needs = (needs_q, needs_k, needs_v)
+    return _kernels(backend).backward(q, k, v, spans, out, stats, grad_out, causal, scale, needs)
+
+
+def _backward_fake(q, k, v, spans, out, stats, grad_out, causal, scale, needs_q, needs_k, needs_v, backend):
+    return tuple(
+        x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]) if needed else (0,))
+        for x, needed in ((q, needs_q), (k, needs_k), (v, needs_v))
+    )
+
+
+# an op, so that torch.compile need not trace its branches
+packed_spans = register(
+    "attention_spans(Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt queries, SymInt keys) -> Tensor",
+    _spans,
+    lambda cu_seqlens_q, *_: cu_seqlens_q.new_empty((cu_seqlens_q.shape[0] - 1, 5), dtype=torch.int64),
+)
+_OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor spans"
+attention_forward = register(
+    f"attention({_OPERANDS}, bool causal, float scale, bool for_backward, str backend) -> (Tensor out, Tensor stats)",
+    _forward,
+    _forward_fake,
+)
+attention_backward = register(
+    f"attention_backward({_OPERANDS}, Tensor out, Tensor stats, Tensor grad_out, bool causal, float scale, "
+    "bool needs_q, bool needs_k, bool needs_v, str backend) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
+    _backward,
+    _backward_fake,
+)
