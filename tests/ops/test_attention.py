@@ -34,7 +34,7 @@ SHAPES = [
     {"queries": [1, 2, 1], "keys": [257, 20, 600], "heads": 8, "key_heads": 1, "size": 64},
     {"queries": [140, 3], "keys": [270, 90], "heads": 2, "key_heads": 2, "size": 7, "value_size": 1},
     {"queries": [3, 9], "keys": [5, 20], "causal": False, "size": 256},
-    {"queries": [2], "heads": 300, "key_heads": 1, "size": 8},
+    {"queries": [20], "heads": 300, "key_heads": 1, "size": 8},
 ]
 META = torch.device("meta")
 
@@ -199,7 +199,7 @@ CU_Q, CU_K = torch.tensor([0, 2, 5], dtype=torch.int32), torch.tensor([0, 4, 6],
         ({"q": Q.double()}, TypeError, "q", "torch.float64", "float32, bfloat16"),
         ({"q": Q[0]}, ValueError, "q", r"\(4, 8\)", r"\[T, heads, size\]"),
         ({"q": Q.tolist()}, TypeError, "q", "list", "a tensor"),
-        ({"q": torch.zeros(5, 8, 4).mT}, ValueError, "q", r"\(160, 32, 1, 4\)", "contiguous"),
+        ({"q": torch.zeros(5, 8, 4).mT}, ValueError, "q", r"\(4, 1, 32, 4\)", "contiguous"),
         ({"q": torch.zeros(5, 4, 257)}, ValueError, "q", r"257\)", "1 to 256"),
         ({"q": Q[:, :3]}, ValueError, "k", "2 heads", "multiple"),
         ({"q": Q[..., :7]}, ValueError, "k", r"\(1, 2, 6, 8\)", "1 and 7"),

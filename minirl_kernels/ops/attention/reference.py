@@ -14,7 +14,8 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, causal: 
     key gives 0, and so does one that is in no span.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+    # 0, and differentiable where there is no sequence too
+    out = sum(x[:0].sum() for x in (q, k, v)) + q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
     group = q.shape[1] // k.shape[1]
     for batch, first_query, queries, first_key, keys in spans.tolist():
         rows, columns = slice(first_query, first_query + queries), slice(first_key, first_key + keys)
