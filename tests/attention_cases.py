@@ -66,9 +66,7 @@ def random_case(queries, keys=None, *, heads=4, key_heads=2, size=32, value_size
         "v": normal(total, key_heads, value_size, seed=3),
         "upstream": normal(sum(queries), heads, value_size, seed=4),
     }
-    return Case(
-        **{name: x.to(dtype).to(device) for name, x in tensors.items()}, queries=queries, keys=keys, **options
-    )
+    return Case(**{name: x.to(dtype).to(device) for name, x in tensors.items()}, queries=queries, keys=keys, **options)
 
 
 def cancelling_case(queries, keys=None, **options):
@@ -268,9 +266,7 @@ def check_padded_layouts(case, backend):
         grads = torch.autograd.grad(out, leaves, upstream)
         of_queries, of_keys = (1, case.queries), (3, case.keys)
         layouts = (of_queries, of_queries, of_keys, of_keys)
-        for values, right, (column, lengths) in zip(
-            (out.transpose(1, 2), *grads), expected, layouts, strict=True
-        ):
+        for values, right, (column, lengths) in zip((out.transpose(1, 2), *grads), expected, layouts, strict=True):
             inside = torch.zeros(values.shape[0], values.shape[2], dtype=torch.bool, device=values.device)
             for row, length in enumerate(lengths):
                 first = spans[row, column]

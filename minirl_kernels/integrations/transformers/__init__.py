@@ -1,10 +1,17 @@
-"""Models of transformers, given our calls. Importing it registers `experts_implementation="minirl"`."""
+"""Models of transformers, given our calls. Importing it registers `experts_implementation="minirl"` and
+`attn_implementation="minirl"`."""
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 
+from .attention import attention_forward, attention_mask
 from .experts import experts_forward
 from .log_probs import enable_log_probs
 
 __all__ = ["enable_log_probs"]
 
 ALL_EXPERTS_FUNCTIONS.register("minirl", experts_forward)
+AttentionInterface.register("minirl", attention_forward)
+# an implementation that has none here is given no mask, whatever is padding
+AttentionMaskInterface.register("minirl", attention_mask)

@@ -130,9 +130,7 @@ def _check_operands(q, k, v) -> None:
     if heads % key_heads:
         raise ValueError(f"k has {key_heads} heads: the {heads} of q must be a multiple of them")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(
-            f"v has shape {tuple(v.shape)}: its heads and rows must be those of k, {key_heads} and {keys}"
-        )
+        raise ValueError(f"v has shape {tuple(v.shape)}: its heads and rows must be those of k, {key_heads} and {keys}")
 
 
 def _check_spans(spans, q) -> None:

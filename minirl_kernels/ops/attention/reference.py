@@ -26,7 +26,9 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, causal: 
             key, value = (x[batch, :, columns].repeat_interleave(group, 0) for x in (k, v))
             with torch.autocast(q.device.type, enabled=False):
                 heads = _attend(q[batch, :, rows].to(dtype), key.to(dtype), value, seen, scale)
-            out = out.index_put((torch.tensor(batch), torch.arange(first_query, first_query + queries)), heads.transpose(0, 1))
+            out = out.index_put(
+                (torch.tensor(batch), torch.arange(first_query, first_query + queries)), heads.transpose(0, 1)
+            )
     return out
 
 

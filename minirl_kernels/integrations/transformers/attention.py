@@ -1,0 +1,211 @@
+"""The attention of causal models of transformers by our attention: `attn_implementation="minirl"`.
+
+transformers asks an implementation twice: once in a forward for a mask, from a padding mask and a function of indices,
+and then in every layer for the attention, with what it returned. Ours returns the spans of attention_over_spans: where
+the queries and the keys of each sequence lie. A block of keys then begins at a sequence's first token, whatever padding
+is before it, and a token has the same bits in every layout. They are int64 [1, 1, N, 5], since transformers hands on a
+mask of four dimensions as it is (`generate` makes that of a static cache beforehand).
+
+What a function of indices masks is found by asking it of each token: whether it sees the next, the one before, the
+first of its sequence and the last of the sequence before. So sequences that position_ids pack are found, and a window
+that is shorter than a sequence is refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import causal_mask_function
+
+from ...library import register
+from ...ops.attention import attention_over_spans, packed_spans
+
+# keyword: what it asks for
+_REFUSED = {
+    "softcap": "a softcap of the scores",
+    "s_aux": "attention sinks",
+    "position_bias": "a bias of the scores",
+    "head_mask": "a mask of heads",
+    "cache": "a paged cache",
+}
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """attention_over_spans for an attention module of transformers, in the signature that its implementations share.
+
+    query: [B, Hq, L, D]; key, value: [B, Hkv, S, ...]; as attention_over_spans takes them.
+    attention_mask: what attention_mask below made of the forward's; None where no token is padding and S is L.
+    cu_seq_lens_q, cu_seq_lens_k: of packed sequences in a batch of one, as for flash attention; they come first.
+    Returns ([B, L, Hq, Dv], None). A query that is padding gives 0.
+    Raises ValueError that names what the module asks for and the attention does not compute.
+    """
+    asked = [said for name, said in _REFUSED.items() if kwargs.get(name) is not None]
+    if dropout:
+        asked.append(f"dropout, of {dropout}")
+    if kwargs.get("output_attentions"):
+        asked.append("the weights themselves (output_attentions)")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        asked.append("attention that is not causal")
+    if asked:
+        _refuse(f"{type(module).__name__} asks for {', '.join(asked)}")
+    if kwargs.get("cu_seq_lens_q") is not None:
+        spans = packed_spans(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], query.shape[2], key.shape[2])
+    else:
+        spans = _spans_of(attention_mask, query, key)
+    if sliding_window is not None and key.shape[2] > sliding_window:
+        spans = _within_window(spans, sliding_window)
+    return attention_over_spans(query, key, value, spans, scale=scaling), None
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs,
+) -> Tensor:
+    """The spans of a forward, in the signature that the mask functions of transformers share.
+
+    attention_mask: [B, columns seen so far], True for tokens; those of a row lie beside each other.
+    Returns int64 [1, 1, N, 5]. Raises ValueError that names what is masked otherwise.
+    """
+    if kv_offset:
+        _refuse("a cache has dropped the keys before a sliding window")
+    if use_vmap:
+        _refuse("the model has a mask function of its own (or_mask_function, and_mask_function)")
+    device = torch.device(device)
+    if isinstance(q_offset, Tensor) and not torch.compiler.is_compiling():
+        q_offset = int(q_offset)
+    if mask_function is causal_mask_function and attention_mask is None and isinstance(q_offset, int):
+        return _whole_batch(batch_size, q_length, q_offset, device)
+    first, end = _tokens(attention_mask, batch_size, q_offset + q_length, device)
+    if mask_function is causal_mask_function:
+        batch = torch.arange(batch_size, device=device)
+        queries_from = (first - q_offset).clamp(0, q_length)
+        queries = (end - q_offset - queries_from).clamp(min=0)
+        spans = torch.stack([batch, queries_from, queries, first, (end - first).clamp(min=0)], 1)
+    else:
+        spans = _sequences(mask_function, first, end, q_offset, q_length)
+    return spans[None, None]
+
+
+def _refuse(what: str):
+    raise ValueError(f"attn_implementation is 'minirl': it must be another where {what}")
+
+
+def _spans_of(mask, query, key) -> Tensor:
+    if mask is None:
+        if query.shape[2] != key.shape[2]:
+            _refuse(f"attention_mask is None with {query.shape[2]} queries and {key.shape[2]} keys")
+        return _whole_batch(query.shape[0], query.shape[2], 0, query.device)[0, 0]
+    if mask.dtype != torch.int64 or mask.dim() != 4 or mask.shape[3] != 5:
+        _refuse(
+            f"attention_mask is a mask of your own, {mask.dtype} {tuple(mask.shape)}, rather than [B, L] of what is "
+            "padding"
+        )
+    return mask[0, 0]
+
+
+@functools.lru_cache(maxsize=64)
+def _whole_batch(batch_size: int, q_length: int, q_offset: int, device: torch.device) -> Tensor:
+    """Without padding: every layer of every forward of these sizes has the same."""
+    # a tensor of inference mode could not be saved for a backward later
+    with torch.inference_mode(False):
+        span = torch.tensor([0, 0, q_length, 0, q_offset + q_length], device=device)
+        spans = span.repeat(batch_size, 1)
+        spans[:, 0] = torch.arange(batch_size, device=device)
+        return spans[None, None]
+
+
+def _tokens(mask: Tensor | None, batch_size: int, seen: int | Tensor, device) -> tuple[Tensor, Tensor]:
+    """(first column that is a token, end of them among those seen so far), of each batch entry."""
+    if mask is None:
+        first = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        return first, first + seen
+    mask = mask.bool()
+    runs = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(1)
+    first = mask.int().argmax(1)
+    end = first + mask.sum(1)
+    return _checked(runs <= 1, first, "attention_mask has padding between the tokens of a row"), end.clamp(max=seen)
+
+
+def _sequences(mask_function, first: Tensor, end: Tensor, q_offset, q_length: int) -> Tensor:
+    """Of tokens that see the ones before them in their own sequence, as the function of indices has these."""
+    batch_size, device = len(first), first.device
+    batch = torch.arange(batch_size, device=device)[:, None].expand(-1, q_length)
+    column = (torch.arange(q_length, device=device) + q_offset).expand(batch_size, -1)
+    is_token = (column >= first[:, None]) & (column < end[:, None])
+
+    def sees(keys, where):
+        """Of each query, asked of itself where the key that is meant is none."""
+        seen = mask_function(batch, torch.zeros_like(batch), column, keys.where(where, column))
+        return seen.expand(batch_size, q_length)
+
+    has_next = is_token & (column + 1 < end[:, None]) & (torch.arange(q_length, device=device) + 1 < q_length)
+    has_previous = is_token & (column > first[:, None])
+    begins = is_token & ~(has_previous & sees(column - 1, has_previous))
+    begin = torch.where(begins, column, first[:, None]).cummax(1).values
+    good = ~has_next | ~sees(column + 1, has_next)
+    good &= ~is_token | sees(begin, is_token)
+    has_other = is_token & (begin > first[:, None])
+    good &= ~has_other | ~sees(begin - 1, has_other)
+    begin = _checked(
+        good.flatten(), begin, "a token sees others than those before it in its sequence (a window, a chunk, an image)"
+    )
+    # a span begins with a sequence, or with what this forward has of it
+    place = torch.arange(q_length, device=device).expand(batch_size, -1)
+    starts = is_token & (begins | (place == 0) | ~is_token.roll(1, 1))
+    after = torch.where(starts, place, q_length).flip(1).cummin(1).values.flip(1).roll(-1, 1)
+    after[:, -1] = q_length
+    last = torch.minimum(after, (end - q_offset)[:, None])
+    spans = torch.stack([batch, place, last - place, begin, last + q_offset - begin], -1)
+    if torch.compiler.is_compiling():  # how many there are must not depend on what they are: the others are empty
+        return torch.where(starts[..., None], spans, 0).flatten(0, 1)
+    return spans[starts]
+
+
+def _check(good: Tensor, values: Tensor, what: str) -> Tensor:
+    if not bool(good.all()):
+        _refuse(what)
+    return values.clone()
+
+
+def _check_window(spans: Tensor, sliding_window: int) -> Tensor:
+    longest = int(spans[:, 4].max()) if len(spans) else 0
+    if longest > sliding_window:
+        _refuse(f"a sliding window, of {sliding_window}, is shorter than a sequence, of {longest}")
+    return spans.clone()
+
+
+# ops that return a copy, for the reasons that checked_token_ids has
+_checked = register(
+    "checked_mask(Tensor good, Tensor values, str what) -> Tensor",
+    _check,
+    lambda good, values, what: torch.empty_like(values),
+    waits=True,
+)
+_within_window = register(
+    "checked_window(Tensor spans, SymInt sliding_window) -> Tensor",
+    _check_window,
+    lambda spans, _: torch.empty_like(spans),
+    waits=True,
+)
