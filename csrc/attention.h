@@ -73,6 +73,7 @@ static inline void run_attention(Attention args, int64_t num_spans, const Attent
   AttentionPieces pieces(args.spans, num_spans);
   pieces.describe(args);
   out.clear(args.dtype, pieces.queries());
+  AttentionOutput{args.stats, out.batch, out.rows, out.heads, 2}.clear(DType::kFloat32, pieces.queries());
   args.out = out.operand();
   pieces.run(args, args, args.queries_at_once(), MINIRL_PICK(attention_forward, Attention));
 }

@@ -16,7 +16,8 @@ from ..ops.linear_token_logprobs.tiles import gradient_in_place
 from ..ops.moe_routing import triton_kernel as moe_routing
 from ..ops.token_logprobs import triton_kernel as token_logprobs
 from ..triton_tiles import LaunchConfig
-from . import expert_cases, matmul_cases, row_cases
+from . import attention_cases, expert_cases, matmul_cases, row_cases
+from .attention_cases import AttentionCase
 from .expert_cases import ExpertsCase
 from .matmul_cases import MatmulCase
 from .row_cases import RowsCase
@@ -123,7 +124,7 @@ class Case:
         return f"{self.kernel.name}, {str(self.dtype).removeprefix('torch.')}, V = {self.vocab_size:,}{apart}"
 
 
-AnyCase = Case | ExpertsCase | MatmulCase | RowsCase
+AnyCase = AttentionCase | Case | ExpertsCase | MatmulCase | RowsCase
 
 
 def _once(config: LaunchConfig, vocab_size: int) -> float:
@@ -323,6 +324,7 @@ def interpreter_cases() -> Iterator[AnyCase]:
         yield Case(kernel, 128, torch.float32)
         yield Case(kernel, 60, torch.bfloat16, padding=15)
         yield Case(kernel, 1_024, torch.bfloat16, padding=8)
+    yield from attention_cases.interpreter_cases()
     yield from expert_cases.interpreter_cases()
     yield from matmul_cases.interpreter_cases()
     yield from row_cases.interpreter_cases()
@@ -359,6 +361,7 @@ def compile_cases() -> Iterator[AnyCase]:
             yield from (Case(kernel, num_experts, dtype) for num_experts in sizes)
     for kernel in _other_branches_of_routers():
         yield Case(kernel, 256, torch.float32)
+    yield from attention_cases.compile_cases()
     yield from expert_cases.compile_cases()
     yield from matmul_cases.compile_cases()
     yield from row_cases.compile_cases()

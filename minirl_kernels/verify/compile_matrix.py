@@ -122,7 +122,7 @@ Each kernel, in each launch configuration that it can have, compiled ahead of ti
 bytes of shared memory / widest global load in bits / widest global store in bits*, and *tensor-core instructions* where
 there are any. Nothing here was run on a GPU.
 A vocabulary of 50,257 is odd, so that its rows allow no 128-bit access. token_logprobs writes no logits. The size of
-moe_experts is H × I, of which the code asks no more than that either.
+moe_experts is H × I, of which the code asks no more than that either; that of attention is the size of a head.
 
 Sources: `{fingerprint()}`
 

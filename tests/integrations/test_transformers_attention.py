@@ -66,7 +66,9 @@ def gradients(model, ids, mask, positions, upstream):
 
 def gradients_of_each_alone(model, ids, mask, positions, upstream):
     """The same without any padding."""
-    logits = [model(input_ids=row[seen.bool()][None], use_cache=False).logits[0] for row, seen in zip(ids, mask, strict=True)]
+    logits = [
+        model(input_ids=row[seen.bool()][None], use_cache=False).logits[0] for row, seen in zip(ids, mask, strict=True)
+    ]
     chosen = torch.cat(logits)
     return chosen.detach(), *torch.autograd.grad(chosen, list(model.parameters()), upstream.to(chosen.dtype))
 

@@ -9,6 +9,7 @@ from helpers import random_batch
 
 from minirl_kernels import (
     PolicyLossConfig,
+    attention,
     bmm,
     fused_policy_loss,
     group_advantages,
@@ -43,6 +44,12 @@ def op_arguments():
     of_experts = (torch.randn(3, 5), torch.rand(3, 2), routed % 4, torch.randn(4, 6, 5), torch.randn(4, 5, 3))
     half = [x.half() if x.dtype == torch.float32 and x.dim() != 2 else x for x in of_experts]
     half[0] = half[0].half()
+    # packed, and in a batch with padding
+    q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 5)
+    spans = torch.tensor([[0, 0, 2, 0, 5], [0, 3, 3, 5, 4]])
+    of_attention = (q, k, v, spans)
+    of_attention_in_half = (*(x.half() for x in of_attention[:3]), spans)
+    of_rows = (torch.randn(1, 6, 4, 5), torch.ones(1, 6, 4, 2), torch.randn(1, 6, 4, 5))
     objective = ("minirl", True, 0.8, 1.27, 5.0)
     of_loss = [
         (ids, ones, -ones, -ones, -ones, ones, ones, *objective, 0.1, "k3", 0.1, "cpu"),
@@ -68,6 +75,15 @@ def op_arguments():
         "fused_linear_policy_loss": [
             (*head, *loss, *which, "cpu") for head, loss, which in zip(heads, of_linear_loss, needs, strict=True)
         ],
+        "attention": [(*of_attention, True, 0.5, True, "cpu"), (*of_attention_in_half, False, 0.5, False, "cpu")],
+        "attention_backward": [
+            (*of_attention, *of_rows, True, 0.5, True, True, True, "cpu"),
+            (*of_attention, *of_rows, False, 0.5, False, True, False, "cpu"),
+        ],
+        "attention_spans": [(torch.tensor([0, 2, 6]), torch.tensor([0, 3, 9], dtype=torch.int32), 6, 9)],
+        # registered where the integration with transformers is imported
+        "checked_mask": [(torch.tensor([True]), spans, "nothing is wrong")],
+        "checked_window": [(spans, 6)],
         "linear": [
             (torch.randn(2, 3, 5), torch.randn(4, 5), torch.randn(4), "cpu"),
             (torch.randn(3, 5), torch.randn(4, 5), none, "cpu"),
@@ -271,6 +287,29 @@ def test_moe_routing(compiler, cpu):
     wrong[5, 1] = 24
     with pytest.raises(ValueError, match="routed_experts has the expert 24 at row 5"):
         compiled(logits, wrong, 1.5)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_attention(compiler, cpu):
+    """Offsets that are wrong raise when compiled code runs."""
+    torch.manual_seed(0)
+    operands = [torch.randn(7, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)]
+    offsets = torch.tensor([0, 3, 7], dtype=torch.int32), torch.tensor([0, 5, 9], dtype=torch.int32)
+
+    def call(q, k, v, cu_seqlens_q, cu_seqlens_k):
+        return attention(q * 2, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, scale=0.3, backend=cpu)
+
+    compiled = torch.compile(call, fullgraph=True, backend=compiler)
+    results = []
+    for f in (compiled, call):
+        leaves = [leaf.clone().requires_grad_() for leaf in operands]
+        out = f(*leaves, *offsets)
+        results.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    assert all(map(torch.equal, *results))
+    with torch.no_grad():
+        assert torch.equal(compiled(*operands, *offsets), results[1][0])
+    with pytest.raises(ValueError, match=r"cu_seqlens_q is \[0, 3, 8\]"):
+        compiled(*operands, torch.tensor([0, 3, 8], dtype=torch.int32), offsets[1])
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

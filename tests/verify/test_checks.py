@@ -10,7 +10,17 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from faulty_kernels import faulty_case
 
-from minirl_kernels.verify import bounds, cases, expert_cases, order, ownership, races, row_cases, traffic
+from minirl_kernels.verify import (
+    attention_cases,
+    bounds,
+    cases,
+    expert_cases,
+    order,
+    ownership,
+    races,
+    row_cases,
+    traffic,
+)
 
 pytestmark = triton_cases.interpreter_only()
 
@@ -66,6 +76,8 @@ def test_every_kernel_is_listed():
     operands = expert_cases.Operands.make(expert_cases.Sizes(4, 2, 3, 16, 16), torch.float32)
     calls = [partial(kernel.call, rows) for kernel in (*cases.KERNELS, *cases.ROUTERS)]
     calls += [partial(kernel.call, operands) for kernel in expert_cases.KERNELS]
+    sequences = attention_cases.Operands.make(attention_cases.Sizes((4,), (4,), 1, 2, 16, 16), torch.float32)
+    calls += [partial(kernel.call, sequences) for kernel in attention_cases.KERNELS]
     operands = row_cases.Operands.make(4, 64, torch.float32, 0)
     calls += [partial(kernel.call, operands) for kernel in (*row_cases.KERNELS, *row_cases.OVER_COLUMNS)]
     for call in calls:

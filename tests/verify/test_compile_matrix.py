@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "compile_matrix.md"
 COMPILED = """
 import json, sys
-from minirl_kernels.verify import cases, compile_matrix, expert_cases
+from minirl_kernels.verify import attention_cases, cases, compile_matrix, expert_cases
 kernels = [cases.Case(kernel, cases.QWEN3_VOCAB, dtype) for kernel in cases.KERNELS for dtype in
            (cases.torch.bfloat16, cases.torch.float32)]
 kernels += [cases.Case(kernel, 256, cases.torch.float32) for kernel in cases.ROUTERS]
 kernels += [case for case in expert_cases.compile_cases() if case.dtype == cases.torch.bfloat16 and case.loads_wide]
+kernels += [case for case in attention_cases.compile_cases() if (case.dtype, case.size) == (cases.torch.bfloat16, "128")]
 print(json.dumps(list(compile_matrix.table_rows(kernels))))
 """
 FAULTY = """

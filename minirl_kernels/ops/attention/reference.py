@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, causal: bool, scale: float) -> Tensor:
-    """out[i] = sum_j e_ij v[j] / sum_j e_ij, e_ij = exp(scale (q[i] k[j] - max_j q[i] k[j])), over the keys that i sees.
+    """out[i] = sum_j e_ij v[j] / sum_j e_ij over the keys that i sees, e_ij = exp(scale (q[i] k[j] - max_j q[i] k[j])).
 
     Shapes as in attention_over_spans; [B, Lq, Hq, Dv] comes out. In float32 (float64 if the operands are), with one
     rounding to the dtype of v of e for the product with it, and one of the result. Differentiable. A query that sees no

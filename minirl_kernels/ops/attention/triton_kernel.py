@@ -1,5 +1,5 @@
-"""attention on the GPU: programs over blocks of stacked rows (a query in one of the heads that share a head of keys), or
-over blocks of keys for the gradients by k and v.
+"""attention on the GPU: programs over blocks of stacked rows (a query in one of the heads that share a head of keys),
+or over blocks of keys for the gradients by k and v.
 
 The blocks of a span are cut from its own first row and its own first key, whatever spans come before it.
 
@@ -45,11 +45,8 @@ def rows_in(batch, first, o_r, head, GROUP: tl.constexpr, stride_b, stride_h, st
 @triton.jit
 def seen_by(o_r, queries, keys, GROUP: tl.constexpr, CAUSAL: tl.constexpr):
     """How many keys each row sees."""
-    if CAUSAL:
-        b_seen = tl.maximum(keys - queries + o_r // GROUP + 1, 0)
-    else:
-        b_seen = keys + 0 * o_r
-    return b_seen
+    b_seen = keys - queries + o_r // GROUP + 1 if CAUSAL else keys + 0 * o_r
+    return tl.maximum(b_seen, 0)
 
 
 @triton.jit
@@ -61,11 +58,7 @@ def load_rows(p_rows, m_rows, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def load_unless_split(p_rows, m_rows, SIZE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
     """What row_products needs loaded: nothing where it loads parts by itself."""
-    if DEPTH < BLOCK:
-        b_rows = 0.0
-    else:
-        b_rows = load_rows(p_rows, m_rows, SIZE, BLOCK)
-    return b_rows
+    return 0.0 if DEPTH < BLOCK else load_rows(p_rows, m_rows, SIZE, BLOCK)
 
 
 @triton.jit
@@ -128,8 +121,8 @@ def attention_fwd_kernel(
     DEPTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """out [B, Lq, Hq, DV] and stats [B, Lq, Hq, 2], the shift and the sum of each row, which may be None. c: scale of the
-    scores, for exp2."""
+    """out [B, Lq, Hq, DV] and stats [B, Lq, Hq, 2], the shift and the sum of each row, which may be None. c: scale of
+    the scores, for exp2."""
     i_span, i_block = block_of(block_spans, begins, num_spans)
     if i_span >= num_spans:
         return
@@ -156,7 +149,7 @@ def attention_fwd_kernel(
     b_sum = tl.zeros([BLOCK_M, 1], tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for i_n in range(tl.cdiv(seen, BLOCK_N)):
-        o_key = i_n.to(tl.int64) * BLOCK_N + o_n
+        o_key = i_n * BLOCK_N + o_n
         m_n = (o_key < seen)[:, None]
         p_k = p_keys + o_key[:, None] * stride_kl
         b_k = load_unless_split(p_k, m_n, D, BLOCK_D, DEPTH)
@@ -253,7 +246,7 @@ def attention_bwd_q_kernel(
         o_n = tl.arange(0, BLOCK_N)
         b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for i_n in range(tl.cdiv(seen, BLOCK_N)):
-            o_key = i_n.to(tl.int64) * BLOCK_N + o_n
+            o_key = i_n * BLOCK_N + o_n
             m_n = (o_key < seen)[:, None]
             p_k = p_keys + o_key[:, None] * stride_kl
             p_v = p_values + o_key[:, None] * stride_vl
@@ -333,7 +326,7 @@ def attention_bwd_kv_kernel(
     if CAUSAL:  # the queries before see none of these keys
         first_block = tl.maximum(i_block * BLOCK_N - (keys - queries), 0) * GROUP // BLOCK_M
     for i_m in range(first_block, tl.cdiv(rows, BLOCK_M)):
-        o_r = i_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
         m_r = (o_r < rows)[:, None]
         strides_q = (multiple(stride_qb, ALIGN), multiple(stride_qh, ALIGN), multiple(stride_ql, ALIGN))
         p_q = q + rows_in(batch, first_query, o_r, head, GROUP, strides_q[0], strides_q[1], strides_q[2])[:, None]
@@ -368,7 +361,7 @@ def forward(
     """(out [B, Lq, Hq, Dv], stats [B, Lq, Hq, 2] float32 for the backward, else empty)."""
     batch, heads, queries, size = q.shape
     out = q.new_zeros(batch, queries, heads, v.shape[3])  # what is in no span stays 0
-    stats = q.new_empty((batch, queries, heads, 2) if for_backward else (0,), dtype=torch.float32)
+    stats = q.new_zeros((batch, queries, heads, 2) if for_backward else (0,), dtype=torch.float32)
     config = attention_config(max(size, v.shape[3]), q.dtype)
     blocks = query_blocks(q, k, spans, config)
     tensors = (q, k, v, spans, *blocks.tables, out, stats if for_backward else None)
@@ -403,7 +396,7 @@ def backward(
 def backward_q(q, k, v, spans, out, stats, grad_out, causal, scale, grad_q: Tensor | None) -> Tensor:
     """Writes grad_q, and returns the deltas [B, Lq, Hq] that backward_kv takes."""
     deltas = stats.new_empty(stats.shape[:3])
-    config = backward_config(max(q.shape[3], v.shape[3]), q.dtype)
+    config = backward_q_config(max(q.shape[3], v.shape[3]), q.dtype)
     blocks = query_blocks(q, k, spans, config)
     tensors = (q, k, v, spans, *blocks.tables, out, stats, grad_out, deltas, grad_q)
     floats = (scale * LOG2E.value, scale)
@@ -414,7 +407,7 @@ def backward_q(q, k, v, spans, out, stats, grad_out, causal, scale, grad_q: Tens
 def backward_kv(
     q, k, v, spans, stats, grad_out, deltas, causal, scale, grad_k: Tensor | None, grad_v: Tensor | None
 ) -> None:
-    config = backward_config(max(q.shape[3], v.shape[3]), q.dtype)
+    config = backward_kv_config(max(q.shape[3], v.shape[3]), q.dtype)
     blocks = key_blocks(k, spans, config)
     tensors = (q, k, v, spans, *blocks.tables, stats, grad_out, deltas, grad_k, grad_v)
     floats, sizes = (scale * LOG2E.value, scale), (q.shape[2], k.shape[2])
@@ -511,22 +504,39 @@ class TileConfig:
 
 
 def attention_config(size: int, dtype: torch.dtype) -> TileConfig:
-    """64 rows: the fewest that tensor cores multiply at once on sm_90 and sm_100. Fewer keys where a head is wide: the
-    block of values and the sums have to be on chip. Float32 is multiplied from registers, which hold a part of a head
-    and few keys at once."""
+    """64 rows: the fewest that tensor cores multiply at once on sm_90 and sm_100. Float32 is multiplied from registers,
+    which hold a part of a head and few keys at once."""
     if dtype == torch.float32:
-        return TileConfig(rows=32, keys=16, depth=16, threads=256, stages=1)
-    keys = 64 if size <= 128 else 32
-    return TileConfig(rows=64, keys=keys, depth=256, threads=256 if size > 64 else 128, stages=_stages(size))
+        return TileConfig(rows=32, keys=16, depth=32, threads=256, stages=1)
+    if _fits(size, dtype):
+        return TileConfig(rows=64, keys=64, depth=128, threads=128 if size <= 64 else 256, stages=_stages())
+    return TileConfig(rows=64, keys=32, depth=128, threads=256, stages=1)
 
 
-def backward_config(size: int, dtype: torch.dtype) -> TileConfig:
-    """Two tiles of scores and two of sums: half as many keys for a wide head."""
+def backward_q_config(size: int, dtype: torch.dtype) -> TileConfig:
+    """Two tiles of scores beside one of sums: half as many keys for a wide head."""
     if dtype == torch.float32:
-        return TileConfig(rows=16, keys=16, depth=16, threads=256, stages=1)
-    return TileConfig(rows=64, keys=64 if size <= 64 else 32, depth=256, threads=256, stages=_stages(size))
+        return TileConfig(rows=16, keys=32, depth=32, threads=256, stages=1)
+    if _fits(size, dtype):
+        return TileConfig(rows=64, keys=64 if size <= 64 else 32, depth=128, threads=256, stages=_stages())
+    return TileConfig(rows=64, keys=32, depth=128, threads=256, stages=1)
 
 
-def _stages(size: int) -> int:
-    """AMD's shared memory is 64 KiB, a third of the others'; a wide head fills them all."""
-    return 1 if torch.version.hip or size > 128 else 2
+def backward_kv_config(size: int, dtype: torch.dtype) -> TileConfig:
+    """Two tiles of scores beside two of sums, which have a row for each key: half as many rows for a wide head."""
+    if dtype == torch.float32:
+        return TileConfig(rows=16, keys=16, depth=32, threads=256, stages=1)
+    if _fits(size, dtype):
+        return TileConfig(rows=64 if size <= 64 else 32, keys=64, depth=128, threads=256, stages=_stages())
+    return TileConfig(rows=32, keys=32, depth=128, threads=256, stages=1)
+
+
+def _fits(size: int, dtype: torch.dtype) -> bool:
+    """Whether a head of 16-bit values leaves registers for whole tiles: half of one has, and rows that allow wide
+    accesses, where each other element would take an address."""
+    return size <= 128 and size * dtype.itemsize % 16 == 0
+
+
+def _stages() -> int:
+    """AMD's shared memory is 64 KiB, a third of the others'."""
+    return 1 if torch.version.hip else 2

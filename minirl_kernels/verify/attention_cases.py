@@ -1,0 +1,247 @@
+"""The Triton kernels of attention and how to call them, one at a time: those of the cases that have sequences of
+queries and keys where the others have rows of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..ops.attention import triton_kernel
+from ..ops.attention.triton_kernel import TileConfig
+
+
+@dataclass(frozen=True)
+class Sizes:
+    queries: tuple[int, ...]  # of each sequence
+    keys: tuple[int, ...]
+    key_heads: int
+    group: int  # heads of queries that share one of keys
+    key_size: int
+    value_size: int
+    padding: int = 0  # elements between two heads
+
+    def __str__(self) -> str:
+        apart = f", {self.padding} between heads" if self.padding else ""
+        heads = f"{self.key_heads} heads of keys for {self.group} each"
+        return (
+            f"{self.queries} queries of {self.keys} keys, {heads}, D = {self.key_size}, Dv = {self.value_size}{apart}"
+        )
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What the kernels read; what is in it does not matter here."""
+
+    q: Tensor  # [1, Hq, Tq, D]
+    k: Tensor
+    v: Tensor
+    spans: Tensor
+    out: Tensor  # [1, Tq, Hq, Dv], as grad_out
+    stats: Tensor
+    grad_out: Tensor
+    deltas: Tensor
+
+    @classmethod
+    def make(cls, sizes: Sizes, dtype: torch.dtype, *, traps: bool = False) -> Operands:
+        """The same every time; with traps, a sequence without queries, one without keys, and more queries than keys."""
+        random = torch.Generator().manual_seed(sizes.key_size)
+        queries, keys = sizes.queries, sizes.keys
+        if traps:
+            queries, keys = (*queries, 0, 3, 5), (*keys, 4, 0, 2)
+
+        def normal(tokens, heads, size):
+            values = torch.randn(tokens, heads, size + sizes.padding, generator=random).to(dtype)
+            return values[..., :size].transpose(0, 1)[None]
+
+        heads = sizes.key_heads * sizes.group
+        starts = [torch.tensor([0, *lengths]).cumsum(0)[:-1] for lengths in (queries, keys)]
+        columns = [torch.zeros(len(queries)), starts[0], torch.tensor(queries), starts[1], torch.tensor(keys)]
+        shape = (1, sum(queries), heads)
+        out, grad_out = (torch.randn(*shape, sizes.value_size, generator=random).to(dtype) for _ in range(2))
+        return cls(
+            q=normal(sum(queries), heads, sizes.key_size),
+            k=normal(sum(keys), sizes.key_heads, sizes.key_size),
+            v=normal(sum(keys), sizes.key_heads, sizes.value_size),
+            spans=torch.stack([column.long() for column in columns], 1),
+            out=out,
+            stats=torch.ones(*shape, 2),
+            grad_out=grad_out,
+            deltas=torch.zeros(shape),
+        )
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """call(operands) launches it once and returns all that it writes; config(size, dtype) is its launch configuration.
+
+    loads(sizes, config, split, bytes of an element): the bytes that it loads beside where its blocks are; where a head
+    is split, the products of rows load both sides for each.
+    """
+
+    name: str
+    call: Callable[[Operands], tuple[Tensor, ...]]
+    config: Callable[[int, torch.dtype], TileConfig]
+    loads: Callable[[Sizes, TileConfig, bool, int], int]
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """What cases.Case is for the others."""
+
+    kernel: AttentionKernel
+    sizes: Sizes
+    dtype: torch.dtype
+
+    unit = "queries"
+    stores_wide = False
+
+    def run(self, *, traps: bool = False) -> tuple[Tensor, ...]:
+        return self.kernel.call(Operands.make(self.sizes, self.dtype, traps=traps))
+
+    @property
+    def unit_bytes(self) -> int:
+        sizes = self.sizes
+        return sum(sizes.queries) * sizes.key_heads * sizes.group * sizes.key_size * self.dtype.itemsize
+
+    def most_loaded(self, programs: int) -> int:
+        split = self.config.depth < max(self.sizes.key_size, self.sizes.value_size)
+        return self.kernel.loads(self.sizes, self.config, split, self.dtype.itemsize) + 8 * 7 * programs
+
+    @property
+    def config(self) -> TileConfig:
+        return self.kernel.config(max(self.sizes.key_size, self.sizes.value_size), self.dtype)
+
+    @property
+    def size(self) -> str:
+        return str(self.sizes.key_size)
+
+    @property
+    def loads_wide(self) -> bool:
+        sizes = (self.sizes.key_size, self.sizes.value_size, self.sizes.padding)
+        return all(size * self.dtype.itemsize % 16 == 0 for size in sizes)
+
+    @property
+    def on_tensor_cores(self) -> bool:
+        return self.dtype.itemsize == 2
+
+    def __str__(self) -> str:
+        return f"{self.kernel.name}, {str(self.dtype).removeprefix('torch.')}, {self.sizes}"
+
+
+SCALE = 0.1
+
+
+def _forward(operands: Operands, *, causal: bool = True, for_backward: bool = True) -> tuple[Tensor, ...]:
+    out, stats = triton_kernel.forward(operands.q, operands.k, operands.v, operands.spans, causal, SCALE, for_backward)
+    return (out, stats) if for_backward else (out,)
+
+
+def _empty_grad(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3])
+
+
+def _backward_q(operands: Operands, *, causal: bool = True, needed: bool = True) -> tuple[Tensor, ...]:
+    grad = _empty_grad(operands.q) if needed else None
+    read = (operands.q, operands.k, operands.v, operands.spans, operands.out, operands.stats, operands.grad_out)
+    deltas = triton_kernel.backward_q(*read, causal, SCALE, grad)
+    return (deltas, grad) if needed else (deltas,)
+
+
+def _backward_kv(
+    operands: Operands, *, causal: bool = True, of_k: bool = True, of_v: bool = True
+) -> tuple[Tensor, ...]:
+    grads = (_empty_grad(operands.k) if of_k else None, _empty_grad(operands.v) if of_v else None)
+    read = (operands.q, operands.k, operands.v, operands.spans, operands.stats, operands.grad_out, operands.deltas)
+    triton_kernel.backward_kv(*read, causal, SCALE, *grads)
+    return tuple(grad for grad in grads if grad is not None)
+
+
+def _blocks_of_rows(sizes: Sizes, config: TileConfig) -> Iterator[tuple[int, int, int]]:
+    """(rows, keys that any of them sees, blocks of those) of each program and sequence, causal."""
+    for queries, keys in zip(sizes.queries, sizes.keys, strict=True):
+        rows = queries * sizes.group
+        for first in range(0, rows, config.rows):
+            last = min(first + config.rows, rows) - 1
+            seen = max(keys - queries + last // sizes.group + 1, 0)
+            yield last + 1 - first, seen, -(-seen // config.keys)
+
+
+def _loads_of_forward(sizes: Sizes, config: TileConfig, split: bool, item: int) -> int:
+    """Its rows once and their keys once for each block of rows; split, the rows for each block of keys."""
+    d, dv = sizes.key_size, sizes.value_size
+    elements = sum(
+        rows * d * (blocks if split else 1) + seen * (d + dv) for rows, seen, blocks in _blocks_of_rows(sizes, config)
+    )
+    return sizes.key_heads * elements * item
+
+
+def _loads_of_backward_q(sizes: Sizes, config: TileConfig, split: bool, item: int) -> int:
+    """The same, with the rows of out and grad_out; split, of keys a second time."""
+    d, dv = sizes.key_size, sizes.value_size
+    elements = sum(
+        rows * (2 * dv + (d + dv) * (blocks if split else 1) - (0 if split else dv))
+        + seen * (d * (2 if split else 1) + dv)
+        for rows, seen, blocks in _blocks_of_rows(sizes, config)
+    )
+    stats = 8 * sum(sizes.queries) * sizes.group
+    return sizes.key_heads * (elements * item + stats)
+
+
+def _loads_of_backward_kv(sizes: Sizes, config: TileConfig, split: bool, item: int) -> int:
+    """Its keys once, and for each block of them the rows that see any, from the first of their block on."""
+    d, dv = sizes.key_size, sizes.value_size
+    loaded = 0
+    for queries, keys in zip(sizes.queries, sizes.keys, strict=True):
+        rows = queries * sizes.group
+        for first in range(0, keys, config.keys):
+            count = min(config.keys, keys - first)
+            first_row = max(first - (keys - queries), 0) * sizes.group // config.rows * config.rows
+            seeing = max(rows - first_row, 0)
+            blocks = -(-seeing // config.rows)
+            of_keys = count * (d + dv) * (blocks if split else 1)
+            loaded += (of_keys + seeing * (d + dv) * (2 if split else 1)) * item + 12 * seeing
+    return sizes.key_heads * loaded
+
+
+KERNELS = (
+    AttentionKernel("attention", _forward, triton_kernel.attention_config, _loads_of_forward),
+    AttentionKernel("attention backward q", _backward_q, triton_kernel.backward_q_config, _loads_of_backward_q),
+    AttentionKernel("attention backward k, v", _backward_kv, triton_kernel.backward_kv_config, _loads_of_backward_kv),
+)
+
+
+def _other_branches() -> Iterator[AttentionKernel]:
+    """The kernels again with other options, until every branch that a compiler would see has been in one of them."""
+    forward, _, backward_kv = KERNELS
+    for kernel in KERNELS:
+        yield replace(kernel, name=f"{kernel.name}, not causal", call=partial(kernel.call, causal=False))
+    yield replace(forward, name="attention without a backward", call=partial(_forward, for_backward=False))
+    yield replace(backward_kv, name="attention backward k", call=partial(_backward_kv, of_v=False))
+    yield replace(backward_kv, name="attention backward v", call=partial(_backward_kv, of_k=False))
+
+
+def interpreter_cases() -> Iterator[AttentionCase]:
+    """A block of everything; several, in sizes that none divides; heads that lie apart."""
+    for kernel in KERNELS:
+        yield AttentionCase(kernel, Sizes((9, 3), (9, 5), 2, 1, 16, 16), torch.float32)
+        yield AttentionCase(kernel, Sizes((50, 1), (70, 33), 2, 3, 37, 21, padding=3), torch.bfloat16)
+        yield AttentionCase(kernel, Sizes((40,), (40,), 1, 2, 24, 40, padding=8), torch.float16)
+
+
+def compile_cases() -> Iterator[AttentionCase]:
+    """Every launch configuration; the code depends on D and on the group too, which are a model's own."""
+
+    def sizes(size):
+        return Sizes((16, 3), (16, 20), 2, 4, size, size)
+
+    for kernel in KERNELS:
+        for size in (64, 128, 256, 80, 63):
+            yield AttentionCase(kernel, sizes(size), torch.bfloat16)
+            yield AttentionCase(kernel, sizes(size), torch.float32)
+        yield AttentionCase(kernel, sizes(128), torch.float16)
+    for kernel in _other_branches():
+        yield AttentionCase(kernel, sizes(128), torch.bfloat16)

@@ -1,0 +1,130 @@
+"""attention by its Triton kernels, in Triton's interpreter: maths and masks, not hardware."""
+
+import pytest
+import torch
+import triton_cases
+from attention_cases import (
+    DTYPES,
+    cancelling_case,
+    check_a_query_in_any_batch,
+    check_extreme_scores,
+    check_gradients_that_nobody_asked_for,
+    check_padded_layouts,
+    check_queries_without_keys,
+    check_sequences_in_any_batch,
+    check_values_and_gradients,
+    check_what_is_no_number_stays_in_its_rows,
+    ours,
+    random_case,
+)
+
+from minirl_kernels.ops.attention import triton_kernel
+from minirl_kernels.verify.launches import captured
+
+pytestmark = triton_cases.interpreter_only()
+
+# around blocks of rows (16 to 64), of keys (16 to 64), sizes that no power of two is, groups that divide no block
+SHAPES = [
+    {"queries": [7, 1, 30], "size": 16},
+    {"queries": [70, 5], "heads": 6, "key_heads": 2, "size": 24, "value_size": 40},
+    {"queries": [1, 2, 1], "keys": [67, 20, 130], "heads": 8, "key_heads": 1, "size": 64},
+    {"queries": [40, 3], "keys": [70, 90], "heads": 2, "key_heads": 2, "size": 7, "value_size": 1},
+    {"queries": [3, 9], "keys": [5, 20], "causal": False, "size": 256},
+    {"queries": [12], "heads": 71, "key_heads": 1, "size": 8},
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(shape, dtype):
+    check_values_and_gradients(random_case(**shape, dtype=dtype), "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queries_without_keys(dtype):
+    check_queries_without_keys(dtype, "triton")
+
+
+def test_no_tokens():
+    assert [values.shape for values in ours(random_case([], size=8), "triton")] == [
+        (0, 4, 8),
+        (0, 4, 8),
+        *[(0, 2, 8)] * 2,
+    ]
+
+
+def test_extreme_scores():
+    check_extreme_scores("triton")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_is_no_number_stays_in_its_rows():
+    check_what_is_no_number_stays_in_its_rows("triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_query_in_any_batch(dtype):
+    check_a_query_in_any_batch(cancelling_case([70, 9], dtype=dtype, heads=2, key_heads=1), "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sequences_in_any_batch(dtype):
+    check_sequences_in_any_batch(cancelling_case([70, 17, 30], dtype=dtype, heads=2, key_heads=1), "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padded_layouts(dtype):
+    check_padded_layouts(cancelling_case([20, 1, 65], [30, 1, 65], dtype=dtype, heads=2, key_heads=1), "triton")
+
+
+def test_gradients_that_nobody_asked_for():
+    check_gradients_that_nobody_asked_for(random_case([20, 5], dtype=torch.bfloat16), "triton")
+
+
+@pytest.mark.parametrize("counts", [[0, 0, 5], [64, 0, 1], [63, 65, 1], [1] * 30, [300, 0, 0], []])
+def test_blocks_hold_every_row_once(counts):
+    """Cut from the first row of their own span; there are no fewer than it takes."""
+    config = triton_kernel.attention_config(64, torch.bfloat16)
+    spans = torch.tensor([[0, 0, count, 0, count] for count in counts], dtype=torch.int64).view(-1, 5)
+    k = torch.empty(1, 1, sum(counts), 8)
+    blocks = triton_kernel.key_blocks(k, spans, config)
+    expected = [span for span, count in enumerate(counts) for _ in range(-(-count // config.keys))]
+    found = blocks.block_spans.tolist()
+    assert found[: len(expected)] == expected
+    assert set(found[len(expected) :]) <= {len(counts)}
+    assert [found.index(span) for span in sorted(set(expected))] == [
+        begin for begin, count in zip(blocks.begins.tolist(), counts, strict=True) if count
+    ]
+
+
+def test_rows_more_than_2_to_the_31_elements_apart():
+    case = random_case([2], heads=2, key_heads=1, size=8, dtype=torch.bfloat16)
+    near, stride = ours(case, "triton"), 2**31 + 64
+    for name in ("q", "k", "v"):
+        moved = random_case([2], heads=2, key_heads=1, size=8, dtype=torch.bfloat16)
+        x = getattr(moved, name)
+        far = torch.empty(stride + x[0].numel(), dtype=x.dtype).as_strided(x.shape, (stride, *x.stride()[1:]))
+        setattr(moved, name, far.copy_(x))
+        assert torch.equal(ours(moved, "triton", ("q",) if name != "q" else ("k",))[0], near[0])
+
+
+def test_more_tokens_than_a_grid_axis_but_the_first_can_count():
+    tokens = 70_000
+    case = random_case([1], heads=2, key_heads=1, size=8)
+    case.q, case.k, case.v = (x.expand(tokens, -1, -1) for x in (case.q, case.k, case.v))
+    case.upstream, case.queries, case.keys = case.upstream.expand(tokens, -1, -1), [1] * tokens, [1] * tokens
+    with captured() as launches:
+        ours(case, "triton")
+    assert len(launches) == 3
+    assert all(launch.grid[0] >= tokens and launch.grid[1] == 1 for launch in launches)
+
+
+def test_a_large_batch_and_a_small_one_run_the_same_binaries():
+    """On hardware another tile may add up in another order."""
+
+    def constants_of(queries):
+        with captured() as launches:
+            ours(random_case(queries, [40] * len(queries), dtype=torch.bfloat16), "triton")
+        return [launch.kwargs for launch in launches]
+
+    assert constants_of([1]) == constants_of([40] * 100)
