@@ -29,7 +29,8 @@ kernels = [cases.Case(kernel, cases.QWEN3_VOCAB, dtype) for kernel in cases.KERN
            (cases.torch.bfloat16, cases.torch.float32)]
 kernels += [cases.Case(kernel, 256, cases.torch.float32) for kernel in cases.ROUTERS]
 kernels += [case for case in expert_cases.compile_cases() if case.dtype == cases.torch.bfloat16 and case.loads_wide]
-kernels += [case for case in attention_cases.compile_cases() if (case.dtype, case.size) == (cases.torch.bfloat16, "128")]
+heads = [case for case in attention_cases.compile_cases() if case.size == "64"]
+kernels += [case for case in heads if case.dtype == cases.torch.bfloat16]
 print(json.dumps(list(compile_matrix.table_rows(kernels))))
 """
 FAULTY = """
