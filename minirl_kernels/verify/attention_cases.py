@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ops.attention import triton_kernel
+from ..ops.attention import gpu, triton_kernel
 from ..ops.attention.triton_kernel import TileConfig
 
 
@@ -136,7 +136,7 @@ SCALE = 0.1
 
 
 def _forward(operands: Operands, *, causal: bool = True, for_backward: bool = True) -> tuple[Tensor, ...]:
-    out, stats = triton_kernel.forward(operands.q, operands.k, operands.v, operands.spans, causal, SCALE, for_backward)
+    out, stats = gpu.forward(operands.q, operands.k, operands.v, operands.spans, causal, SCALE, for_backward)
     return (out, stats) if for_backward else (out,)
 
 

@@ -95,10 +95,11 @@ def attention_mask(
     device = torch.device(device)
     if isinstance(q_offset, Tensor) and not torch.compiler.is_compiling():
         q_offset = int(q_offset)
-    if mask_function is causal_mask_function and attention_mask is None and isinstance(q_offset, int):
+    is_causal = mask_function is causal_mask_function
+    if is_causal and isinstance(q_offset, int) and _is_whole(attention_mask, q_offset + q_length):
         return _whole_batch(batch_size, q_length, q_offset, device)
     first, end = _tokens(attention_mask, batch_size, q_offset + q_length, device)
-    if mask_function is causal_mask_function:
+    if is_causal:
         batch = torch.arange(batch_size, device=device)
         queries_from = (first - q_offset).clamp(0, q_length)
         queries = (end - q_offset - queries_from).clamp(min=0)
@@ -123,6 +124,13 @@ def _spans_of(mask, query, key) -> Tensor:
             "padding"
         )
     return mask[0, 0]
+
+
+def _is_whole(mask: Tensor, seen: int) -> bool:
+    """Whether it masks nothing, where that is cheaply known: a GPU would have to be waited for."""
+    return (
+        not torch.compiler.is_compiling() and mask.device.type == "cpu" and mask.shape[1] >= seen and bool(mask.all())
+    )
 
 
 @functools.lru_cache(maxsize=64)

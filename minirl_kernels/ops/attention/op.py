@@ -172,7 +172,7 @@ class _Attention(torch.autograd.Function):
 
 def _kernels(backend: str):
     """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+    return importlib.import_module({"cpu": ".cpu", "triton": ".gpu"}[backend], __package__)
 
 
 def _spans(cu_seqlens_q, cu_seqlens_k, queries, keys):

@@ -355,42 +355,12 @@ def attention_bwd_kv_kernel(
         tl.store(grad_v + o_row * DV + o_v, round_to(b_dv, grad_v.dtype.element_ty), mask=m_n & (o_v < DV))
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, causal: bool, scale: float, for_backward: bool
-) -> tuple[Tensor, Tensor]:
-    """(out [B, Lq, Hq, Dv], stats [B, Lq, Hq, 2] float32 for the backward, else empty)."""
-    batch, heads, queries, size = q.shape
-    out = q.new_zeros(batch, queries, heads, v.shape[3])  # what is in no span stays 0
-    stats = q.new_zeros((batch, queries, heads, 2) if for_backward else (0,), dtype=torch.float32)
-    config = attention_config(max(size, v.shape[3]), q.dtype)
+def attend(q, k, v, spans, causal: bool, scale: float, out: Tensor, stats: Tensor | None) -> None:
+    """Writes out [B, Lq, Hq, Dv], and stats [B, Lq, Hq, 2] float32, where the spans are; both are contiguous."""
+    config = attention_config(max(q.shape[3], v.shape[3]), q.dtype)
     blocks = query_blocks(q, k, spans, config)
-    tensors = (q, k, v, spans, *blocks.tables, out, stats if for_backward else None)
-    _launch(attention_fwd_kernel, blocks, tensors, (scale * LOG2E.value,), (queries,), (q, k, v), causal, config)
-    return out, stats
-
-
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spans: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    grad_out: Tensor,
-    causal: bool,
-    scale: float,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, ...]:
-    """(d q, d k, d v) as [B, rows, heads, size], empty where not needed; grad_out [B, Lq, Hq, Dv] is contiguous."""
-    grads = [
-        x.new_zeros((x.shape[0], x.shape[2], x.shape[1], x.shape[3]) if needed else (0,))
-        for x, needed in zip((q, k, v), needs, strict=True)
-    ]
-    grad_q, grad_k, grad_v = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    deltas = backward_q(q, k, v, spans, out, stats, grad_out, causal, scale, grad_q)
-    if grad_k is not None or grad_v is not None:
-        backward_kv(q, k, v, spans, stats, grad_out, deltas, causal, scale, grad_k, grad_v)
-    return tuple(grads)
+    tensors = (q, k, v, spans, *blocks.tables, out, stats)
+    _launch(attention_fwd_kernel, blocks, tensors, (scale * LOG2E.value,), (q.shape[2],), (q, k, v), causal, config)
 
 
 def backward_q(q, k, v, spans, out, stats, grad_out, causal, scale, grad_q: Tensor | None) -> Tensor:
