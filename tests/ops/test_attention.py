@@ -111,7 +111,7 @@ def test_a_sum_over_values_in_any_batch(dtype, cpu):
     for sequence, last in ((0, 64), (0, 256), (0, 320), (1, 64)):
         row = last - 1 + 320 * sequence
         assert torch.equal(ours(case.part(sequence, last - 1, last))[0][0], whole[row])
-        assert whole[row].count_nonzero() > whole[row].numel() // 2
+        assert whole[row].count_nonzero() > whole[row].numel() // 4
 
 
 @settings(max_examples=25, deadline=None)

@@ -19,12 +19,8 @@ from torch import Tensor
 from ...triton_tiles import LOG2E, LOWEST, dot, exponent, multiple, round_to
 
 # one binary per dtype, D, DV, group and alignment: ALIGN says all that a kernel needs to know of these
-SIZES = [
-    "num_spans",
-    "queries_of_batch",
-    "keys_of_batch",
-    *(f"stride_{name}{axis}" for name in "qkv" for axis in "bhl"),
-]
+STRIDES = [f"stride_{name}{axis}" for name in "qkv" for axis in "bhl"]
+SIZES = ["num_spans", "queries_of_batch", "keys_of_batch", *STRIDES]
 
 
 @triton.jit
@@ -33,6 +29,13 @@ def block_of(block_spans, begins, num_spans):
     i_span = tl.load(block_spans + tl.program_id(0))
     begin = tl.load(begins + i_span, mask=i_span < num_spans, other=0)
     return i_span, tl.program_id(0) - begin
+
+
+@triton.jit
+def span_at(spans, i_span):
+    """(batch entry, first query, queries, first key, keys)"""
+    p_span = spans + i_span * 5
+    return tl.load(p_span), tl.load(p_span + 1), tl.load(p_span + 2), tl.load(p_span + 3), tl.load(p_span + 4)
 
 
 @triton.jit
@@ -127,19 +130,14 @@ def attention_fwd_kernel(
     if i_span >= num_spans:
         return
     head = tl.program_id(1).to(tl.int64)
-    batch = tl.load(spans + i_span * 5)
-    first_query = tl.load(spans + i_span * 5 + 1)
-    queries = tl.load(spans + i_span * 5 + 2)
-    first_key = tl.load(spans + i_span * 5 + 3)
-    keys = tl.load(spans + i_span * 5 + 4)
+    batch, first_query, queries, first_key, keys = span_at(spans, i_span)
     o_r = i_block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     m_r = o_r < queries * GROUP
     strides_q = (multiple(stride_qb, ALIGN), multiple(stride_qh, ALIGN), multiple(stride_ql, ALIGN))
     p_q = q + rows_in(batch, first_query, o_r, head, GROUP, strides_q[0], strides_q[1], strides_q[2])
     b_q = load_unless_split(p_q, m_r, D, BLOCK_D, DEPTH)
     b_seen = tl.where(m_r, seen_by(o_r, queries, keys, GROUP, CAUSAL), 0)
-    seen = tl.max(b_seen, 0)
-    seen = tl.max(seen, 0)
+    seen = tl.max(tl.max(b_seen, 0), 0)
     stride_kl = multiple(stride_kl, ALIGN)
     stride_vl = multiple(stride_vl, ALIGN)
     p_keys = k + batch * multiple(stride_kb, ALIGN) + head * multiple(stride_kh, ALIGN) + first_key * stride_kl
@@ -215,9 +213,7 @@ def attention_bwd_q_kernel(
     if i_span >= num_spans:
         return
     head = tl.program_id(1).to(tl.int64)
-    batch = tl.load(spans + i_span * 5)
-    first_query = tl.load(spans + i_span * 5 + 1)
-    queries = tl.load(spans + i_span * 5 + 2)
+    batch, first_query, queries, first_key, keys = span_at(spans, i_span)
     o_r = i_block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     m_r = o_r < queries * GROUP
     heads = tl.num_programs(1) * GROUP
@@ -228,14 +224,11 @@ def attention_bwd_q_kernel(
     b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)[:, None]
     tl.store(deltas + o_row, b_delta, mask=m_r)
     if grad_q is not None:
-        first_key = tl.load(spans + i_span * 5 + 3)
-        keys = tl.load(spans + i_span * 5 + 4)
         strides_q = (multiple(stride_qb, ALIGN), multiple(stride_qh, ALIGN), multiple(stride_ql, ALIGN))
         p_q = q + rows_in(batch, first_query, o_r, head, GROUP, strides_q[0], strides_q[1], strides_q[2])
         b_q = load_unless_split(p_q, m_r, D, BLOCK_D, DEPTH)
         b_seen = tl.where(m_r, seen_by(o_r, queries, keys, GROUP, CAUSAL), 0)
-        seen = tl.max(b_seen, 0)
-        seen = tl.max(seen, 0)
+        seen = tl.max(tl.max(b_seen, 0), 0)
         b_shift = tl.load(stats + 2 * o_row, mask=m_r, other=0.0)
         b_sum = tl.load(stats + 2 * o_row + 1, mask=m_r, other=1.0)
         b_scale = 1.0 / tl.where(b_sum == 0, 1.0, b_sum)
@@ -305,11 +298,7 @@ def attention_bwd_kv_kernel(
     if i_span >= num_spans:
         return
     head = tl.program_id(1).to(tl.int64)
-    batch = tl.load(spans + i_span * 5)
-    first_query = tl.load(spans + i_span * 5 + 1)
-    queries = tl.load(spans + i_span * 5 + 2)
-    first_key = tl.load(spans + i_span * 5 + 3)
-    keys = tl.load(spans + i_span * 5 + 4)
+    batch, first_query, queries, first_key, keys = span_at(spans, i_span)
     o_key = i_block * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     m_n = o_key < keys
     p_k = k + batch * multiple(stride_kb, ALIGN) + head * multiple(stride_kh, ALIGN)
@@ -322,9 +311,8 @@ def attention_bwd_kv_kernel(
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     heads = tl.num_programs(1) * GROUP
     rows = queries * GROUP
-    first_block = 0 * rows
-    if CAUSAL:  # the queries before see none of these keys
-        first_block = tl.maximum(i_block * BLOCK_N - (keys - queries), 0) * GROUP // BLOCK_M
+    # where it is causal, the queries before see none of these keys
+    first_block = tl.maximum(i_block * BLOCK_N - (keys - queries), 0) * GROUP // BLOCK_M if CAUSAL else 0 * rows
     for i_m in range(first_block, tl.cdiv(rows, BLOCK_M)):
         o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
         m_r = (o_r < rows)[:, None]
