@@ -4,8 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from minirl.errors import MiniRLError
 from minirl.models import end_token_ids, make_model
 from minirl.rollout import Rollouts, TransformersEngine
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from minirl_kernels.integrations.transformers.e4m3 import E4M3Copy
 
 PROMPTS = [[4], [5, 6, 13], [3, 4, 5, 6, 7, 8], [9, 10]]
 
@@ -104,3 +108,63 @@ def test_every_end_token_counts(config):
     assert end_token_ids(model, tokenizer) == [tokenizer.eos_token_id]
     model.generation_config.eos_token_id = [9, tokenizer.eos_token_id]
     assert end_token_ids(model, tokenizer) == sorted([9, tokenizer.eos_token_id])
+
+
+def test_logits_are_what_the_tokens_were_drawn_from(config, model):
+    engine = TransformersEngine(
+        replace(config.rollout, temperature=0.7),
+        dtype="float32",
+        pad_token_id=0,
+        eos_token_ids=[1, 7, 8],
+        keeps_logits=True,
+    )
+    engine.update_weights(model)
+    rollouts = engine.generate(PROMPTS, 4, seed=0)
+    for logits, ids, values, mask in zip(
+        rollouts.logits, rollouts.token_ids, rollouts.rollout_log_probs, rollouts.response_mask, strict=True
+    ):
+        expected = logits.double().log_softmax(-1).gather(1, ids[mask][:, None])[:, 0]
+        torch.testing.assert_close(values[mask].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_logits_are_not_kept_unasked(make_engine):
+    assert make_engine().generate(PROMPTS, 4, seed=0).logits is None
+
+
+def test_quantized_rollouts_are_those_of_the_copy_and_follow_the_weights(make_engine, model):
+    plain, engine = make_engine(), make_engine(quantization="e4m3")
+    for _ in range(2):
+        rollouts = engine.generate(PROMPTS, 4, seed=0)
+        copied = E4M3Copy(model).model
+        expected = teacher_forced(copied, rollouts, 1.0)
+        torch.testing.assert_close(rollouts.rollout_log_probs, expected, rtol=0, atol=2e-5)
+        distance = (rollouts.rollout_log_probs - teacher_forced(model, rollouts, 1.0)).abs().max()
+        assert distance > 1e-3, "nothing was rounded"
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1.3)
+        engine.update_weights(model)
+    plain.update_weights(model)
+    rollouts = plain.generate(PROMPTS, 4, seed=0)
+    torch.testing.assert_close(rollouts.rollout_log_probs, teacher_forced(model, rollouts, 1.0), rtol=0, atol=2e-5)
+
+
+def test_quantized_rollouts_record_their_routing(config, model):
+    engine = TransformersEngine(
+        replace(config.rollout, quantization="e4m3"),
+        dtype="float32",
+        pad_token_id=0,
+        eos_token_ids=[1],
+        records_routing=True,
+    )
+    engine.update_weights(model)
+    rollouts = engine.generate(PROMPTS, 2, seed=0)
+    assert rollouts.routed_experts.num_missing(rollouts.attention_mask) == len(rollouts.token_ids)
+
+
+def test_a_model_that_cannot_be_quantized(config):
+    engine = TransformersEngine(
+        replace(config.rollout, quantization="e4m3"), dtype="float32", pad_token_id=0, eos_token_ids=[1]
+    )
+    with pytest.raises(MiniRLError, match=r"rollout.quantization is 'e4m3', and cannot be: a GPT2LMHeadModel"):
+        engine.update_weights(GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=1)))

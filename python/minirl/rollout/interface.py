@@ -34,6 +34,9 @@ class Rollouts:
     routed_experts: RoutedExperts | None = None
     """[B, L]: the experts of each token as it was decoded, missing where the engine saw none (the last token of each
     response, at least); none where the engine does not record them."""
+    logits: list[Tensor] | None = None
+    """[B] of [R, V] float32: what each token was drawn from, divided by the temperature; none where the engine does not
+    keep them."""
 
     @classmethod
     def collate(
@@ -45,8 +48,9 @@ class Rollouts:
         *,
         pad_token_id: int,
         routed_experts: Sequence[RoutedExperts] | None = None,
+        logits: list[Tensor] | None = None,
     ) -> Rollouts:
-        """Pad len(prompts) groups of len(responses) / len(prompts) responses each; routed_experts: one per response."""
+        """Pad len(prompts) groups of len(responses) / len(prompts) responses each; routed_experts, logits: one each."""
         group_size = len(responses) // len(prompts)
         rows, is_response, aligned = [], [], []
         for index, (response, values) in enumerate(zip(responses, log_probs, strict=True)):
@@ -64,6 +68,7 @@ class Rollouts:
             group_ids=torch.arange(len(responses)) // group_size,
             finish_reasons=finish_reasons,
             routed_experts=(None if routed_experts is None else RoutedExperts.pad(routed_experts, token_ids.shape[1])),
+            logits=logits,
         )
 
     def responses(self) -> list[list[int]]:
