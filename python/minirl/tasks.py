@@ -110,7 +110,7 @@ def _parse_problem(line: str) -> Problem:
     if not isinstance(record, dict) or not {"prompt", "answer"} <= set(record):
         raise ValueError(f"{line[:60]} must be an object with the keys prompt and answer")
     prompt, answer = record["prompt"], record["answer"]
-    if not isinstance(prompt, str) and not _is_chat(prompt):
+    if not is_prompt(prompt):
         raise ValueError(f"prompt is {prompt!r}: it must be a string, or a list of messages with role and content")
     if not isinstance(answer, str):
         raise ValueError(f"answer is {answer!r}: it must be a string")
@@ -121,12 +121,16 @@ def _parse_problem(line: str) -> Problem:
     return Problem(prompt, answer)
 
 
-def _is_chat(prompt: object) -> bool:
-    return isinstance(prompt, list) and all(
-        isinstance(message, dict)
-        and set(message) == {"role", "content"}
-        and all(isinstance(text, str) for text in message.values())
-        for message in prompt
+def is_prompt(value: object) -> bool:
+    """Whether it is a text, or a list of chat messages; either may be empty."""
+    return isinstance(value, str) or (
+        isinstance(value, list)
+        and all(
+            isinstance(message, dict)
+            and set(message) == {"role", "content"}
+            and all(isinstance(text, str) for text in message.values())
+            for message in value
+        )
     )
 
 

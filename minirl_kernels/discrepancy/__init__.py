@@ -1,0 +1,17 @@
+"""How far an inference engine is from a training engine, and where they first part."""
+
+from .compare import compare_engines
+from .engines import GeneratingEngine, Rescored, Scores, ScoringEngine
+from .probabilities import full_vocabulary_kl, sampled_token_metrics
+from .report import DiscrepancyReport
+
+__all__ = [
+    "DiscrepancyReport",
+    "GeneratingEngine",
+    "Rescored",
+    "Scores",
+    "ScoringEngine",
+    "compare_engines",
+    "full_vocabulary_kl",
+    "sampled_token_metrics",
+]

@@ -1,0 +1,126 @@
+"""Which token of which sequence each row of a tensor belongs to, inside the forwards of a model.
+
+A decode with a cache, prompts padded on the left, and a forward of whole sequences, padded on the right, have nothing
+in common but the tokens. The attention mask says where they are in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+# A token's key is row * STRIDE + its place in the row.
+STRIDE = 1 << 32
+
+
+@dataclass
+class Forward:
+    """One forward of the model. tokens: [B, S], the place of each slot's token in its sequence, -1 for padding."""
+
+    number: int
+    tokens: Tensor
+    running: list[str] = field(default_factory=list)  # names of the modules that are being computed, outermost first
+
+    def keys(self, rows: int, slots: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """(which slots of the first `rows` sequences hold a token [rows, S] bool, the keys of these tokens)."""
+        tokens = self.tokens[:rows, slots]
+        held = tokens >= 0
+        return held, (torch.arange(len(tokens))[:, None] * STRIDE + tokens)[held]
+
+    def per_token(self, tensor: Tensor, rows: int) -> tuple[Tensor, Tensor] | None:
+        """(keys [n], values [n, F]) of the tokens of the first `rows` sequences; None if `tensor` has no row for each.
+
+        tensor: [B, S, ...], [1, S, ...], [B S, F], or [B, 1, F] of the last token alone.
+        """
+        batch, length = self.tokens.shape
+        slots = slice(None)
+        if tensor.dim() < 2 or tensor.numel() == 0:
+            return None
+        if tensor.shape[:2] == (1, length) and batch > 1:
+            tensor = tensor.expand(batch, *tensor.shape[1:])
+        elif tensor.shape[:2] == (batch, 1) and tensor.dim() == 3:
+            slots = slice(length - 1, None)
+        elif tensor.shape[:2] != (batch, length):
+            # a decode's [B, keys, ...] has as many rows, B 1
+            if tensor.dim() != 2 or len(tensor) != batch * length:
+                return None
+            tensor = tensor.unflatten(0, (batch, length))
+        held, keys = self.keys(rows, slots)
+        values = tensor.detach()[:rows].cpu()
+        return keys, values[held].flatten(1) if values.dim() > 2 else values[held][:, None]
+
+
+class Forwards:
+    """The forward that runs, and how many there were."""
+
+    def __init__(self):
+        self.current: Forward | None = None
+        self.count = 0
+
+    def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones_like(input_ids)
+        if mask.dim() != 2:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}: it must be [B, tokens so far]")
+        held = mask.bool().cpu()
+        places = (held.cumsum(1) - 1).masked_fill(~held, -1)
+        self.current = Forward(self.count, places[:, -input_ids.shape[1] :])
+        self.count += 1
+
+
+@contextmanager
+def watched(
+    model: nn.Module,
+    *,
+    names: Collection[str] | None = None,
+    before: Callable[[Forward, str, nn.Module, tuple, dict], None] | None = None,
+    after: Callable[[Forward, str, nn.Module, object], None] | None = None,
+) -> Iterator[None]:
+    """Call `before` and `after` each module's forward, inside the forwards of `model`, in the order of execution.
+
+    names: of the modules; None means all. before: is given the arguments; after: the output; both the Forward, too, and
+    the module with its name.
+    """
+    forwards = Forwards()
+
+    def enter(name, module, args, kwargs):
+        if before is not None:
+            before(forwards.current, name, module, args, kwargs)
+        forwards.current.running.append(name)
+
+    def leave(name, module, args, output):
+        forwards.current.running.pop()
+        if after is not None:
+            after(forwards.current, name, module, output)
+
+    handles = [model.register_forward_pre_hook(forwards.begin, with_kwargs=True)]
+    for name, module in model.named_modules():
+        if name and (names is None or name in names):
+            # before the model's own hooks, which are part of what the module computes
+            handles.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(partial(leave, name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def common_tokens(mu: Tensor, pi: Tensor, spans: Tensor) -> tuple[Tensor, Tensor]:
+    """(indices into mu, indices into pi) of the keys that are in both and in their rows' spans, in mu's order.
+
+    mu, pi: [n], [m] keys. spans: [rows, 2], first place and end.
+    """
+    sorted_pi, order = pi.sort()
+    place = torch.searchsorted(sorted_pi, mu).clamp(max=len(pi) - 1)
+    start, end = spans[mu // STRIDE].unbind(1)
+    shared = (sorted_pi[place] == mu) & (start <= mu % STRIDE) & (mu % STRIDE < end)
+    in_mu = shared.nonzero()[:, 0]
+    return in_mu, order[place[in_mu]]

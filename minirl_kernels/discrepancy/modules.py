@@ -1,0 +1,188 @@
+"""The outputs of all modules of two engines, token by token: where they first differ, and how far from there on."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .forwards import Forward, common_tokens, watched
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Between the values that the engines have in one place, over the tokens that both computed there."""
+
+    differing_fraction: float
+    """Of the tokens, those of which any value differs."""
+    relative: float
+    """|mu - pi| / |pi|, Euclidean norms over all tokens."""
+    max_abs: float
+    first_key: int | None
+    """The first token that differs, in the order in which mu computed them; None if none does."""
+
+    @classmethod
+    def between(cls, keys: Tensor, mu: list[Tensor], pi: list[Tensor]) -> Difference:
+        """mu, pi: [n, F] each, of the tokens of the keys [n]. Sizes are those of the first pair."""
+        differs = torch.zeros(len(keys), dtype=torch.bool)
+        for ours, theirs in zip(mu, pi, strict=True):
+            a, b = ours.double(), theirs.double()
+            differs |= ((a != b) & ~(a.isnan() & b.isnan())).any(1)
+        delta, size = (mu[0].double() - pi[0].double()), pi[0].double()
+        norm = size.norm().item()
+        return cls(
+            differing_fraction=differs.double().mean().item(),
+            relative=delta.norm().item() / norm if norm else float(delta.norm() > 0),
+            max_abs=delta.abs().max().item(),
+            first_key=keys[differs][0].item() if differs.any() else None,
+        )
+
+    @property
+    def is_none(self) -> bool:
+        return self.first_key is None
+
+
+@dataclass(frozen=True)
+class Event:
+    """A module was given its input, or made its output, in the order of execution."""
+
+    module: str
+    kind: str
+    is_input: bool
+    inside: str  # the module that ran it
+    difference: Difference
+
+    @property
+    def culprit(self) -> str:
+        """The module whose own code made what is here: an input is made by the module that hands it in."""
+        return self.inside if self.is_input else self.module
+
+
+@dataclass
+class _Place:
+    """What mu had in one place: values of tokens, forward by forward."""
+
+    keys: list[Tensor]
+    values: list[list[Tensor]]
+    numbers: list[Tensor]  # of the forward that computed each token
+
+
+class ModuleTrace:
+    """Records mu's inputs and outputs inside `recording`, then compares pi's inside `comparing`, which keeps no values.
+
+    rows: how many of the batch's first sequences are traced; the record holds all that modules make of them.
+    """
+
+    def __init__(self, rows: int):
+        self._rows = rows
+        self._places: dict[tuple[str, bool, int], _Place] = {}
+        self.events: list[Event] = []
+        self.forward_of: dict[int, int] = {}
+
+    @contextmanager
+    def recording(self, mu: nn.Module) -> Iterator[None]:
+        def record(forward: Forward, name: str, is_input: bool, occurrence: int, tensors: list[Tensor]) -> None:
+            found = self._per_token(forward, tensors)
+            if found is not None:
+                keys, values = found
+                place = self._places.setdefault((name, is_input, occurrence), _Place([], [], []))
+                place.keys.append(keys)
+                place.values.append(values)
+                place.numbers.append(torch.full_like(keys, forward.number))
+
+        with _observed(mu, record):
+            yield
+
+    @contextmanager
+    def comparing(self, pi: nn.Module, spans: Tensor) -> Iterator[None]:
+        """spans: [rows, 2], first place and end of what is to be compared of each sequence."""
+        self._spans = spans
+        kinds = {name: type(module).__name__ for name, module in pi.named_modules()}
+
+        def compare(forward: Forward, name: str, is_input: bool, occurrence: int, tensors: list[Tensor]) -> None:
+            place = self._places.pop((name, is_input, occurrence), None)
+            found = self._per_token(forward, tensors)
+            if place is None or found is None:
+                return
+            difference = self._compared(place, *found)
+            if difference is not None:
+                inside = forward.running[-1] if forward.running else ""
+                self.events.append(Event(name, kinds[name], is_input, inside, difference))
+
+        with _observed(pi, compare):
+            yield
+        self._places.clear()
+
+    def first(self) -> Event | None:
+        """The first place where the engines differ."""
+        return next((event for event in self.events if not event.difference.is_none), None)
+
+    def outputs(self) -> list[Event]:
+        return [event for event in self.events if not event.is_input]
+
+    def layers(self) -> list[tuple[int, Event]]:
+        """The outputs of the decoder layers, with their numbers."""
+        numbered = [(re.fullmatch(r"(?:.*\.)?layers\.(\d+)", event.module), event) for event in self.outputs()]
+        return [(int(match[1]), event) for match, event in numbered if match]
+
+    def _per_token(self, forward: Forward, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
+        found = [forward.per_token(tensor, self._rows) for tensor in tensors]
+        if not found or any(one is None for one in found):
+            return None
+        return found[0][0], [values for _, values in found]
+
+    def _compared(self, place: _Place, keys: Tensor, values: list[Tensor]) -> Difference | None:
+        mu_keys = torch.cat(place.keys)
+        in_mu, in_pi = common_tokens(mu_keys, keys, self._spans)
+        if len({tuple(values.shape[1] for values in parts) for parts in place.values}) > 1:
+            return None  # a size that grows with the cache
+        mu = [torch.cat(parts)[in_mu] for parts in zip(*place.values, strict=True)]
+        pi = [tensor[in_pi] for tensor in values]
+        if not len(in_mu) or [a.shape for a in mu] != [b.shape for b in pi]:
+            return None
+        difference = Difference.between(mu_keys[in_mu], mu, pi)
+        if not difference.is_none:
+            number = torch.cat(place.numbers)[mu_keys == difference.first_key][0].item()
+            self.forward_of[difference.first_key] = number
+        return difference
+
+
+@contextmanager
+def _observed(model: nn.Module, observer) -> Iterator[None]:
+    """observer(forward, name, is_input, occurrence, tensors) at each module's input and output."""
+    counts: Counter = Counter()
+
+    def seen(forward: Forward, name: str, is_input: bool, tensors: list[Tensor]) -> None:
+        occurrence = counts[forward.number, name, is_input]
+        counts[forward.number, name, is_input] += 1
+        if tensors:
+            observer(forward, name, is_input, occurrence, tensors)
+
+    def before(forward, name, module, args, kwargs):
+        seen(forward, name, True, _hidden_states(args, kwargs))
+
+    def after(forward, name, module, output):
+        seen(forward, name, False, _outputs(output))
+
+    with watched(model, before=before, after=after):
+        yield
+
+
+def _hidden_states(args: tuple, kwargs: dict) -> list[Tensor]:
+    """A module's first argument, and nothing else: masks and caches are not of single tokens."""
+    first = args[0] if args else kwargs.get("hidden_states")
+    return [first] if isinstance(first, Tensor) else []
+
+
+def _outputs(output: object) -> list[Tensor]:
+    """An output's first tensor, and those behind it that have two dimensions: the weights and experts of a router."""
+    if isinstance(output, Tensor):
+        return [output]
+    values = list(output.values()) if hasattr(output, "values") else output if isinstance(output, (tuple, list)) else []
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return tensors[:1] + [tensor for tensor in tensors[1:] if tensor.dim() == 2]

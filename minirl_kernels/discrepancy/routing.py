@@ -1,0 +1,76 @@
+"""The experts that each engine chose for the same tokens. It only looks: the routers stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..moe.routers import routers
+from .forwards import Forward, common_tokens, watched
+
+
+@dataclass(frozen=True)
+class LayerAgreement:
+    """Of mu's experts with pi's in one MoE layer."""
+
+    router: str
+    equal_fraction: float
+    """Of the tokens, those that both engines send to the same experts."""
+    overlap: float
+    """Mean share of a token's experts that are the same in both."""
+
+
+class RoutingComparison:
+    """Gathers agreement over batches: mu runs inside `recording_mu`, pi inside `recording_pi`, then `add`.
+
+    Raises ValueError where a model has no routers that are known, or the two have not the same.
+    """
+
+    def __init__(self, mu: nn.Module, pi: nn.Module):
+        self._mu, self._pi = mu, pi
+        self._names = [router.name for router in routers(pi)]
+        if [router.name for router in routers(mu)] != self._names:
+            raise ValueError("the two engines have not the same routers")
+        self._chosen: dict[str, dict[str, list[tuple[Tensor, Tensor]]]] = {}
+        self._totals = torch.zeros(len(self._names), 3, dtype=torch.float64)  # equal, overlap, tokens
+
+    @contextmanager
+    def recording_mu(self) -> Iterator[None]:
+        with self._recording("mu", self._mu):
+            yield
+
+    @contextmanager
+    def recording_pi(self) -> Iterator[None]:
+        with self._recording("pi", self._pi):
+            yield
+
+    def add(self, spans: Tensor) -> None:
+        """Take in what was recorded since the last time; spans: [rows, 2], first place and end in each sequence."""
+        for index, name in enumerate(self._names):
+            mu_keys, mu = (torch.cat(parts) for parts in zip(*self._chosen["mu"][name], strict=True))
+            pi_keys, pi = (torch.cat(parts) for parts in zip(*self._chosen["pi"][name], strict=True))
+            in_mu, in_pi = common_tokens(mu_keys, pi_keys, spans)
+            shared = (mu[in_mu][:, :, None] == pi[in_pi][:, None, :]).any(2).double().mean(1)
+            self._totals[index] += torch.stack(
+                [(shared == 1).double().sum(), shared.sum(), shared.new_tensor(len(shared))]
+            )
+        self._chosen.clear()
+
+    def layers(self) -> list[LayerAgreement]:
+        equal, overlap, tokens = self._totals.unbind(1)
+        values = torch.stack([equal / tokens, overlap / tokens], 1).tolist()
+        return [LayerAgreement(name, *pair) for name, pair in zip(self._names, values, strict=True)]
+
+    @contextmanager
+    def _recording(self, engine: str, model: nn.Module) -> Iterator[None]:
+        chosen = self._chosen[engine] = {name: [] for name in self._names}
+
+        def after(forward: Forward, name: str, _, output: tuple[Tensor, ...]) -> None:
+            chosen[name].append(forward.per_token(output[2], len(forward.tokens)))
+
+        with watched(model, names=self._names, after=after):
+            yield

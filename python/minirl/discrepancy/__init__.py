@@ -1,0 +1,1 @@
+"""`minirl discrepancy`: two engines that transformers can be, compared."""

@@ -1,0 +1,134 @@
+"""`minirl discrepancy`: from a target and options to a report."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
+
+from minirl_kernels import PolicyLossConfig
+from minirl_kernels.discrepancy import DiscrepancyReport, compare_engines
+from minirl_kernels.integrations.transformers import enable_log_probs
+
+from ..config import RolloutConfig
+from ..errors import MiniRLError
+from ..models import end_token_ids, load_model, make_model, pick_device
+from ..progress import progress
+from ..run_dir import replacing
+from .engines import TrainingEngine, inference_engine, training_engine
+from .picture import draw
+from .prompts import make_prompts
+from .settings import DiscrepancyOptions
+from .show import number, show
+from .target import Target
+
+FORMAT = 1  # of the JSON file: another where a key goes or changes its meaning
+
+
+def discrepancy(name: str, target: Target, options: DiscrepancyOptions, console: Console) -> bool:
+    """Compare, print, and write discrepancy.json and discrepancy.png; whether the report is within the limit.
+
+    name: of the target, as it was given. Raises MiniRLError.
+    """
+    options.check()
+    disable_progress_bar()
+    replay = options.pi.routing_replay
+    config = replace(target.config, device=options.device, routing_replay=replay)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    model, tokenizer = make_model(config)
+    prompts, source = make_prompts(target, tokenizer, options.prompts, options.responses)
+    sampling = RolloutConfig(
+        quantization=options.mu.quantization,
+        temperature=options.temperature,
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+    )
+    # as in training: for R2 too, mu records, and routes by the rule of what records
+    ends = end_token_ids(model, tokenizer)
+    mu = inference_engine(model, options.mu, sampling, ends, records_routing=replay != "disabled")
+    pi = training_engine(model, options.pi, options.temperature, "pi", records_routing=replay == "R2")
+    updated = None if options.updated_model is None else _updated(options, len(tokenizer))
+    bounds = _bounds(config.policy_loss)
+    with progress(console, "comparing", len(prompts)) as done:
+        report = compare_engines(
+            mu,
+            pi,
+            prompts,
+            updated=updated,
+            seed=options.seed,
+            batch_size=options.batch_size,
+            trace_sequences=options.trace_sequences,
+            config=bounds,
+            routing_replay=replay,
+            progress=lambda count: done(count, "responses"),
+        )
+    show(report, console, bounds)
+    folder = target.folder if options.output is None else options.output
+    table = {"format": FORMAT, "target": name, **asdict(options), "prompts": source, **report.to_dict()}
+    written = folder / "discrepancy.json", folder / "discrepancy.png"
+    write_json(written[0], table)
+    draw(report, written[1], f"{name}: μ is {options.mu.summary}, π is {options.pi.summary}")
+    for path in written:
+        console.print(f"  {path}")
+    return _is_within(report, options, console)
+
+
+def write_json(path: Path, table: dict[str, Any]) -> None:
+    """Numbers that JSON has no word for (infinity, NaN) are null. Raises MiniRLError if path is unwritable."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(_finite(table), indent=2, default=str) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise MiniRLError(f"{path} cannot be written to: {error.strerror}") from None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _updated(options: DiscrepancyOptions, vocab_size: int) -> TrainingEngine:
+    """pi_theta, which computes as pi does."""
+    model, tokenizer = load_model(options.updated_model, options.pi.experts_implementation)
+    if len(tokenizer) != vocab_size:
+        raise MiniRLError(
+            f"--updated-model {options.updated_model} has {len(tokenizer)} tokens: it must have {vocab_size}, as the "
+            "target has"
+        )
+    try:
+        model = enable_log_probs(model.to(pick_device(options.device)))
+    except (TypeError, ValueError) as error:
+        raise MiniRLError(f"--updated-model {options.updated_model} cannot be scored with: {error}") from None
+    return training_engine(model, options.pi, options.temperature, "pi")
+
+
+def _bounds(config: PolicyLossConfig) -> PolicyLossConfig:
+    """MiniRL's bounds and threshold as the run has them, if it is one of MiniRL."""
+    if config.objective != "minirl":
+        return PolicyLossConfig()
+    return PolicyLossConfig(
+        clip_ratio_low=config.clip_ratio_low,
+        clip_ratio_high=config.clip_ratio_high,
+        rollout_is_threshold=config.rollout_is_threshold,
+    )
+
+
+def _is_within(report: DiscrepancyReport, options: DiscrepancyOptions, console: Console) -> bool:
+    if options.fail_above is None:
+        return True
+    value = report.headline[options.fail_metric]
+    within = value <= options.fail_above  # not so for NaN
+    relation = "within" if within else "not within"
+    console.print(f"{options.fail_metric} is {number(value)}: {relation} --fail-above {options.fail_above:g}")
+    return within

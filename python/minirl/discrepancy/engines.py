@@ -1,0 +1,169 @@
+"""The two engines that transformers can be: the trainer's rollout engine, and the trainer's forward."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+import minirl_kernels.integrations.transformers  # noqa: F401  for experts_implementation="minirl"
+from minirl_kernels import RoutedExperts, record_routing, replay_routing
+from minirl_kernels.discrepancy import Rescored, Scores
+from minirl_kernels.discrepancy.engines import GeneratingEngine, TokenIds
+from minirl_kernels.integrations.transformers.e4m3 import E4M3Copy
+from minirl_kernels.moe.replay import RoutingRecord
+from minirl_kernels.ops.linear_token_logprobs.reference import linear_logits
+
+from ..batch import next_token_targets
+from ..config import RolloutConfig
+from ..errors import MiniRLError
+from ..models import autocast
+from ..rollout import TransformersEngine
+from .settings import EngineSettings, InferenceSettings
+
+
+def inference_engine(
+    model: PreTrainedModel,
+    settings: InferenceSettings,
+    sampling: RolloutConfig,
+    end_token_ids: list[int],
+    *,
+    records_routing: bool = False,
+) -> GeneratingEngine:
+    """mu. sampling: temperature, max_new_tokens and batch_size. Raises MiniRLError for settings that cannot be."""
+    generator = _Generator(_computing_as(model, settings, "mu"), settings, sampling, end_token_ids, records_routing)
+    if settings.decode:
+        return generator
+    scorer = training_engine(model, settings, sampling.temperature, "mu", records_routing=records_routing)
+    return Rescored(generator, scorer)
+
+
+def training_engine(
+    model: PreTrainedModel, settings: EngineSettings, temperature: float, name: str, *, records_routing: bool = False
+) -> TrainingEngine:
+    """pi, or another by the name that its options have. Raises MiniRLError for settings that cannot be."""
+    model = _computing_as(model, settings, name)
+    if settings.quantization is not None:
+        try:
+            model = E4M3Copy(model).model
+        except ValueError as error:
+            raise MiniRLError(f"--{name}.quantization is {settings.quantization!r}, and cannot be: {error}") from None
+    return TrainingEngine(model, settings, temperature, records_routing)
+
+
+class _Generator:
+    """The trainer's rollout engine, with its logits."""
+
+    def __init__(self, model, settings: EngineSettings, sampling: RolloutConfig, end_token_ids, records_routing: bool):
+        self._mode = _mode(settings)
+        self._engine = TransformersEngine(
+            sampling,
+            dtype=settings.dtype,
+            pad_token_id=end_token_ids[0],
+            eos_token_ids=end_token_ids,
+            records_routing=records_routing,
+            keeps_logits=True,
+        )
+        self._engine.update_weights(model)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._engine.model
+
+    def generate(self, prompts: TokenIds, *, seed: int) -> tuple[list[list[int]], Scores]:
+        with self._mode():
+            rollouts = self._engine.generate(prompts, 1, seed=seed)
+        rows = zip(rollouts.rollout_log_probs, rollouts.response_mask, strict=True)
+        log_probs = [values[mask] for values, mask in rows]
+        return rollouts.responses(), Scores(log_probs, rollouts.logits, rollouts.routed_experts)
+
+
+class TrainingEngine:
+    """Log-probabilities as the trainer computes old_log_probs: whole sequences, padded on the right."""
+
+    def __init__(self, model: PreTrainedModel, settings: EngineSettings, temperature: float, records_routing: bool):
+        self.model, self._dtype, self._temperature = model, settings.dtype, temperature
+        self._records_routing = records_routing
+        self._mode = _mode(settings)
+
+    @torch.no_grad()
+    def score(
+        self, prompts: TokenIds, responses: TokenIds, *, with_logits: bool, routed_experts: RoutedExperts | None = None
+    ) -> Scores:
+        rows = [torch.tensor([*prompt, *response]) for prompt, response in zip(prompts, responses, strict=True)]
+        lengths = torch.tensor([len(row) for row in rows])
+        starts = torch.tensor([len(prompt) for prompt in prompts])
+        input_ids = pad_sequence(rows, batch_first=True)
+        places = torch.arange(input_ids.shape[1])
+        held = places < lengths[:, None]
+        token_ids, scores = next_token_targets(input_ids, held & (places >= starts[:, None]))
+        head, hidden = self.model.get_output_embeddings(), []
+        handle = head.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+        try:
+            with self._routing(routed_experts) as routing, self._mode(), autocast(self.model.device, self._dtype):
+                log_probs = self.model(
+                    input_ids.to(self.model.device),
+                    attention_mask=held.to(self.model.device),
+                    use_cache=False,
+                    token_ids=token_ids.to(self.model.device),
+                    temperature=self._temperature,
+                ).log_probs.cpu()
+        finally:
+            handle.remove()
+        each = range(len(rows))
+        logits = [self._logits(head, hidden[0][row, scores[row].to(hidden[0].device)]) for row in each if with_logits]
+        recorded = routing.sequences(len(rows)).to("cpu") if isinstance(routing, RoutingRecord) else None
+        return Scores([log_probs[row, scores[row]] for row in each], logits if with_logits else None, recorded)
+
+    def _routing(self, routed_experts: RoutedExperts | None):
+        if routed_experts is not None:
+            return replay_routing(self.model, routed_experts)
+        return record_routing(self.model) if self._records_routing else nullcontext()
+
+    def _logits(self, head: torch.nn.Linear, hidden: Tensor) -> Tensor:
+        """[R, V] float32 of hidden states [R, H]: what linear_token_logprobs makes its log-probabilities of."""
+        if self._dtype != "float32":  # autocast rounds both, and float32 sums follow
+            hidden, weight = (tensor.to(getattr(torch, self._dtype)) for tensor in (hidden, head.weight))
+        else:
+            weight = head.weight
+        scale, softcap = head.tap.logit_scale, head.tap.logit_softcap
+        logits = linear_logits(hidden, weight, head.bias, 0.0 if softcap is None else softcap / scale)
+        return (logits / (self._temperature / scale)).cpu()
+
+
+def _computing_as(model: PreTrainedModel, settings: EngineSettings, name: str) -> PreTrainedModel:
+    """A twin of `model` with its weights, which computes as the settings say."""
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    for key, change in (
+        ("attn_implementation", twin.set_attn_implementation),
+        ("experts_implementation", twin.set_experts_implementation),
+    ):
+        value = getattr(settings, key)
+        if value is not None:
+            try:
+                change(value)
+            except (ValueError, ImportError) as error:
+                raise MiniRLError(f"--{name}.{key.replace('_', '-')} is {value!r}: {error}") from None
+    try:
+        with torch.no_grad(), _mode(settings)(), autocast(twin.device, settings.dtype):
+            twin(torch.zeros(1, 1, dtype=torch.long, device=twin.device), use_cache=False)
+    except (TypeError, ValueError, RuntimeError, ImportError) as error:
+        raise MiniRLError(f"{name} cannot compute as its options say: {error}") from error
+    return twin
+
+
+def _mode(settings: EngineSettings):
+    """The context manager that the engine computes in, to be called each time."""
+    if not settings.batch_invariant:
+        return nullcontext
+    try:
+        from minirl_kernels.batch_invariant import batch_invariant_mode
+    except ImportError as error:
+        raise MiniRLError(
+            f"batch-invariant is true: this minirl_kernels must have batch_invariant_mode() ({error})"
+        ) from None
+    return batch_invariant_mode

@@ -1,0 +1,119 @@
+"""What the command is told: its options, and how each engine computes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..config import TrainConfig
+from ..errors import MiniRLError
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How an engine computes; both have the same float32 weights to begin with."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of its computation (autocast, as in training)."""
+    attn_implementation: str | None = None
+    """Of transformers: eager, sdpa, …; none: the model's own."""
+    experts_implementation: str | None = None
+    """How experts are computed: minirl, or as transformers does (eager, grouped_mm, …); none: the model's own."""
+    quantization: Literal["e4m3"] | None = None
+    """e4m3: weights and activations are rounded as FP8 engines do."""
+    batch_invariant: bool = False
+    """Computes in batch_invariant_mode()."""
+
+    @property
+    def summary(self) -> str:
+        """In a few words."""
+        parts = [self.dtype, self.attn_implementation, self.experts_implementation, self.quantization]
+        return ", ".join([part for part in parts if part] + ["batch-invariant"] * self.batch_invariant)
+
+
+@dataclass(frozen=True)
+class InferenceSettings(EngineSettings):
+    """How the inference engine computes."""
+
+    decode: bool = True
+    """Its log-probabilities are those of the decode; False: of the whole responses, scored again as π does."""
+
+    @property
+    def summary(self) -> str:
+        return super().summary + ("" if self.decode else ", not decoded")
+
+
+@dataclass(frozen=True)
+class TrainingSettings(EngineSettings):
+    """How the training engine computes."""
+
+    routing_replay: Literal["disabled", "R2", "R3"] = "disabled"
+    """Experts to replay: R3, those that μ chose, in π_old and π_θ; R2, those that π_old chose, in π_θ."""
+
+    @property
+    def summary(self) -> str:
+        return super().summary + (f", {self.routing_replay}" if self.routing_replay != "disabled" else "")
+
+
+@dataclass(frozen=True)
+class DiscrepancyOptions:
+    """What `minirl discrepancy` is told beside its target."""
+
+    mu: InferenceSettings
+    """The inference engine: it samples the responses, and says with which log-probabilities."""
+    pi: TrainingSettings
+    """The training engine: it scores them."""
+    updated_model: str | None = None
+    """Folder or hub name of π_θ, for the staleness r = π_θ/π_old; none: r is 1."""
+    prompts: Path | None = None
+    """File of one per line, in a .jsonl its key prompt; none: the task's, or random tokens where there is no task."""
+    responses: int = 64
+    """How many, one to each prompt."""
+    max_new_tokens: int = 256
+    """A response is cut off here."""
+    temperature: float = 1.0
+    """Of sampling, and of all log-probabilities."""
+    seed: int = 0
+    """Of the samples."""
+    batch_size: int = 32
+    """Responses at a time, for which the logits of both engines are kept, 8 bytes × vocabulary per token."""
+    trace_sequences: int = 4
+    """Sequences of the first batch to compare module by module; every output of μ's modules is kept for them."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: a GPU if there is one."""
+    output: Path | None = None
+    """Folder for discrepancy.json and discrepancy.png; none: the run's, or this one."""
+    fail_above: float | None = None
+    """End with status 1 if fail_metric is above this, or is not a number."""
+    fail_metric: Literal["kl_k3", "kl_full", "abs_log_d_max"] = "kl_k3"
+    """KL(μ‖π_old) by k3, or over the whole vocabulary, or the largest |log π_old − log μ|; in nats."""
+
+    def check(self) -> None:
+        """Raises MiniRLError, naming the option, for a value that makes no sense."""
+        for name in ("responses", "max_new_tokens", "batch_size"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        self._require("trace_sequences", self.trace_sequences >= 0, "at least 0")
+        self._require("temperature", 0 < self.temperature < math.inf, "above 0 and finite")
+        self._require("fail_above", self.fail_above is None or self.fail_above >= 0, "at least 0")
+
+    def _require(self, name: str, holds: bool, must_be: str) -> None:
+        if not holds:
+            raise MiniRLError(f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be {must_be}")
+
+
+def default_options(config: TrainConfig) -> DiscrepancyOptions:
+    """Engines and sampling as a run of `config` has them."""
+    experts = config.model.experts_implementation
+    return DiscrepancyOptions(
+        mu=InferenceSettings(
+            dtype=config.rollout.dtype or config.dtype,
+            experts_implementation=experts,
+            quantization=config.rollout.quantization,
+        ),
+        pi=TrainingSettings(dtype=config.dtype, experts_implementation=experts, routing_replay=config.routing_replay),
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        device=config.device,
+    )

@@ -1,0 +1,151 @@
+"""The report as tables for a terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+
+from minirl_kernels import PolicyLossConfig
+from minirl_kernels.discrepancy import DiscrepancyReport
+from minirl_kernels.discrepancy.report import LOG_PROBS, FirstDifference, ModuleReport, layer_of
+
+
+def show(report: DiscrepancyReport, console: Console, bounds: PolicyLossConfig) -> None:
+    """Print it. bounds: those that it was made with."""
+    metrics, threshold = report.metrics, bounds.rollout_is_threshold
+    high, low = 1 + bounds.clip_ratio_high, 1 - bounds.clip_ratio_low
+    quantiles = metrics["log_d_abs_quantiles"]
+    rows = [
+        ("KL(μ‖π_old), k1, k3", f"{number(metrics['discrepancy_kl_k1'])}, {number(metrics['discrepancy_kl_k3'])}"),
+        ("  over the whole vocabulary, mean, max", f"{number(report.full_kl_mean)}, {number(report.full_kl_max)}"),
+        ("max |Δ log p|", number(metrics["log_d_abs_max"])),
+        (f"  quantiles {', '.join(quantiles)}", ", ".join(number(value) for value in quantiles.values())),
+        ("tokens with the same bits", share(metrics["bit_equal_fraction"])),
+    ]
+    _print(console, f"Discrepancy d = π_old/μ, {int(metrics['num_tokens'])} sampled tokens (nats)", rows)
+    rows = [
+        ("KL(π_old‖π_θ), k1, k3", f"{number(metrics['staleness_kl_k1'])}, {number(metrics['staleness_kl_k3'])}"),
+        ("max |log r|", number(metrics["log_r_abs_max"])),
+        (
+            f"masked if all advantages were positive, r > {high:g}",
+            share(metrics["clip_fraction_high"]),
+        ),
+        (
+            f"masked if all advantages were negative, r < {low:g}",
+            share(metrics["clip_fraction_low"]),
+        ),
+    ]
+    if report.has_update:
+        _print(console, "Staleness r = π_θ/π_old", rows)
+    rows = [
+        ("mean, max", f"{number(metrics['is_weight_mean'])}, {number(metrics['is_weight_max'])}"),
+        ("effective sample size, of 1", f"{metrics['ess']:.6f}"),
+        ("truncated" if threshold is None else f"truncated, w > {threshold:g}", share(metrics["truncation_fraction"])),
+        ("first-order error of a response, mean", number(metrics["first_order_error_mean"])),
+    ]
+    title = "Weight w = d r" if report.has_update else "Weight w = d (no updated model: r is 1, nothing is masked)"
+    _print(console, title, rows)
+    _show_layers(report, console)
+    _show_first(report, console)
+
+
+def number(value: float | None) -> str:
+    """Three digits; exact zeros stand out."""
+    return "none" if value is None else "0" if value == 0 else f"{value:.3g}"
+
+
+def share(value: float) -> str:
+    """In per cent, where all and none are said of nothing else."""
+    return f"{100 * value:.0f} %" if value in (0, 1) else f"{min(max(100 * value, 0.001), 99.999):.3f} %"
+
+
+def _print(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, min_width=72)
+    table.add_column()
+    table.add_column(justify="right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _show_layers(report: DiscrepancyReport, console: Console) -> None:
+    routing = {layer_of(layer.router): layer for layer in report.routing or []}
+    differences = {} if report.modules is None else dict(report.modules.layers)
+    if report.modules is None:
+        console.print(f"No modules were compared: {report.modules_missing}.")
+    if report.routing is None:
+        console.print(f"No routing was compared: {report.routing_missing}.")
+    if not routing and not differences:
+        return
+    table = Table(title="Layer by layer", title_justify="left", title_style="bold", min_width=72)
+    table.add_column("layer", justify="right")
+    for name in ("relative diff.", "tokens differing", "same experts", "overlap"):
+        table.add_column(name, justify="right")
+    for layer in sorted({*routing, *differences}, key=lambda layer: -1 if layer is None else layer):
+        difference, agreement = differences.get(layer), routing.get(layer)
+        table.add_row(
+            str(layer),
+            *(["", ""] if difference is None else [number(difference.relative), share(difference.differing_fraction)]),
+            *(["", ""] if agreement is None else [share(agreement.equal_fraction), share(agreement.overlap)]),
+        )
+    console.print(table)
+
+
+def _show_first(report: DiscrepancyReport, console: Console) -> None:
+    if report.modules is None:
+        return
+    count = report.modules.sequences
+    traced = f"{count} sequence{'s' * (count != 1)}, {report.modules.tokens} tokens"
+    first = report.modules.first
+    if first is None:
+        console.print(f"[bold]First difference:[/bold] none, in {traced}")
+        return
+    console.print(f"[bold]First difference:[/bold] {describe(first)}")
+    console.print(
+        f"  {share(first.difference.differing_fraction)} of the tokens, relative difference "
+        f"{number(first.difference.relative)} ({traced})"
+    )
+    if (steepest := steepest_growth(report.modules)) is not None:
+        layer, factor = steepest
+        console.print(f"  it grows most in layer {layer}, {number(factor)} times")
+
+
+def describe(first: FirstDifference) -> str:
+    """In a few lines."""
+    where = first.module if first.module == LOG_PROBS else f"{first.module} ({first.kind})"
+    if first.before is not None:
+        where += f", before its {first.before.removeprefix(first.module + '.')}"
+    operation = first.operation
+    if operation is None:
+        return f"{where}; {first.operation_missing}"
+    mu, pi = ([name for name in ran if not _MAKES_NO_VALUES.search(name)] for ran in (operation.mu, operation.pi))
+    if mu == pi and len(mu) == 1:
+        return f"{where}, in {mu[0]}"
+    if mu == pi:
+        return f"{where}, in one of\n  {_listed(mu)}"
+    return f"{where}, where\n  μ ran {_listed(mu)}\n  π ran {_listed(pi)}"
+
+
+_MAKES_NO_VALUES = re.compile(
+    r"^aten\.(_unsafe_view|alias|clone|detach|expand|permute|select|slice|split|squeeze|t|transpose|unsqueeze|view)\."
+    r"| (bool|int32|int64)$"
+)
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    """Each name once, in order."""
+    names = list(dict.fromkeys(names))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def steepest_growth(modules: ModuleReport) -> tuple[int, float] | None:
+    """(layer, factor) of the largest growth from one layer to the next; none where no two of them differ."""
+    steps = [
+        (below.relative and above.relative / below.relative, layer)
+        for (_, below), (layer, above) in zip(modules.layers, modules.layers[1:], strict=False)
+    ]
+    factor, layer = max(steps, default=(0.0, 0))
+    return (layer, factor) if factor > 1 else None
