@@ -1,4 +1,4 @@
-"""The command `minirl`: train, eval, plot."""
+"""The command `minirl`: train, eval, discrepancy, plot."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from minirl_kernels.config import Objective
 
 from .config import TrainConfig
 from .config_file import load_config
+from .discrepancy.settings import DiscrepancyOptions, default_options
+from .discrepancy.target import Target, find_target
 from .errors import MiniRLError
 
 console = Console(highlight=False, soft_wrap=True)
@@ -28,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands = {
             "train": train_command(rest if name == "train" else []),
             "eval": eval_command,
+            "discrepancy": discrepancy_command(rest if name == "discrepancy" else []),
             "plot": plot_command,
         }
         if name in commands:
@@ -109,6 +112,34 @@ def eval_command(
     console.print(
         f"avg@{result.k} on {result.prompts} held-out prompts: {result.reward:.4f} ± {result.standard_error:.4f}"
     )
+
+
+def discrepancy_command(arguments: Sequence[str]) -> Callable[..., None]:
+    """The command `discrepancy`, whose options have as their defaults what a run of the target would do."""
+    found = Target(TrainConfig(), Path(), False)
+    if arguments and not arguments[0].startswith("-"):
+        found = find_target(arguments[0])
+    default = default_options(found.config)
+
+    def command(
+        target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
+        options: Annotated[DiscrepancyOptions, tyro.conf.arg(name="")] = default,
+    ) -> None:
+        """How far the inference engine is from the training engine, and where they first part.
+
+        μ samples responses and π scores them, with the same weights. The options' defaults are what the target does.
+
+        Args:
+            target: A config file (.toml), the folder of a run, or a model's folder or hub name; before the options.
+        """
+        if target != arguments[0]:
+            raise MiniRLError(f"{arguments[0]} stands before the target {target}: it must stand after it")
+        from .discrepancy.command import discrepancy  # here, so that --help and a wrong option need not wait for it
+
+        if not discrepancy(target, found, options, console):
+            sys.exit(1)
+
+    return command
 
 
 def plot_command(

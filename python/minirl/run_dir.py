@@ -20,6 +20,8 @@ class RunDir:
         self.curves = path / "curves.png"
         self.tensorboard = path / "tensorboard"
         self.model = path / "model"
+        self.discrepancy = path / "discrepancy.json"
+        self.discrepancy_picture = path / "discrepancy.png"
 
     def prepare(self, overwrite: bool) -> None:
         """Make sure that a new run can be written here. Raises MiniRLError; deletes nothing."""
@@ -38,7 +40,7 @@ class RunDir:
 
     def clear(self) -> None:
         """Delete an earlier run's files."""
-        for path in (self.config, self.metrics, self.curves):
+        for path in (self.config, self.metrics, self.curves, self.discrepancy, self.discrepancy_picture):
             path.unlink(missing_ok=True)
         for folder in (self.tensorboard, self.model):
             shutil.rmtree(folder, ignore_errors=True)
