@@ -1,9 +1,10 @@
 """Kernels for training language models by reinforcement learning: MiniRL's policy loss, fused."""
 
+from .batch_invariant import batch_invariant_mode
 from .config import PolicyLossConfig
 from .moe import RoutedExperts, moe_layer_indices, record_routing, replay_routing
-from .ops.elementwise import gelu, mish, sigmoid, silu, softplus
 from .ops.attention import attention
+from .ops.elementwise import gelu, mish, sigmoid, silu, softplus
 from .ops.fused_linear_policy_loss import fused_linear_policy_loss
 from .ops.fused_policy_loss import fused_policy_loss
 from .ops.linear_token_logprobs import linear_token_logprobs
@@ -23,16 +24,17 @@ __all__ = [
     "PolicyLossOutput",
     "RoutedExperts",
     "Routing",
-    "bmm",
     "attention",
+    "batch_invariant_mode",
+    "bmm",
     "fused_linear_policy_loss",
     "fused_policy_loss",
     "gelu",
     "group_advantages",
     "linear",
     "linear_token_logprobs",
-    "matmul",
     "log_softmax",
+    "matmul",
     "mean",
     "mish",
     "moe_experts",
@@ -43,10 +45,10 @@ __all__ = [
     "record_routing",
     "replay_routing",
     "rms_norm",
-    "softmax",
-    "sum",
     "sigmoid",
     "silu",
+    "softmax",
     "softplus",
+    "sum",
     "token_logprobs",
 ]

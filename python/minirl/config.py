@@ -121,6 +121,8 @@ class TrainConfig:
     """Updates per global step, N in the paper; 1 is on policy."""
     micro_batch_size: int = 128
     """Responses per forward and backward pass; changes memory and speed, not the update."""
+    batch_invariant: bool = False
+    """Rollout and training give a token the same bits, whatever is beside it: the discrepancy is 0. Somewhat slower."""
     routing_replay: Literal["disabled", "R2", "R3"] = "disabled"
     """Updates replay the experts of: R2, the pass that recomputes old_log_probs; R3, the rollout, in that pass too."""
     preset: Objective = "minirl"
@@ -165,6 +167,11 @@ class TrainConfig:
             raise MiniRLError(
                 "routing_replay is 'R2' with num_minibatches=1: it must be 'disabled' or 'R3' there, since the one "
                 "update of a step routes as the pass before it does"
+            )
+        if self.batch_invariant and self.model.experts_implementation not in (None, "minirl"):
+            raise MiniRLError(
+                f"model.experts_implementation is {self.model.experts_implementation!r} with batch_invariant: it must "
+                "be 'minirl' or none there"
             )
         if self.policy_loss.loss_agg_mode == "group-token-mean" and self.micro_batch_size % self.rollout.group_size:
             raise MiniRLError(

@@ -8,7 +8,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from .config_file import load_config
-from .models import load_model, pick_device
+from .models import computing, load_model, make_batch_invariant, pick_device
 from .run_dir import RunDir
 from .sampling import held_out_problems, make_sampler
 from .seeds import derive_seed
@@ -33,8 +33,11 @@ def evaluate(run_dir: RunDir, *, k: int | None = None, prompts: int | None = Non
         torch.set_num_threads(config.threads)
     task = make_task(config.task)
     model, tokenizer = load_model(str(run_dir.model), config.model.experts_implementation)
+    if config.batch_invariant:
+        make_batch_invariant(model)
     sampler = make_sampler(config, model.to(pick_device(config.device)), tokenizer, task)
     problems = held_out_problems(config, task, prompts or config.eval.prompts)
     k = k or config.eval.k
-    reward, standard_error = sampler.average_at_k(problems, k, seed=derive_seed(seed, "minirl eval"))
+    with computing(config):
+        reward, standard_error = sampler.average_at_k(problems, k, seed=derive_seed(seed, "minirl eval"))
     return Evaluation(reward, standard_error, k, len(problems))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,7 +18,7 @@ from transformers import (
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from minirl_kernels import record_routing
+from minirl_kernels import batch_invariant_mode, record_routing
 from minirl_kernels.integrations.transformers import enable_log_probs
 
 from .config import ModelConfig, TrainConfig
@@ -40,12 +41,13 @@ def make_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
     else:
         tokenizer = character_tokenizer(ArithmeticTask.characters)
         model = build_model(config.model, tokenizer, derive_seed(config.seed, "weights"))
-    # some experts are not offered to implementations: only transformers' decorator sets this attribute
-    if experts is not None and not any(hasattr(module, "is_transposed") for module in model.modules()):
+    if experts is not None and not has_experts(model):
         raise MiniRLError(
             f"model.experts_implementation is {experts!r}: it must be none for a {type(model).__name__}, which has no "
             "experts that take one"
         )
+    if config.batch_invariant:
+        make_batch_invariant(model)
     try:
         model = enable_log_probs(model.to(pick_device(config.device)))
     except (TypeError, ValueError) as error:
@@ -57,6 +59,21 @@ def make_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         except ValueError as error:
             raise MiniRLError(f"routing_replay is {config.routing_replay!r}, and cannot be: {error}") from None
     return model, tokenizer
+
+
+def make_batch_invariant(model: PreTrainedModel) -> None:
+    """Give it our attention and experts, which batch_invariant_mode does not reach. Raises MiniRLError."""
+    try:
+        model.set_attn_implementation("minirl")
+        if has_experts(model):
+            model.set_experts_implementation("minirl")
+    except ValueError as error:
+        raise MiniRLError(f"a {type(model).__name__} cannot be batch-invariant: {error}") from None
+
+
+def has_experts(model: PreTrainedModel) -> bool:
+    """Whether it has experts that are offered to implementations: only transformers' decorator sets this attribute."""
+    return any(hasattr(module, "is_transposed") for module in model.modules())
 
 
 def load_model(path: str, experts_implementation: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -120,6 +137,11 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def computing(config: TrainConfig) -> AbstractContextManager[None]:
+    """What all that a run computes is computed in."""
+    return batch_invariant_mode() if config.batch_invariant else nullcontext()
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

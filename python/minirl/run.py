@@ -13,7 +13,7 @@ from .cold_start import cold_start
 from .config import TrainConfig
 from .config_file import dump_config
 from .metrics import MetricsLog
-from .models import make_model
+from .models import computing, make_model
 from .plots import plot_runs
 from .progress import progress
 from .run_dir import RunDir, replacing
@@ -41,7 +41,7 @@ def train(config: TrainConfig, console: Console, *, overwrite: bool = False) -> 
         f"{run_dir.path}: {sum(weight.numel() for weight in model.parameters()):,} weights on {model.device}, "
         f"{len(task.train)} problems to train on, {len(task.held_out)} held out"
     )
-    with MetricsLog(run_dir) as log:
+    with MetricsLog(run_dir) as log, computing(config):
         run_cold_start(config, model, sampler, log, console)
         run_steps(config, model, sampler, log, console)
     with replacing(run_dir.model) as path:

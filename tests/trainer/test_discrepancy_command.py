@@ -2,14 +2,13 @@
 
 import contextlib
 import json
-import sys
-import types
 from dataclasses import replace
 
 import pytest
 import torch
 from minirl.cli import main
 from minirl.config import ModelConfig, TaskConfig
+from minirl.discrepancy import engines
 from minirl.discrepancy.engines import training_engine
 from minirl.discrepancy.settings import EngineSettings
 from transformers import AutoModelForCausalLM
@@ -221,7 +220,7 @@ def test_settings_reach_the_engines(config_file, run, monkeypatch):
         entered.append(True)
         yield
 
-    monkeypatch.setitem(sys.modules, "minirl_kernels.batch_invariant", types.SimpleNamespace(batch_invariant_mode=mode))
+    monkeypatch.setattr(engines, "batch_invariant_mode", mode)
     run(config_file())
     assert not entered
     table, _ = run(config_file(), "--mu.batch-invariant", "--pi.attn-implementation", "eager")
@@ -229,6 +228,18 @@ def test_settings_reach_the_engines(config_file, run, monkeypatch):
     assert table["mu"]["batch_invariant"] is True
     first = table["modules"]["first_difference"]
     assert any("softmax" in ran for ran in first["operation"]["ran_pi"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batch_invariant_engines_agree_to_the_last_bit(dtype, config_file, run):
+    at_all = ["--temperature", 0.7, "--fail-metric", "abs_log_d_max", "--fail-above", 0]
+    dtypes = ["--mu.dtype", dtype, "--pi.dtype", dtype]
+    table, _ = run(config_file(), *dtypes, *at_all, "--mu.batch-invariant", "--pi.batch-invariant")
+    found = table["discrepancy"]
+    assert found["abs_log_d_max"] == found["kl_full_max"] == 0.0
+    assert found["bit_equal_fraction"] == 1.0
+    assert table["modules"]["first_difference"] is None
+    run(config_file(), *dtypes, *at_all, status=1)
 
 
 def test_options_begin_with_what_the_config_says(config_file, run, config):
@@ -278,8 +289,6 @@ def test_what_cannot_be(config_file, capsys, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     assert "cannot be written to" in said("--output", tmp_path / "file" / "folder")
     assert "cannot load a model from" in said("--updated-model", tmp_path / "nowhere")
-    monkeypatch.setitem(sys.modules, "minirl_kernels.batch_invariant", None)
-    assert "this minirl_kernels must have batch_invariant_mode()" in said("--pi.batch-invariant")
 
 
 def test_a_run_that_has_not_ended(config_file, capsys, tmp_path):

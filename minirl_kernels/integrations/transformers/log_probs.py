@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ...batch_invariant import is_batch_invariant
 from ...ops.fused_linear_policy_loss import fused_linear_policy_loss
 from ...ops.linear_token_logprobs import linear_token_logprobs
+from ...ops.matmul.op import float32_linear
 
 
 def enable_log_probs(model: nn.Module) -> nn.Module:
     """Let `model(...)` take token_ids, and return log-probabilities, entropy and losses of them without any logits.
 
     model: a causal language model of transformers, or a PEFT model of one, whose output embeddings are an nn.Linear;
-        changed in place and returned. Calls without token_ids (those of `generate`) do what they did before.
+        changed in place and returned. Calls without token_ids (those of `generate`) do what they did before, except
+        that in batch_invariant_mode, without gradients, their logits are float32 and not rounded to the model's dtype.
 
     New keywords of model(...):
         token_ids: [B, L] int32 or int64, ids that the positions score: nothing is shifted; -100 scores nothing.
@@ -74,7 +77,9 @@ class _Tap:
 
 def _head_forward(self: nn.Linear, input: Tensor) -> Tensor:
     if not self.tap.is_open:
-        return nn.Linear.forward(self, input)
+        # a token is then sampled from the very numbers that its log-probability in training is made of
+        exact = is_batch_invariant() and not torch.is_grad_enabled()
+        return float32_linear(input, self.weight, self.bias) if exact else nn.Linear.forward(self, input)
     if self.tap.hidden is not None:
         raise ValueError("the model calls its output embeddings more than once in a forward: it must be once")
     self.tap.hidden = input

@@ -75,6 +75,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 
+def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """linear without its last rounding, and without a gradient: the logits that linear_token_logprobs looks at.
+
+    x: [..., K], weight: [N, K], bias: [N], of one dtype as in linear (autocast casts all three). Returns [..., N]
+    float32. Raises RuntimeError where the kernels of x's device are missing.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    backend = resolve("auto", x.device, op="float32_linear", supported=_BACKENDS)
+    if backend == "reference":
+        return linear_reference(x.float(), weight.float(), None if bias is None else bias.float())
+    rows = x.detach().flatten(0, -2)
+    out = rows.new_empty(len(rows), len(weight), dtype=torch.float32)
+    _kernels(backend).matmul_into(out, rows, weight.detach().T)
+    return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], len(weight))
+
+
 def _product(a, b, dims, op, backend) -> Tensor:
     check_tensor("a", a)
     check_tensor("b", b)

@@ -10,18 +10,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-import minirl_kernels.integrations.transformers  # noqa: F401  for experts_implementation="minirl"
-from minirl_kernels import RoutedExperts, record_routing, replay_routing
+import minirl_kernels.integrations.transformers  # noqa: F401  for the implementations "minirl"
+from minirl_kernels import RoutedExperts, batch_invariant_mode, record_routing, replay_routing
 from minirl_kernels.discrepancy import Rescored, Scores
 from minirl_kernels.discrepancy.engines import GeneratingEngine, TokenIds
 from minirl_kernels.integrations.transformers.e4m3 import E4M3Copy
 from minirl_kernels.moe.replay import RoutingRecord
-from minirl_kernels.ops.linear_token_logprobs.reference import linear_logits
+from minirl_kernels.ops.matmul.op import float32_linear
 
 from ..batch import next_token_targets
 from ..config import RolloutConfig
 from ..errors import MiniRLError
-from ..models import autocast
+from ..models import autocast, make_batch_invariant
 from ..rollout import TransformersEngine
 from .settings import EngineSettings, InferenceSettings
 
@@ -131,13 +131,17 @@ class TrainingEngine:
         else:
             weight = head.weight
         scale, softcap = head.tap.logit_scale, head.tap.logit_softcap
-        logits = linear_logits(hidden, weight, head.bias, 0.0 if softcap is None else softcap / scale)
-        return (logits / (self._temperature / scale)).cpu()
+        logits = float32_linear(hidden, weight, head.bias) * scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return (logits / self._temperature).cpu()
 
 
 def _computing_as(model: PreTrainedModel, settings: EngineSettings, name: str) -> PreTrainedModel:
     """A twin of `model` with its weights, which computes as the settings say."""
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    if settings.batch_invariant:
+        make_batch_invariant(twin)
     for key, change in (
         ("attn_implementation", twin.set_attn_implementation),
         ("experts_implementation", twin.set_experts_implementation),
@@ -158,12 +162,4 @@ def _computing_as(model: PreTrainedModel, settings: EngineSettings, name: str) -
 
 def _mode(settings: EngineSettings):
     """The context manager that the engine computes in, to be called each time."""
-    if not settings.batch_invariant:
-        return nullcontext
-    try:
-        from minirl_kernels.batch_invariant import batch_invariant_mode
-    except ImportError as error:
-        raise MiniRLError(
-            f"batch-invariant is true: this minirl_kernels must have batch_invariant_mode() ({error})"
-        ) from None
-    return batch_invariant_mode
+    return batch_invariant_mode if settings.batch_invariant else nullcontext

@@ -24,7 +24,7 @@ class EngineSettings:
     quantization: Literal["e4m3"] | None = None
     """e4m3: weights and activations are rounded as FP8 engines do."""
     batch_invariant: bool = False
-    """Computes in batch_invariant_mode()."""
+    """Computes in batch_invariant_mode(), and by the implementations minirl where no other is named."""
 
     @property
     def summary(self) -> str:
@@ -111,8 +111,14 @@ def default_options(config: TrainConfig) -> DiscrepancyOptions:
             dtype=config.rollout.dtype or config.dtype,
             experts_implementation=experts,
             quantization=config.rollout.quantization,
+            batch_invariant=config.batch_invariant,
         ),
-        pi=TrainingSettings(dtype=config.dtype, experts_implementation=experts, routing_replay=config.routing_replay),
+        pi=TrainingSettings(
+            dtype=config.dtype,
+            experts_implementation=experts,
+            batch_invariant=config.batch_invariant,
+            routing_replay=config.routing_replay,
+        ),
         max_new_tokens=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
         device=config.device,

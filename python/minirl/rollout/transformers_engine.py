@@ -148,17 +148,18 @@ class SampledLogProbs(LogitsProcessor):
 
     def __init__(self, temperature: float, *, keeps_logits: bool = False):
         self._temperature = temperature
-        self._scores: Tensor | None = None
+        self._logits: Tensor | None = None
         self._kept: list[Tensor] | None = [] if keeps_logits else None
         self._log_probs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._scores is not None:
+        if self._logits is not None:
             self._note(input_ids[:, -1])
-        self._scores = scores / self._temperature
+        self._logits = scores
+        scores = scores / self._temperature
         if self._kept is not None:
-            self._kept.append(self._scores.cpu())
-        return self._scores
+            self._kept.append(scores.cpu())
+        return scores
 
     def of(self, responses: Tensor) -> Tensor:
         """[B, R] float32 of the decoded tokens [B, R]; to be called once, after `generate`."""
@@ -171,4 +172,5 @@ class SampledLogProbs(LogitsProcessor):
         return None if self._kept is None else torch.stack(self._kept[:length], 1)
 
     def _note(self, drawn: Tensor) -> None:
-        self._log_probs.append(token_logprobs(self._scores, drawn))
+        # by the temperature as in training, where it divides differences of logits
+        self._log_probs.append(token_logprobs(self._logits, drawn, temperature=self._temperature))

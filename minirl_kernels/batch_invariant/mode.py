@@ -1,0 +1,122 @@
+"""When torch's leaf operations are ours: in a context, in a thread, or in a whole process.
+
+The overrides sit on the CPU and CUDA keys of torch's dispatcher, below autograd, so that gradients run through them.
+They are there for all threads while any thread wants them; each call asks whether its own thread does. That answer
+travels with torch's thread-local state, so that autograd's threads give the one of the thread that called backward.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from . import overrides
+
+_KEY = "minirl_kernels.batch_invariant"
+_lock = threading.Lock()
+_holders = 0  # contexts, and threads or the process that enabled the mode: the overrides stay until there is none
+_everywhere = False
+_stance_before = None
+
+
+def is_batch_invariant() -> bool:
+    """Whether the mode is on in this thread."""
+    wanted = _of_this_thread()
+    return _everywhere if wanted is None else wanted
+
+
+@contextmanager
+def batch_invariant_mode(enabled: bool = True) -> Iterator[None]:
+    """Within, in this thread, the operations of torch that the mode covers give a row bits that depend on it alone.
+
+    enabled: False leaves the mode off within, whatever is around it. Contexts nest, and what was before comes back
+    after an exception too. Gradients computed within follow the mode.
+
+    Covered are, for float32, bfloat16 and float16 on the CPU and on NVIDIA and AMD GPUs: the matrix products behind
+    matmul, linear, bmm and einsum, grouped_mm, softmax and log_softmax, mean and sum, and on the CPU the elementwise
+    functions whose vector and scalar code differ. Not covered are torch's own attention kernels (transformers:
+    `attn_implementation="minirl"`) and convolutions; `audit` lists what ran and is not covered. Functions that were
+    compiled by torch.compile, whose code no override reaches, run uncompiled while the mode is on in any thread.
+    Raises RuntimeError inside a compiled function, and with the reason where a kernel is missing.
+    """
+    with _change(enabled):
+        yield
+
+
+def enable_batch_invariant_mode() -> None:
+    """`batch_invariant_mode` in this thread from now on. MINIRL_BATCH_INVARIANT=1 does it for all threads at import."""
+    _set(True)
+
+
+def disable_batch_invariant_mode() -> None:
+    """Ends what enable_batch_invariant_mode began, or in this thread what MINIRL_BATCH_INVARIANT=1 did."""
+    _set(False)
+
+
+def follow_environment() -> None:
+    """Raises ValueError for a MINIRL_BATCH_INVARIANT that is neither 0 nor 1."""
+    global _everywhere
+    value = os.environ.get("MINIRL_BATCH_INVARIANT", "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"MINIRL_BATCH_INVARIANT is {value!r}: it must be 1, 0 or unset")
+    if value == "1" and not _everywhere:
+        _hold()
+        _everywhere = True
+
+
+def _of_this_thread() -> bool | None:
+    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+
+
+def _set(enabled: bool) -> None:
+    _refuse_compilation()
+    before = _of_this_thread()
+    if enabled and not before:
+        _hold()
+    torch._C._stash_obj_in_tls(_KEY, enabled)
+    if before and not enabled:
+        _release()
+
+
+@contextmanager
+def _change(enabled: bool) -> Iterator[None]:
+    _refuse_compilation()
+    if enabled:
+        _hold()
+    before = _of_this_thread()
+    torch._C._stash_obj_in_tls(_KEY, enabled)
+    try:
+        yield
+    finally:
+        torch._C._stash_obj_in_tls(_KEY, before)
+        if enabled:
+            _release()
+
+
+def _refuse_compilation() -> None:
+    if torch.compiler.is_compiling():
+        raise RuntimeError(
+            "batch_invariant_mode is entered inside a compiled function: it must be around the call of it"
+        )
+
+
+def _hold() -> None:
+    global _holders, _stance_before
+    with _lock:
+        if _holders == 0:
+            overrides.install(is_batch_invariant)
+            _stance_before = torch.compiler.set_stance("force_eager")
+        _holders += 1
+
+
+def _release() -> None:
+    global _holders, _stance_before
+    with _lock:
+        _holders -= 1
+        if _holders == 0:
+            _stance_before.__exit__(None, None, None)
+            overrides.uninstall()
