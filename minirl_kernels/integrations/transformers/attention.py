@@ -126,11 +126,11 @@ def _spans_of(mask, query, key) -> Tensor:
     return mask[0, 0]
 
 
-def _is_whole(mask: Tensor, seen: int) -> bool:
+def _is_whole(mask: Tensor | None, seen: int) -> bool:
     """Whether it masks nothing, where that is cheaply known: a GPU would have to be waited for."""
-    return (
-        not torch.compiler.is_compiling() and mask.device.type == "cpu" and mask.shape[1] >= seen and bool(mask.all())
-    )
+    if mask is None or torch.compiler.is_compiling() or mask.device.type != "cpu":
+        return mask is None
+    return mask.shape[1] >= seen and bool(mask.all())
 
 
 @functools.lru_cache(maxsize=64)
