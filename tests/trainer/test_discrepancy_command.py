@@ -239,7 +239,8 @@ def test_batch_invariant_engines_agree_to_the_last_bit(dtype, config_file, run):
     assert found["abs_log_d_max"] == found["kl_full_max"] == 0.0
     assert found["bit_equal_fraction"] == 1.0
     assert table["modules"]["first_difference"] is None
-    run(config_file(), *dtypes, *at_all, status=1)
+    if dtype == "bfloat16":  # float32 engines agree on sizes as small as these, on some processors
+        run(config_file(), *dtypes, *at_all, status=1)
 
 
 def test_options_begin_with_what_the_config_says(config_file, run, config):
