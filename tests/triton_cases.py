@@ -84,7 +84,7 @@ def check_token_logprobs(logits, token_ids, temperature=1.0, *, with_entropy=Tru
 
 
 def _compare(reference_in, call, leaves, upstream, scales, device):
-    """call(*leaves, backend=...) and its gradients by Triton are as exact as eager, by reference_in(*leaves) in float64.
+    """call(*leaves, backend=...) and its gradients by Triton against reference_in(*leaves) in float64.
 
     scales(exact results) are those of the errors, one each.
     """

@@ -29,13 +29,11 @@ template <class T, class U>
 MINIRL_INLINE void softmax_row(const T* x, U* out, int64_t n, bool log_of_it) {
   const float maximum = row_max(x, n);
   const Floats shift = splat(maximum);
-  auto power = [&](int64_t j, int64_t lanes) __attribute__((always_inline)) {
-    return exp_lanes(load_first(x + j, lanes) - shift);
-  };
+  auto power = [&](int64_t j, int64_t lanes)
+                   __attribute__((always_inline)) { return exp_lanes(load_first(x + j, lanes) - shift); };
   if (log_of_it) {
     const Floats log_sum = splat((float)log(row_sum(n, power)));
-    for (int64_t j = 0; j < n; j += kLanes)
-      store_first(out + j, load_or_zero(x + j, n - j) - shift - log_sum, n - j);
+    for (int64_t j = 0; j < n; j += kLanes) store_first(out + j, load_or_zero(x + j, n - j) - shift - log_sum, n - j);
     return;
   }
   // the powers are kept where there is room for them

@@ -23,7 +23,9 @@ class Layout(NamedTuple):
 
 
 def reduced_dims(x: Tensor, dim: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    """In ascending order, from 0 on; None and an empty tuple are all of them."""
+    """In ascending order, from 0 on; None and an empty tuple are all of them. A number has none."""
+    if x.dim() == 0:
+        return ()
     if isinstance(dim, int):
         dim = (dim,)
     return tuple(sorted(d % x.dim() for d in dim)) if dim else tuple(range(x.dim()))
