@@ -75,7 +75,7 @@ static inline void run_attention(Attention args, int64_t num_spans, const Attent
   out.clear(args.dtype, pieces.queries());
   AttentionOutput{args.stats, out.batch, out.rows, out.heads, 2}.clear(DType::kFloat32, pieces.queries());
   args.out = out.operand();
-  pieces.run(args, args, args.queries_at_once(), MINIRL_PICK(attention_forward, Attention));
+  pieces.run(args, args, args.queries_at_once(), MINIRL_PICK_PRODUCT(attention_forward, Attention));
 }
 
 // Each of the gradients may be null.
@@ -89,7 +89,7 @@ static inline void run_attention_backward(Attention args, int64_t num_spans, con
   grad_v.clear(args.dtype, pieces.keys());
   args.out = out.operand();
   AttentionBackward grads = {args, grad_out, grad_q.operand(), grad_k.operand(), grad_v.operand()};
-  pieces.run(grads.forward, grads, args.most_queries, MINIRL_PICK(attention_backward, AttentionBackward));
+  pieces.run(grads.forward, grads, args.most_queries, MINIRL_PICK_PRODUCT(attention_backward, AttentionBackward));
 }
 
 }  // namespace minirl

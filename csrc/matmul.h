@@ -61,7 +61,8 @@ static inline void multiply_products(Matmul args, const std::vector<Piece>& prod
         terms += cut.back().columns * (cut.back().depth * (cut.back().rows + 8) / 8 + cut.back().rows);
       }
   args.pieces = cut.data();
-  if (!cut.empty()) parallel_rows((int64_t)cut.size(), terms / (int64_t)cut.size(), MINIRL_PICK(matmul, Matmul), args);
+  if (!cut.empty())
+    parallel_rows((int64_t)cut.size(), terms / (int64_t)cut.size(), MINIRL_PICK_PRODUCT(matmul, Matmul), args);
 }
 
 static inline void multiply_batch(const Matmul& args, int64_t batch, const BatchStrides& strides, const Piece& product,

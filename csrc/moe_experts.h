@@ -69,16 +69,17 @@ void run_pieces(const ExpertRows& rows, int64_t columns, int64_t width, int64_t 
 
 static inline int64_t packed_words(DType dtype, int64_t rows, int64_t columns) {
   int64_t words;
-  MINIRL_PICK(experts_packed_words, ExpertsPackedWords)({dtype, rows, columns, &words}, 0, 1);
+  MINIRL_PICK_PRODUCT(experts_packed_words, ExpertsPackedWords)({dtype, rows, columns, &words}, 0, 1);
   return words;
 }
 static inline void run_pack(int64_t num_experts, const ExpertsPack& args) {
-  parallel_rows(num_experts * args.parts, args.rows * args.columns, MINIRL_PICK(experts_pack, ExpertsPack), args);
+  parallel_rows(num_experts * args.parts, args.rows * args.columns, MINIRL_PICK_PRODUCT(experts_pack, ExpertsPack),
+                args);
 }
 
 static inline void run_combine(const MoEExperts& args, const SortedPairs& sorted, const float* y, const float* weights,
                                void* out) {
-  parallel_rows(args.tokens, args.top_k * args.hidden_size, MINIRL_PICK(experts_combine, ExpertsCombine),
+  parallel_rows(args.tokens, args.top_k * args.hidden_size, MINIRL_PICK_PRODUCT(experts_combine, ExpertsCombine),
                 {args.dtype, y, args.hidden_size, args.top_k, sorted.row_of_pair(), weights, out});
 }
 
@@ -88,7 +89,8 @@ static inline void run_weight_grad(const ExpertsWeightGrad& args) {
   for (int64_t expert = 0; expert < args.num_experts; ++expert)
     if (args.rows.begins[expert] == args.rows.begins[expert + 1]) write_zeros((char*)args.out + expert * bytes, bytes);
   const int64_t blocks = blocks_of(rows, kExpertRows) * blocks_of(columns, kExpertColumns) * args.num_experts;
-  parallel_rows(blocks, kExpertRows * kExpertColumns, MINIRL_PICK(experts_weight_grad, ExpertsWeightGrad), args);
+  parallel_rows(blocks, kExpertRows * kExpertColumns, MINIRL_PICK_PRODUCT(experts_weight_grad, ExpertsWeightGrad),
+                args);
 }
 
 // activation [pairs, I] and y [pairs, H] float32 are scratch; gate_up [pairs, 2 I] may be null; out [tokens, H].
@@ -96,9 +98,9 @@ static inline void moe_experts_forward(const MoEExperts& args, void* activation,
   const SortedPairs sorted(args);
   const ExpertRows rows = sorted.rows(args.dtype);
   const int64_t hidden_size = args.hidden_size, width = args.intermediate_size;
-  run_pieces(rows, width, kActivationColumns, 2 * hidden_size, MINIRL_PICK(experts_up, ExpertsUp),
+  run_pieces(rows, width, kActivationColumns, 2 * hidden_size, MINIRL_PICK_PRODUCT(experts_up, ExpertsUp),
              {rows, args.hidden, args.hidden_stride, hidden_size, width, args.gate_up_proj, activation, gate_up});
-  run_pieces(rows, hidden_size, kExpertColumns, width, MINIRL_PICK(experts_product, ExpertsProduct),
+  run_pieces(rows, hidden_size, kExpertColumns, width, MINIRL_PICK_PRODUCT(experts_product, ExpertsProduct),
              {rows, activation, width, hidden_size, args.down_proj.data, args.down_proj.expert_stride,
               args.down_proj.row_stride, 1, args.down_proj.packed, y});
   run_combine(args, sorted, y, args.weights, out);
@@ -121,7 +123,8 @@ static inline void moe_experts_backward(const MoEExperts& args, const MoEExperts
   const int64_t hidden_size = args.hidden_size, width = args.intermediate_size;
   const int64_t parts = blocks_of(width, kActivationColumns);
   std::vector<float> weight_grad_parts(grads.weights ? args.pairs() * parts : 0);
-  run_pieces(rows, width, kActivationColumns, hidden_size, MINIRL_PICK(experts_activation_grad, ExpertsActivationGrad),
+  run_pieces(rows, width, kActivationColumns, hidden_size,
+             MINIRL_PICK_PRODUCT(experts_activation_grad, ExpertsActivationGrad),
              {rows, grads.gate_up, grads.grad_out, hidden_size, width, args.down_proj, args.weights,
               grads.weights ? weight_grad_parts.data() : nullptr, grads.gate_up_grad, grads.weighted});
   for (int64_t row = 0; grads.weights && row < args.pairs(); ++row) {
@@ -130,7 +133,7 @@ static inline void moe_experts_backward(const MoEExperts& args, const MoEExperts
     grads.weights[sorted.pair(row)] = sum;
   }
   if (grads.hidden) {
-    run_pieces(rows, hidden_size, kExpertColumns, 2 * width, MINIRL_PICK(experts_product, ExpertsProduct),
+    run_pieces(rows, hidden_size, kExpertColumns, 2 * width, MINIRL_PICK_PRODUCT(experts_product, ExpertsProduct),
                {rows, grads.gate_up_grad, 2 * width, hidden_size, args.gate_up_proj.data,
                 args.gate_up_proj.expert_stride, 1, args.gate_up_proj.row_stride, false, grads.y});
     run_combine(args, sorted, grads.y, nullptr, grads.hidden);

@@ -1,7 +1,9 @@
 // One kernel, compiled once per instruction set, and the choice between them.
 //
 // A source in cpu/ defines `void MINIRL_KERNEL(name)(const Args&, int64_t begin, int64_t end)` for rows
-// [begin, end); its header declares it with MINIRL_DECLARE_KERNEL(name, Args); MINIRL_PICK(name) is the one to run.
+// [begin, end); its header declares it with MINIRL_DECLARE_KERNEL(name, Args); MINIRL_PICK(name, Args) is the one to
+// run. Instructions that multiply pairs of bfloat16 serve products of matrices alone: only the sources that include
+// gemm.h are compiled for them, whose kernels are picked by MINIRL_PICK_PRODUCT; the others' are then those of AVX-512.
 #pragma once
 #include <stdint.h>
 
@@ -34,12 +36,16 @@ int picked_isa();
 }  // namespace minirl
 
 #ifdef MINIRL_HAVE_AVX2
-#define MINIRL_TABLE(name) {name##_baseline, name##_avx2, name##_avx512, name##_avx512bf16, name##_amx}
+#define MINIRL_TABLE(name) {name##_baseline, name##_avx2, name##_avx512, name##_avx512, name##_avx512}
+#define MINIRL_PRODUCT_TABLE(name) {name##_baseline, name##_avx2, name##_avx512, name##_avx512bf16, name##_amx}
 #else
 #define MINIRL_TABLE(name) {name##_baseline}
+#define MINIRL_PRODUCT_TABLE(name) MINIRL_TABLE(name)
 #endif
-#define MINIRL_PICK(name, Args)                                      \
-  ([] {                                                              \
-    static const minirl::Kernel<Args> kTable[] = MINIRL_TABLE(name); \
-    return kTable[minirl::picked_isa()];                             \
+#define MINIRL_PICK_OF(table, Args)                     \
+  ([] {                                                 \
+    static const minirl::Kernel<Args> kTable[] = table; \
+    return kTable[minirl::picked_isa()];                \
   }())
+#define MINIRL_PICK(name, Args) MINIRL_PICK_OF(MINIRL_TABLE(name), Args)
+#define MINIRL_PICK_PRODUCT(name, Args) MINIRL_PICK_OF(MINIRL_PRODUCT_TABLE(name), Args)
