@@ -239,14 +239,14 @@ void attention_backward(MINIRL_ATTENTION_PARAMETERS, MINIRL_STRIDES(grad_out), A
 }  // namespace
 
 void minirl::bind_layers(py::module_& module) {
-  module.def("attention", attention);
-  module.def("attention_backward", attention_backward);
-  module.def("elementwise", elementwise);
-  module.def("matmul", matmul);
-  module.def("matmul_grouped", matmul_grouped);
-  module.def("mean", mean);
-  module.def("rms_norm", rms_norm);
-  module.def("rms_norm_backward", rms_norm_backward);
-  module.def("softmax", softmax);
-  module.def("softmax_backward", softmax_backward);
+  module.def("attention", ::attention);
+  module.def("attention_backward", ::attention_backward);
+  module.def("elementwise", ::elementwise);
+  module.def("matmul", ::matmul);
+  module.def("matmul_grouped", ::matmul_grouped);
+  module.def("mean", ::mean);
+  module.def("rms_norm", ::rms_norm);
+  module.def("rms_norm_backward", ::rms_norm_backward);
+  module.def("softmax", ::softmax);
+  module.def("softmax_backward", ::softmax_backward);
 }

@@ -103,8 +103,8 @@ void softcap(Address logits, int64_t rows, int64_t vocab_size, int64_t stride, f
 }  // namespace
 
 void minirl::bind_losses(py::module_& module) {
-  module.def("fused_policy_loss", fused_policy_loss);
-  module.def("softcap", softcap);
-  module.def("token_logprobs", token_logprobs);
-  module.def("token_logprobs_backward", token_logprobs_backward);
+  module.def("fused_policy_loss", ::fused_policy_loss);
+  module.def("softcap", ::softcap);
+  module.def("token_logprobs", ::token_logprobs);
+  module.def("token_logprobs_backward", ::token_logprobs_backward);
 }

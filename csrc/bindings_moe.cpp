@@ -138,16 +138,16 @@ void counting_sort(Address keys, int64_t items, int64_t num_keys, int64_t segmen
 }  // namespace
 
 void minirl::bind_moe(py::module_& module) {
-  module.def("moe_experts", moe_experts);
-  module.def("moe_experts_backward", moe_experts_backward);
-  module.def("moe_routing", moe_routing);
-  module.def("moe_routing_backward", moe_routing_backward);
-  module.def("pack_experts", pack_experts);
+  module.def("moe_experts", ::moe_experts);
+  module.def("moe_experts_backward", ::moe_experts_backward);
+  module.def("moe_routing", ::moe_routing);
+  module.def("moe_routing_backward", ::moe_routing_backward);
+  module.def("pack_experts", ::pack_experts);
   module.def("packed_words", [](const std::string& dtype, int64_t rows, int64_t columns) {
     return minirl::packed_words(dtype_of(dtype), rows, columns);
   });
 #ifdef MINIRL_HAVE_CUDA
-  module.def("counting_sort", counting_sort);
+  module.def("counting_sort", ::counting_sort);
   module.attr("most_segments") = minirl::kMostSegments;
 #endif
 }

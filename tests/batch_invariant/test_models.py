@@ -53,7 +53,7 @@ def autocast(dtype):
 
 @torch.no_grad()
 def decode(model, prompts):
-    """(responses, log-probabilities of their tokens), by a prefill of prompts padded on the left, then token by token."""
+    """(responses, log-probabilities of their tokens): a prefill of prompts padded on the left, then token by token."""
     width = max(map(len, prompts))
     ids = torch.stack([torch.cat([prompt.new_zeros(width - len(prompt)), prompt]) for prompt in prompts])
     mask = torch.stack([torch.arange(width) >= width - len(prompt) for prompt in prompts]).long()
@@ -156,6 +156,7 @@ def test_nothing_uncovered_runs(name):
         prompts = make_prompts()[:4]
         responses, _ = decode(model, prompts)
         rows = [targets(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        sum(values.sum() for values in padded(model, rows, left=False)).backward()
+        ids, token_ids = rows[0]
+        model(ids[None], token_ids=token_ids[None], use_cache=False).log_probs.sum().backward()
     assert found.covered
     assert {call.split()[0] for call in found.not_covered} <= {"aten::multinomial", "aten::exponential_"}
