@@ -63,6 +63,9 @@ def operations(key: str) -> Iterator[tuple[str, Callable]]:
         yield from _with_others(name, others, partial(function, softmax, "log" in name))
     for name, others in _REDUCTIONS.items():
         yield from _with_others(name, others, partial(_reduction, mean, name.startswith("mean")))
+    if key == "CUDA":  # on a CPU torch makes rms_norm of the operations above and below
+        yield "_fused_rms_norm", partial(rms_norm, kernels("rms_norm"))
+        yield "_fused_rms_norm_backward", partial(rms_norm_backward, kernels("rms_norm"))
     if key == "CPU":  # on a GPU one code computes every element
         elementwise = kernels("elementwise")
         for name, others in _ELEMENTWISE.items():
@@ -110,6 +113,20 @@ def _softmax_backward(kernels, log: bool, grad: Tensor, output: Tensor, dim: int
     if output.dim() == 0 or grad.dtype != output.dtype:
         return NotImplemented
     return kernels.backward(grad, output, dim, log, dtype)
+
+
+def rms_norm(kernels, x: Tensor, normalized_shape, weight: Tensor | None, eps: float | None):
+    # torch has its own words for several dimensions, for weights of another dtype, and for no eps
+    if len(normalized_shape) != 1 or eps is None or (weight is not None and weight.dtype != x.dtype):
+        return NotImplemented
+    return kernels.forward(x, weight, eps)
+
+
+def rms_norm_backward(kernels, grad: Tensor, x: Tensor, normalized_shape, rstd: Tensor, weight: Tensor | None, mask):
+    if len(normalized_shape) != 1 or grad.dtype != x.dtype or (weight is not None and weight.dtype != x.dtype):
+        return NotImplemented
+    grad_x, grad_weight = kernels.backward(grad, x, weight, rstd, *mask)
+    return grad_x, grad_weight.to(x.dtype)
 
 
 def _reduction(kernels, divide: bool, x: Tensor, dim=None, keepdim: bool = False, *, dtype=None) -> Tensor:

@@ -16,6 +16,8 @@ from minirl_kernels.batch_invariant import (
     enable_batch_invariant_mode,
     is_batch_invariant,
 )
+from minirl_kernels.batch_invariant.operations import rms_norm, rms_norm_backward
+from minirl_kernels.ops.rms_norm import cpu as rms_norm_kernels
 
 pytestmark = pytest.mark.usefixtures("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -95,6 +97,22 @@ def test_torch_alone_does_differ(threads):
             x, w = cancelling(61, dtype)
             differing |= {name for name, function in ROWWISE.items() if rows_that_differ(function, x, w)}
     assert {"linear", "matmul", "silu"} <= differing
+
+
+@pytest.mark.parametrize("with_weight", [True, False])
+def test_rms_norm_in_the_words_of_a_gpu(with_weight):
+    """Where torch has an operation for it; its arguments are those that a CPU's kernels then get."""
+    x, weight = normal(7, 64).requires_grad_(), normal(64, seed=1).requires_grad_() if with_weight else None
+    upstream = normal(7, 64, seed=2)
+    expected = F.rms_norm(x, (64,), weight, 1e-5)
+    out, rstd = rms_norm(rms_norm_kernels, x.detach(), [64], None if weight is None else weight.detach(), 1e-5)
+    torch.testing.assert_close(out, expected)
+    grads = rms_norm_backward(rms_norm_kernels, upstream, x.detach(), [64], rstd, weight, [True, with_weight])
+    leaves = (x, weight) if with_weight else (x,)
+    for grad, right in zip(grads, torch.autograd.grad(expected, leaves, upstream), strict=False):
+        torch.testing.assert_close(grad.detach(), right)
+    assert rms_norm(rms_norm_kernels, x, [7, 64], None, 1e-5) is NotImplemented
+    assert rms_norm(rms_norm_kernels, x, [64], None, None) is NotImplemented
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -31,7 +31,7 @@ kernels += [cases.Case(kernel, 256, cases.torch.float32) for kernel in cases.ROU
 kernels += [case for case in expert_cases.compile_cases() if case.dtype == cases.torch.bfloat16 and case.loads_wide]
 heads = [case for case in attention_cases.compile_cases() if case.size == "64"]
 kernels += [case for case in heads if case.dtype == cases.torch.bfloat16]
-print(json.dumps(list(compile_matrix.table_rows(kernels))))
+print(json.dumps([compile_matrix.table_row(case) for case in kernels]))
 """
 FAULTY = """
 import json
