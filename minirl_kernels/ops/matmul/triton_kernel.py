@@ -222,11 +222,11 @@ WIDE = 8192
 
 def tile_config(columns: int, dtype: torch.dtype) -> TileConfig:
     """From N and the dtype alone. Where columns are few, tiles are narrow, so that enough programs read the weight when
-    there is one row. Threads and depth: what leaves registers for an address each, where rows allow no wide accesses.
+    there is one row. Threads and depth: what leaves registers for an address each, where no access is wide.
     Float32 is multiplied from registers, and needs more of them for its operands. AMD's shared memory is 64 KiB, a
     third of the others'."""
     if dtype == torch.float32:
-        return TileConfig(rows=64, columns=64, depth=16, threads=256, stages=3)
+        return TileConfig(rows=32, columns=64, depth=16, threads=256, stages=3)
     return TileConfig(
         rows=64, columns=128 if columns >= WIDE else 64, depth=32, threads=256, stages=2 if torch.version.hip else 4
     )
