@@ -30,6 +30,7 @@ def small_model():
 def test_examples():
     generator = torch.Generator().manual_seed(0)
     examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    *examples, batch_invariant = examples
     assert len(examples) == 5
     model = small_model()
     loss_mask = torch.ones(ROWS, LENGTH, dtype=torch.bool)
@@ -63,6 +64,11 @@ def test_examples():
     for loss, gradient in zip(losses[1:], gradients[1:], strict=True):
         torch.testing.assert_close(loss, losses[0])
         torch.testing.assert_close(gradient, gradients[0])
+    names |= {"prompts": input_ids, "mask": torch.ones_like(input_ids)}
+    exec(batch_invariant, names)
+    assert names["sequences"].shape[1] > LENGTH
+    scored = names["token_ids"] != -100
+    torch.testing.assert_close(names["log_probs"][scored], old_log_probs[scored])
     (of_logits,) = torch.autograd.grad(
         names["mk"].fused_policy_loss(logits, names["token_ids"], **names["policy_loss"]).loss, logits
     )

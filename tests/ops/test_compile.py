@@ -84,6 +84,8 @@ def op_arguments():
         # registered where the integration with transformers is imported
         "checked_mask": [(torch.tensor([True]), spans, "nothing is wrong")],
         "checked_window": [(spans, 6)],
+        "elementwise": [(logits, "silu", 0.0, 0.0), (logits.half(), "softplus", 1.0, 20.0)],
+        "elementwise_backward": [(logits, logits + 1, "gelu_tanh", 0.0, 0.0)],
         "linear": [
             (torch.randn(2, 3, 5), torch.randn(4, 5), torch.randn(4), "cpu"),
             (torch.randn(3, 5), torch.randn(4, 5), none, "cpu"),

@@ -15,6 +15,7 @@ from minirl_kernels.verify import (
     bounds,
     cases,
     expert_cases,
+    matmul_cases,
     order,
     ownership,
     races,
@@ -80,6 +81,8 @@ def test_every_kernel_is_listed():
     calls += [partial(kernel.call, sequences) for kernel in attention_cases.KERNELS]
     operands = row_cases.Operands.make(4, 64, torch.float32, 0)
     calls += [partial(kernel.call, operands) for kernel in (*row_cases.KERNELS, *row_cases.OVER_COLUMNS)]
+    products = matmul_cases.Sizes(4, 16, 16)
+    calls += [partial(kernel.run, products, torch.float32) for kernel in (*matmul_cases.LAYOUTS, *matmul_cases.MANY)]
     for call in calls:
         with captured() as launches:
             call()
