@@ -14,7 +14,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("isa_supported", minirl::isa_supported);
   module.def("isa_picked", minirl::isa_name);
   module.def("set_isa", minirl::set_isa);
-  module.def("advise_huge_pages", [](Address begin, int64_t bytes) { minirl::advise_huge_pages(begin, bytes); });
   module.def("release_pages", [](Address begin, int64_t bytes) { minirl::release_pages(begin, bytes); });
   minirl::bind_losses(module);
   minirl::bind_moe(module);

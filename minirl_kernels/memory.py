@@ -1,4 +1,4 @@
-"""Memory for large outputs."""
+"""Memory of large results."""
 
 from __future__ import annotations
 
@@ -7,25 +7,8 @@ from torch import Tensor
 
 from .backends import native, unavailable_reason
 
-# From here on page faults cost more than the kernel that fills the pages; below, an allocator reuses warm memory.
-_HUGE_PAGES_FROM = 4 * 2**20
-
-
-def empty_gradient(tensor: Tensor) -> Tensor:
-    """Contiguous memory for a gradient of `tensor`."""
-    return empty(tensor.shape, tensor.dtype, tensor.device)
-
-
-def empty(shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Contiguous memory; on the CPU it asks for huge pages before it is first touched."""
-    return in_huge_pages(torch.empty(shape, dtype=dtype, device=device))
-
-
-def in_huge_pages(out: Tensor) -> Tensor:
-    """Dense memory that was not touched yet; on the CPU it asks for huge pages, where it is large."""
-    if _is_large(out):
-        native().advise_huge_pages(out.data_ptr(), out.nbytes)
-    return out
+# From here on new memory costs more than the rounding; below, an allocator reuses warm memory.
+_LARGE = 4 * 2**20
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,5 +32,5 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _is_large(values: Tensor) -> bool:
-    """Whether its pages are worth an advice, and the native module there to give it."""
-    return values.nbytes >= _HUGE_PAGES_FROM and unavailable_reason("cpu", values.device) is None
+    """Whether its pages are worth giving back, and the native module there to do it."""
+    return values.nbytes >= _LARGE and unavailable_reason("cpu", values.device) is None

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ...backends import native
-from ...memory import empty
 
 
 def forward(
@@ -14,7 +13,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out [B, Lq, Hq, Dv], stats [B, Lq, Hq, 2] float32 for the backward, else empty)."""
     batch, heads, queries, _ = q.shape
-    out = empty((batch, queries, heads, v.shape[3]), q.dtype, q.device)
+    out = torch.empty((batch, queries, heads, v.shape[3]), dtype=q.dtype, device=q.device)
     stats = torch.empty((batch, queries, heads, 2) if for_backward else 0)
     native().attention(*_arguments(q, k, v, spans, causal, scale, out, stats if for_backward else None))
     return out, stats
@@ -34,7 +33,9 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """(d q, d k, d v) as [B, rows, heads, size], empty where not needed; grad_out [B, Lq, Hq, Dv] is contiguous."""
     grads = [
-        empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]) if needed else (0,), x.dtype, x.device)
+        torch.empty(
+            (x.shape[0], x.shape[2], x.shape[1], x.shape[3]) if needed else (0,), dtype=x.dtype, device=x.device
+        )
         for x, needed in zip((q, k, v), needs, strict=True)
     ]
     native().attention_backward(

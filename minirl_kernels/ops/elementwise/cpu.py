@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...backends import native
-from ...memory import in_huge_pages
 
 
 def exp2(x: Tensor) -> Tensor:
@@ -63,7 +62,7 @@ def softplus_backward(grad: Tensor, x: Tensor, beta: float, threshold: float) ->
 
 def run(function: str, x: Tensor, grad: Tensor | None = None, a: float = 0.0, b: float = 0.0) -> Tensor:
     """f(x), or grad * f'(x) where there is a grad; a and b are the function's numbers, if it has any."""
-    out = in_huge_pages(torch.empty_like(x))  # dense, its dimensions in the order of x's
+    out = torch.empty_like(x)  # dense, its dimensions in the order of x's
     x = _in_memory_as(out, x)
     if grad is not None:
         grad = _in_memory_as(out, grad)

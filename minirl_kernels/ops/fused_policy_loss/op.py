@@ -26,7 +26,6 @@ from ...checks import (
 )
 from ...config import PolicyLossConfig
 from ...library import register
-from ...memory import empty_gradient
 from ..policy_loss.inputs import PolicyLossInputs, prepare_inputs
 from ..policy_loss.op import PolicyLossOutput, assemble_output, differentiable_loss, loss_of_log_probs
 from ..policy_loss.reference import behaviour_log_probs
@@ -175,7 +174,7 @@ def _kernels(backend: str):
 
 
 def _forward(logits, *arguments):
-    out = empty_gradient(logits)
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     return *_kernels(arguments[-1]).forward_backward(logits, *arguments[:-1], out), out
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ...checks import IGNORE_INDEX
-from ...memory import empty
 
 
 def counted_rows(counts: Tensor, *per_row: Tensor | None) -> tuple[Tensor | slice, ...]:
@@ -43,7 +42,7 @@ def logit_tiles(
     size = kernels.rows_per_tile(num_rows, weight)
     # rows on cache lines of their own, and at addresses that allow accesses of any width
     stride = -(-vocab_size // 16) * 16
-    memory = empty((size, stride), torch.float32, hidden.device)
+    memory = torch.empty((size, stride), dtype=torch.float32, device=hidden.device)
     for start in range(0, num_rows, max(size, 1)):
         rows = slice(start, min(start + size, num_rows))
         tile = memory[: rows.stop - start, :vocab_size]
@@ -67,7 +66,7 @@ class Gradients:
         self._kernels = kernels
         self._operands = hidden, weight
         self.hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
-        self.weight = empty(weight.shape if needs_weight else 0, torch.float32, weight.device)
+        self.weight = torch.empty(weight.shape if needs_weight else 0, dtype=torch.float32, device=weight.device)
         self.bias = hidden.new_zeros(weight.shape[0] if needs_bias else 0, dtype=torch.float32)
         self._needs = needs
         self._started = False

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...memory import empty
-
 
 def product(kernels, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """mm, bmm: a b."""
@@ -68,7 +66,7 @@ def grouped_product(
         raise ValueError(f"offs has {len(offs)} groups: it must have {batch.pop()}, as self or mat2 has")
     grouped = _GROUPED[dims]
     shape = (a.shape[-2], b.shape[-1])
-    out = empty((len(offs), *shape) if grouped == "terms" else shape, a.dtype, a.device)
+    out = torch.empty((len(offs), *shape) if grouped == "terms" else shape, dtype=a.dtype, device=a.device)
     if out.numel():
         kernels.grouped_into(out, a, b, offs.contiguous(), grouped)
     return out
@@ -94,7 +92,7 @@ def _as_one_row(kernels, out, a, x, addend=None, alpha=1.0, beta=1.0) -> Tensor:
     """a x as x^T a^T: the kernels are made for many columns rather than for one."""
     if a.dim() != 2 or x.dim() != 1:
         raise ValueError(f"self and vec have shapes {tuple(a.shape)} and {tuple(x.shape)}: they must be [M, K] and [K]")
-    out = empty(a.shape[:1], a.dtype, a.device) if out is None else out
+    out = torch.empty(a.shape[:1], dtype=a.dtype, device=a.device) if out is None else out
     _multiply(kernels, out[None], x[None], a.T, addend, alpha, beta)
     return out
 
@@ -108,7 +106,7 @@ def _multiply(kernels, out, a, b, addend=None, alpha=1.0, beta=1.0) -> Tensor:
         )
     shape = (*outer, columns)
     if out is None:
-        out = empty(shape, a.dtype, a.device)
+        out = torch.empty(shape, dtype=a.dtype, device=a.device)
     elif out.shape != shape or out.dtype != a.dtype:
         raise ValueError(f"out has shape {tuple(out.shape)} and dtype {out.dtype}: it must be {shape}, {a.dtype}")
     if not out.numel():

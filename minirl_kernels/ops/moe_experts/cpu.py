@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ...backends import native
-from ...memory import empty, empty_gradient
 from .checks import experts_message
 from .packed import PackedExperts
 
@@ -33,7 +32,7 @@ def pack(weight: Tensor, parts: int) -> PackedExperts:
     num_experts, rows, columns = weight.shape
     dtype, rows = str(weight.dtype), rows // parts
     stride = parts * native().packed_words(dtype, rows, columns)
-    words = empty((num_experts * stride,), torch.int32, weight.device)
+    words = torch.empty((num_experts * stride,), dtype=torch.int32, device=weight.device)
     native().pack_experts(
         dtype, num_experts, weight.data_ptr(), *weight.stride()[:2], parts, rows, columns, words.data_ptr()
     )
@@ -42,10 +41,10 @@ def pack(weight: Tensor, parts: int) -> PackedExperts:
 
 def _forward(arguments, hidden, experts, num_experts, width, for_backward) -> tuple[Tensor, Tensor]:
     pairs = experts.numel()
-    out = empty(hidden.shape, hidden.dtype, hidden.device)
-    gate_up = empty((pairs, 2 * width) if for_backward else (0,), hidden.dtype, hidden.device)
-    activation = empty((pairs, width), hidden.dtype, hidden.device)
-    y = empty((pairs, hidden.shape[1]), torch.float32, hidden.device)
+    out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    gate_up = torch.empty((pairs, 2 * width) if for_backward else (0,), dtype=hidden.dtype, device=hidden.device)
+    activation = torch.empty((pairs, width), dtype=hidden.dtype, device=hidden.device)
+    y = torch.empty((pairs, hidden.shape[1]), dtype=torch.float32, device=hidden.device)
     bad_token = native().moe_experts(
         *arguments, activation.data_ptr(), y.data_ptr(), gate_up.data_ptr(), out.data_ptr()
     )
@@ -69,10 +68,10 @@ def backward(
     pairs, width = experts.numel(), down_proj.shape[2]
 
     def scratch(needed, columns, dtype):
-        return empty((pairs, columns) if needed else (0,), dtype, hidden.device)
+        return torch.empty((pairs, columns) if needed else (0,), dtype=dtype, device=hidden.device)
 
     grads = [
-        empty_gradient(tensor) if needed else tensor.new_empty(0)
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else tensor.new_empty(0)
         for tensor, needed in zip((hidden, weights, gate_up_proj, down_proj), needs, strict=True)
     ]
     gate_up_grad = scratch(needs_hidden or needs_gate_up, 2 * width, hidden.dtype)

@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from ...backends import native
-from ...memory import empty
 from ...rows import row_arguments, rows_of
 
 
 def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """(out, rstd [..., 1] float32): x * rstd * weight and 1 / sqrt(mean(x^2) + eps)."""
-    out, rstd = empty(x.shape, x.dtype, x.device), torch.empty(*x.shape[:-1], 1)
+    out, rstd = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(*x.shape[:-1], 1)
     rows, wide = rows_of(x), _wide(weight)
     native().rms_norm(
         *row_arguments(rows),
@@ -32,7 +31,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """(d x, d weight float32), each empty where it is not asked for."""
     size = x.shape[-1]
-    grad_x = empty(x.shape if input_grad else (0,), x.dtype, x.device)
+    grad_x = torch.empty(x.shape if input_grad else (0,), dtype=x.dtype, device=x.device)
     grad_weight = torch.empty(size if weight_grad else 0)
     grad_rows, x_rows, wide = rows_of(grad), rows_of(x), _wide(weight)
     native().rms_norm_backward(

@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from ...backends import native
-from ...memory import empty
 from ...rows import moved_back, moved_last, row_arguments, rows_of
 
 
 def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
     """softmax along `dim`, or the logarithm of it; `dtype` is that of x, or float32."""
     x = moved_last(x, dim)
-    out = empty(x.shape, dtype, x.device)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
         size = x.shape[-1]
         rows = rows_of(x)
@@ -24,7 +23,7 @@ def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
 def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
     """d x from that of the output and the output, which share a dtype; `dtype`, that of x, is theirs, or 16-bit."""
     grad, output = moved_last(grad, dim), moved_last(output, dim)
-    out = empty(grad.shape, dtype, grad.device)
+    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     if grad.numel():
         size = grad.shape[-1]
         grad_rows, output_rows = rows_of(grad), rows_of(output)

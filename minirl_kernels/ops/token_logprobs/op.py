@@ -18,7 +18,6 @@ from torch import Tensor
 from ...backends import resolve
 from ...checks import check_contents, check_float_matrix, check_token_ids, per_token_temperature
 from ...library import register
-from ...memory import empty_gradient
 from .reference import token_logprobs_reference
 
 _BACKENDS = ("reference", "cpu", "triton")
@@ -112,7 +111,7 @@ def _forward_fake(logits, token_ids, temperature, with_entropy, backend):
 
 
 def _backward(logits, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, backend):
-    out = empty_gradient(logits)
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _kernels(backend).backward(
         logits, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, out
     )
