@@ -1,4 +1,4 @@
-"""linear, with and without its gradients, against torch's own: whose bits depend on the batch, as ours may not."""
+"""linear, called and in batch-invariant mode, with and without its gradients, against torch's own."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from harness import Bar, Contender
 from torch import Tensor
 from torch.nn import functional as F
 
-from minirl_kernels import linear
+from minirl_kernels import batch_invariant_mode, linear
 
-OURS, TORCH = "linear", "torch's linear"
+OURS, CALLED, TORCH = "F.linear in batch_invariant_mode", "linear", "F.linear"
 
 
 @dataclass
@@ -52,8 +52,9 @@ def forward_backward(function, batch):
 
 def contenders(batch, way):
     return [
-        Contender(OURS, partial(way, linear, batch), kind="ours"),
-        Contender(TORCH, partial(way, F.linear, batch)),
+        Contender(OURS, partial(way, F.linear, batch), kind="ours"),
+        Contender(CALLED, partial(way, linear, batch), kind="ours"),
+        Contender(TORCH, batch_invariant_mode(False)(partial(way, F.linear, batch))),
     ]
 
 
@@ -76,15 +77,16 @@ def cpu_bars(tokens):
 )
 def test_matmul(compare, device, dtype, way, tokens, in_features, out_features):
     passes = 1 if way is forward else 3  # the weight is read, read again, and its gradient written
-    compare(
-        "forward" if way is forward else "forward + backward",
-        make=partial(linear_batch, dtype=dtype, device=device),
-        contenders=partial(contenders, way=way),
-        shape={"tokens": tokens, "in_features": in_features, "out_features": out_features},
-        small={"tokens": 1, "in_features": 33, "out_features": 40},
-        dtype=dtype,
-        floor_bytes=lambda batch: passes * (batch.x.nbytes + batch.weight.nbytes + batch.grad_out.nbytes),
-        flops=lambda batch: passes * 2 * batch.x.shape[0] * batch.weight.numel(),
-        bars=cpu_bars(tokens) if device.type == "cpu" else [],
-        headline=in_features == out_features and tokens in (1, 16, 512),
-    )
+    with batch_invariant_mode():  # around it all: entering it costs more than a product
+        compare(
+            "forward" if way is forward else "forward + backward",
+            make=partial(linear_batch, dtype=dtype, device=device),
+            contenders=partial(contenders, way=way),
+            shape={"tokens": tokens, "in_features": in_features, "out_features": out_features},
+            small={"tokens": 1, "in_features": 33, "out_features": 40},
+            dtype=dtype,
+            floor_bytes=lambda batch: passes * (batch.x.nbytes + batch.weight.nbytes + batch.grad_out.nbytes),
+            flops=lambda batch: passes * 2 * batch.x.shape[0] * batch.weight.numel(),
+            bars=cpu_bars(tokens) if device.type == "cpu" else [],
+            headline=in_features == out_features and tokens in (1, 16, 512),
+        )
