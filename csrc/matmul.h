@@ -35,14 +35,16 @@ static inline Piece piece_of(const Matmul& args, const Piece& product, int64_t r
 
 // All of the products, cut so that every one of `threads` has work.
 static inline void multiply_products(Matmul args, const std::vector<Piece>& products, int64_t threads) {
-  constexpr int64_t kPanels = 32;  // columns that are multiplied at once: a cut through them costs as much as they do
+  constexpr int64_t kPanels = 32;  // rows or columns that are multiplied at once: a cut through them costs as much
   int64_t rows = 0, columns = 0, blocks = 0;
   for (const Piece& product : products) {
     rows = std::max(rows, product.rows);
     columns = std::max(columns, product.columns);
     blocks += pieces(product.rows, kBlockRows) * pieces(product.columns, kBlockColumns);
   }
-  int64_t block_rows = kBlockRows, block_columns = kBlockColumns;
+  // of equal height, or the threads' shares would not be equal
+  int64_t block_rows = pieces(pieces(rows, std::max<int64_t>(pieces(rows, kBlockRows), 1)), kPanels) * kPanels;
+  int64_t block_columns = kBlockColumns;
   if (blocks < 4 * threads) {
     // few are made one for every thread along the longer side, so that little is packed twice
     const int64_t parts = pieces(threads, (int64_t)products.size());

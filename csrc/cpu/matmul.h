@@ -32,7 +32,7 @@ struct Matmul {
 };
 
 // A chunk of a block's columns, packed, is half of a second-level cache; more rows than these would not pay.
-constexpr int64_t kBlockRows = 1008, kBlockColumns = 512;
+constexpr int64_t kBlockRows = 1120, kBlockColumns = 512;
 
 static inline int64_t pieces(int64_t size, int64_t piece) { return (size + piece - 1) / piece; }
 
