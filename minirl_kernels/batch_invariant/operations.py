@@ -57,7 +57,10 @@ def operations(key: str) -> Iterator[tuple[str, Callable]]:
 
     matmul, softmax, mean = kernels("matmul"), kernels("softmax"), kernels("mean")
     for name, others in _PRODUCTS.items():
-        yield from _with_others(name, others, partial(_product, products.OPERATORS[name], matmul))
+        function = partial(_product, products.OPERATORS[name], matmul)
+        yield name, function
+        for other in others:
+            yield other, partial(_product_in_place if other.endswith("_") else _product_into, function)
     for name, others in _SOFTMAXES.items():
         function = _softmax_backward if name.endswith("_data") else _softmax
         yield from _with_others(name, others, partial(function, softmax, "log" in name))
@@ -101,6 +104,20 @@ def _product(function: Callable, kernels, first: Tensor, *args, **kwargs) -> Ten
     if any(isinstance(value, Tensor) and value.dtype not in (first.dtype, torch.int32) for value in args):
         return NotImplemented
     return function(kernels, first, *args, **kwargs)
+
+
+def _product_into(function: Callable, *args, out: Tensor, **kwargs) -> Tensor:
+    a, b = args[-2:]
+    shape = (*a.shape[:-1], *b.shape[max(a.dim() - 1, 1) :])
+    if out.dtype != a.dtype:
+        return NotImplemented
+    if out.shape != shape:
+        out.resize_(shape)
+    return function(*args, out=out, **kwargs)
+
+
+def _product_in_place(function: Callable, target: Tensor, *args, **kwargs) -> Tensor:
+    return function(target, *args, out=target, **kwargs)
 
 
 def _softmax(kernels, log: bool, x: Tensor, dim: int, half_to_float: bool) -> Tensor:

@@ -99,6 +99,26 @@ def test_torch_alone_does_differ(threads):
     assert {"linear", "matmul", "silu"} <= differing
 
 
+def test_products_in_given_memory():
+    a, b = normal(5, 7), normal(7, 3, seed=1)
+    with batch_invariant_mode(), audit() as found:
+        out = torch.empty(0)
+        assert torch.mm(a, b, out=out) is out
+        assert torch.equal(out, a @ b)
+        turned = torch.empty(3, 5).T
+        assert torch.equal(torch.mm(a, b, out=turned), out)
+        changed = torch.ones(5, 3)
+        assert torch.equal(changed.addmm_(a, b, beta=0.5), torch.addmm(torch.ones(5, 3), a, b, beta=0.5))
+        batch = torch.ones(2, 5, 3)
+        expected = torch.baddbmm(batch, a.expand(2, 5, 7), b.expand(2, 7, 3))
+        assert torch.equal(batch.baddbmm_(a.expand(2, 5, 7), b.expand(2, 7, 3)), expected)
+        assert torch.equal(torch.mv(a, b[:, 0], out=torch.empty(5)), torch.mv(a, b[:, 0]))
+        assert torch.equal(torch.dot(a[0], b[:, 0], out=torch.empty(())), torch.dot(a[0], b[:, 0]))
+        with pytest.raises(RuntimeError, match="dtype"):
+            torch.mm(a, b, out=torch.empty(5, 3, dtype=torch.float64))
+    assert {name.split()[0] for name in found.covered} >= {"aten::mm", "aten::addmm_", "aten::baddbmm_", "aten::mv"}
+
+
 @pytest.mark.parametrize("with_weight", [True, False])
 def test_rms_norm_in_the_words_of_a_gpu(with_weight):
     """Where torch has an operation for it; its arguments are those that a CPU's kernels then get."""
