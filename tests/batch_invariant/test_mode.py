@@ -9,14 +9,14 @@ import torch
 from helpers import SLACK
 from torch.nn import functional as F
 
-from minirl_kernels import batch_invariant_mode
+from minirl_kernels import batch_invariant_mode, linear_token_logprobs
 from minirl_kernels.batch_invariant import (
     audit,
     disable_batch_invariant_mode,
     enable_batch_invariant_mode,
     is_batch_invariant,
 )
-from minirl_kernels.batch_invariant.operations import rms_norm, rms_norm_backward
+from minirl_kernels.batch_invariant.operations import operations, rms_norm, rms_norm_backward
 from minirl_kernels.ops.rms_norm import cpu as rms_norm_kernels
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -117,6 +117,59 @@ def test_products_in_given_memory():
         with pytest.raises(RuntimeError, match="dtype"):
             torch.mm(a, b, out=torch.empty(5, 3, dtype=torch.float64))
     assert {name.split()[0] for name in found.covered} >= {"aten::mm", "aten::addmm_", "aten::baddbmm_", "aten::mv"}
+
+
+def test_what_a_gpu_is_given_computes_the_same():
+    """By the kernels for it in Triton's interpreter: the arguments of torch reach them as they should."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("tests/gpu has it")
+    on_gpu = dict(operations("CUDA"))
+    a, b, c = normal(5, 16), normal(16, 8, seed=1), normal(5, 8, seed=2)
+    for name, arguments in {
+        "mm": (a, b),
+        "addmm": (c, a, b),
+        "bmm": (a[None], b[None]),
+        "mv": (a, b[:, 0]),
+        "dot": (a[0], b[:, 0]),
+        "_softmax": (a, 1, False),
+        "_log_softmax": (a, 0, False),
+        "_softmax_backward_data": (a, a.softmax(-1), -1, torch.float32),
+        "mean.dim": (a, [1], True),
+        "sum": (a,),
+        "sum.dim_IntList": (a, [0]),
+    }.items():
+        packet, _, overload = name.partition(".")
+        expected = getattr(getattr(torch.ops.aten, packet), overload or "default")(*arguments)
+        torch.testing.assert_close(on_gpu[name](*arguments), expected)
+    grouped = on_gpu["_grouped_mm"](a, b[None].repeat(2, 1, 1), torch.tensor([2, 5], dtype=torch.int32))
+    torch.testing.assert_close(grouped, a @ b)
+    out, rstd = on_gpu["_fused_rms_norm"](a, [16], None, 1e-5)
+    torch.testing.assert_close(out, F.rms_norm(a, (16,), eps=1e-5))
+    grad, _ = on_gpu["_fused_rms_norm_backward"](a, a, [16], rstd, None, [True, False])
+    leaf = a.clone().requires_grad_()
+    torch.testing.assert_close(grad, torch.autograd.grad(F.rms_norm(leaf, (16,), eps=1e-5), leaf, a)[0])
+
+
+def test_the_head_on_a_gpu_leaves_the_vendors_matmul():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from minirl_kernels.ops.matmul import triton_kernel
+    from minirl_kernels.verify.launches import captured
+
+    hidden, weight = normal(6, 32).requires_grad_(), normal(40, 32, seed=1).requires_grad_()
+    ids = torch.arange(6)
+
+    def gradients():
+        log_probs = linear_token_logprobs(hidden, weight, ids, backend="triton")
+        return log_probs.detach(), *torch.autograd.grad(log_probs.sum(), (hidden, weight))
+
+    expected = gradients()
+    with batch_invariant_mode():
+        for actual, right in zip(gradients(), expected, strict=True):
+            torch.testing.assert_close(actual, right)
+        with captured() as launches:  # and not run
+            gradients()
+    assert sum(launch.kernel is triton_kernel.matmul_kernel for launch in launches) >= 3
 
 
 @pytest.mark.parametrize("with_weight", [True, False])
