@@ -83,10 +83,13 @@ def _scaled_exactly(arguments: dict) -> bool:
     return arguments.get("alpha", 1) in (1, -1) or _of_integers(arguments)
 
 
+EXACT_POWERS = (-2, -1, 0, 0.5, 1, 2, 3)
+
+
 def _simple_power(arguments: dict) -> bool:
     """Products, quotients and square roots; other powers are approximated, by code that differs."""
     exponent = arguments["exponent"]
-    simple = not isinstance(exponent, torch.Tensor) and exponent in (-2, -1, 0, 0.5, 1, 2, 3)
+    simple = not isinstance(exponent, torch.Tensor) and exponent in EXACT_POWERS
     return simple or _of_integers(arguments)
 
 

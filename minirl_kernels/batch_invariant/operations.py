@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checks import FLOAT_DTYPES
 from ..ops.matmul import aten as products
+from .known import EXACT_POWERS
 
 # Overloads that return a new tensor, by name: those that write it into a given one, and into the first argument.
 _SOFTMAXES = {
@@ -72,7 +73,9 @@ def operations(key: str) -> Iterator[tuple[str, Callable]]:
     if key == "CPU":  # on a GPU one code computes every element
         elementwise = kernels("elementwise")
         for name, others in _ELEMENTWISE.items():
-            yield from _with_others(name, others, getattr(elementwise, name.partition(".")[0]))
+            yield from _with_others(name, others, getattr(elementwise, name))
+        powers = ("pow.Tensor_Scalar_out", "pow_.Scalar")
+        yield from _with_others("pow.Tensor_Scalar", powers, partial(_power, elementwise))
 
 
 def _with_others(name: str, others: tuple[str, ...], function: Callable) -> Iterator[tuple[str, Callable]]:
@@ -130,6 +133,10 @@ def _softmax_backward(kernels, log: bool, grad: Tensor, output: Tensor, dim: int
     if output.dim() == 0 or grad.dtype != output.dtype:
         return NotImplemented
     return kernels.backward(grad, output, dim, log, dtype)
+
+
+def _power(kernels, x: Tensor, exponent: float) -> Tensor:
+    return NotImplemented if exponent in EXACT_POWERS else kernels.pow(x, exponent)
 
 
 def rms_norm(kernels, x: Tensor, normalized_shape, weight: Tensor | None, eps: float | None):

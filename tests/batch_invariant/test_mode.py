@@ -63,6 +63,8 @@ ROWWISE = {
     "gelu": lambda x, w: F.gelu(x[:, :77], approximate="tanh"),
     "softplus": lambda x, w: F.softplus(x[:, :77]),
     "sigmoid in place": lambda x, w: x[:, :77].clone().sigmoid_(),
+    "pow": lambda x, w: x[:, :77].abs() ** 0.3,
+    "square": lambda x, w: x[:, :77] ** 2,
     "rsqrt": lambda x, w: x[:, :77].abs().rsqrt(),
 }  # fmt: skip
 
