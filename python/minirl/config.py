@@ -54,15 +54,26 @@ class ColdStartConfig:
 
 
 @dataclass(frozen=True)
+class VLLMConfig:
+    """How vLLM runs, where it is the rollout engine."""
+
+    separate_process: bool = True
+    """False: in the trainer's process, which starts in half the time."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """More keyword arguments of vllm.LLM: kv_cache_memory_bytes (1 GiB on a CPU), gpu_memory_utilization, …"""
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """How responses are sampled: temperature only, no top-p, top-k or other filter."""
 
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm"] = "transformers"
     """Inference engine; transformers is the embedded one."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of its computation; none: that of training. Another makes a discrepancy, to be studied."""
     quantization: Literal["e4m3"] | None = None
-    """e4m3: samples from a copy rounded as FP8 engines do, fake-quantised; another discrepancy to be studied."""
+    """e4m3: samples from a copy rounded as FP8 engines do, fake-quantised; another discrepancy to be studied. With vllm
+    it is vLLM's own fp8, on GPUs that have it."""
     group_size: int = 8
     """Responses per prompt, G in the paper; their mean reward is the baseline."""
     temperature: float = 1.0
@@ -71,6 +82,7 @@ class RolloutConfig:
     """A response is cut off here, keeps its tokens, and is graded as it is."""
     batch_size: int = 256
     """Responses decoded at a time."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import TrainConfig
+from .errors import MiniRLError
 from .models import end_token_ids
 from .rollout import RolloutEngine, Rollouts, TransformersEngine
 from .tasks import Problem, ProblemStream, Task
@@ -40,17 +42,31 @@ class Sampler:
 def make_sampler(
     config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
 ) -> Sampler:
-    """The engine of `config`, holding the weights of `model`, with the tokenizer and the task."""
-    engine = TransformersEngine(
-        config.rollout,
-        dtype=config.rollout.dtype or config.dtype,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        eos_token_ids=end_token_ids(model, tokenizer),
-        # for R2 too, which does not replay them: what records breaks ties by a rule, and transformers' routers by none
-        records_routing=config.routing_replay != "disabled",
-    )
+    """The engine of `config`, holding the weights of `model`, with the tokenizer and the task. Raises MiniRLError."""
+    engine = make_engine(config, model, tokenizer)
     engine.update_weights(model)
     return Sampler(engine, tokenizer, task)
+
+
+def make_engine(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:
+    """The engine of `config`, without weights. Raises MiniRLError."""
+    options = {
+        "dtype": config.rollout.dtype or config.dtype,
+        "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        "eos_token_ids": end_token_ids(model, tokenizer),
+        # for R2 too, which does not replay them: what records breaks ties by a rule, and transformers' routers by none
+        "records_routing": config.routing_replay != "disabled",
+    }
+    if config.rollout.engine == "transformers":
+        return TransformersEngine(config.rollout, **options)
+    try:
+        from .rollout.vllm.engine import VLLMEngine  # here, since vLLM is not needed otherwise, and slow to import
+    except ImportError as error:
+        raise MiniRLError(
+            f"rollout.engine is 'vllm', which cannot be imported ({error}): install it as docs/vllm.md says"
+        ) from None
+    log = Path(config.run_dir) / "vllm.log"
+    return VLLMEngine(config.rollout, **options, batch_invariant=config.batch_invariant, log=log)
 
 
 def held_out_problems(config: TrainConfig, task: Task, count: int) -> list[Problem]:

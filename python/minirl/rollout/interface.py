@@ -84,3 +84,6 @@ class RolloutEngine(Protocol):
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, *, seed: int) -> Rollouts:
         """n responses to each prompt (token ids, none empty); the same seed and weights give the same ones."""
+
+    def close(self) -> None:
+        """End what it has started. Nothing is asked of it any more."""

@@ -94,6 +94,9 @@ class TransformersEngine:
             logits=logits or None,
         )
 
+    def close(self) -> None:
+        """Nothing was started."""
+
     def _decode(
         self, prompts: Sequence[Sequence[int]], n: int
     ) -> tuple[Tensor, Tensor, RoutedExperts | None, Tensor | None]:

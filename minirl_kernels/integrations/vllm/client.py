@@ -1,0 +1,110 @@
+"""What a trainer asks of a vLLM engine: to take its weights, and to say which experts it chose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+from vllm import LLM, RequestOutput
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+from ...moe import RoutedExperts, moe_layer_indices
+from ...moe.routers import routers
+from .weights import BACKEND, CheckpointSource, FileTrainerInfo, digests
+
+
+def llm_arguments(device: str, *, records_routing: bool = False) -> dict[str, Any]:
+    """What `LLM` must be made with for an `LLMClient`. device: "cpu" or "cuda", of both vLLM and the trainer."""
+    arguments = {
+        "worker_extension_cls": "minirl_kernels.integrations.vllm.worker.WorkerExtension",
+        "weight_transfer_config": {"backend": "ipc" if device == "cuda" else BACKEND},
+        # vLLM's own answer to a new request must not come from the old weights, nor from another configuration
+        "generation_config": "vllm",
+    }
+    if records_routing and device == "cuda":
+        arguments["enable_return_routed_experts"] = True
+    return arguments
+
+
+class LLMClient:
+    """The trainer's end of an `LLM` made with `llm_arguments`, in this process or in one of its own."""
+
+    def __init__(self, llm: LLM, device: str, *, records_routing: bool = False):
+        self._llm, self._device, self._records_routing = llm, device, records_routing
+        llm.collective_rpc("watch_weights")
+        if device == "cpu":
+            llm.collective_rpc("mend_seeds")
+            if records_routing:
+                llm.collective_rpc("capture_routing")
+
+    def send_weights(self, model: PreTrainedModel) -> None:
+        """Hand over the weights that `model` has now.
+
+        Raises ValueError, naming the first, where vLLM's loader was not given exactly these. The engine is not to be
+        used then.
+        """
+        source = CheckpointSource(model)
+        info = (IPCTrainerInitInfo if self._device == "cuda" else FileTrainerInfo)(rank=0)
+        WeightTransferTrainerFactory.trainer_init(info, client=_Transfer(self._llm), source=source).send_weights()
+        sent = digests(source)
+        for received in self._llm.collective_rpc("received_weights"):
+            wrong = [name for name in sent | received if sent.get(name) != received.get(name)]
+            if wrong:
+                raise ValueError(
+                    f"{len(wrong)} of {len(sent)} weights did not reach vLLM as they were sent: the first is {wrong[0]}"
+                )
+        self._llm.reset_prefix_cache()
+        if self._records_routing and self._device == "cpu":
+            self._llm.collective_rpc("forget_routing")
+
+    def weight_checksums(self) -> list[dict[str, str]]:
+        """vLLM's digests of the weights as its kernels have them, of each worker."""
+        return self._llm.collective_rpc("compute_weight_checksums")
+
+    def routed_experts(self, outputs: Sequence[RequestOutput], model: PreTrainedModel) -> list[RoutedExperts]:
+        """Of finished requests with one response each: [tokens of prompt and response, layers, K].
+
+        model: the training model. The last token was sampled and never computed, so its experts are missing.
+        """
+        num_experts = routers(model)[0].num_experts
+        layers = moe_layer_indices(model)
+        captured = self._captured() if self._device == "cpu" else None
+        found = []
+        for output in outputs:
+            tokens = len(output.prompt_token_ids) + len(output.outputs[0].token_ids)
+            if captured is None:
+                rows = output.outputs[0].routed_experts
+                found.append(RoutedExperts.from_vllm(rows, num_experts=num_experts, num_tokens=tokens, layers=layers))
+            else:
+                rows = captured[output.request_id][: tokens - 1]
+                found.append(RoutedExperts.from_ids(rows, num_experts=num_experts, num_tokens=tokens))
+        return found
+
+    def _captured(self) -> dict[str, np.ndarray]:
+        """By the id that the request was given; within vLLM it goes on with a random part."""
+        return {
+            request.rpartition("-")[0]: np.frombuffer(data, np.int16).reshape(shape)
+            for request, (shape, data) in self._llm.collective_rpc("take_routing")[0].items()
+        }
+
+
+class _Transfer:
+    """vLLM's VLLMWeightSyncClient over an LLM, whose own methods want their arguments wrapped."""
+
+    def __init__(self, llm: LLM):
+        self._llm = llm
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._llm.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._llm.finish_weight_update(weight_version)

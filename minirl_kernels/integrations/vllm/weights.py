@@ -1,0 +1,143 @@
+"""Weights from a trainer to vLLM, through vLLM's weight-transfer interface, and what shows that they arrived.
+
+vLLM's own backends move them between GPUs. "minirl_file" needs a folder that both processes see, and works anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    VLLMWeightSyncClient,
+    WeightSource,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+    materialize_full_tensor,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+from vllm.model_executor.layers.fused_moe.layer import MoERunner
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
+
+BACKEND = "minirl_file"
+
+
+class CheckpointSource(WeightSource):
+    """The weights that a transformers model has now, under the names of its checkpoints, which are those that vLLM loads.
+
+    A tensor with two names (tied embeddings) has the first alone, as in a checkpoint.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        state = self._model.state_dict()
+        first_names = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
+        whole = {name: materialize_full_tensor(state[name]) for name in first_names.values()}
+        yield from revert_weight_conversion(self._model, whole).items()
+
+
+def digests(weights: Iterator[tuple[str, Tensor]]) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes, by name."""
+    return {
+        name: hashlib.sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+        for name, tensor in weights
+    }
+
+
+@dataclass
+class FileInitInfo(WeightTransferInitInfo):
+    """Nothing has to be agreed on."""
+
+
+@dataclass
+class FileUpdateInfo(WeightTransferUpdateInfo):
+    """path: a safetensors file with all weights of a checkpoint."""
+
+    path: str
+
+
+class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
+    """The worker's side of "minirl_file"."""
+
+    init_info_cls = FileInitInfo
+    update_info_cls = FileUpdateInfo
+
+    def init_transfer_engine(self, init_info: FileInitInfo) -> None:
+        """Nothing to set up."""
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: FileUpdateInfo) -> None:
+        with safe_open(update_info.path, "pt") as file:
+            self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        if current_platform.is_cpu():
+            pack_experts(self.model)
+
+    def shutdown(self) -> None:
+        """Nothing to release."""
+
+
+def pack_experts(model: nn.Module) -> None:
+    """Bring reloaded experts into the layout of vLLM's CPU kernels, which its reloading leaves out (in 0.32)."""
+    for module in model.modules():
+        if isinstance(module, MoERunner):
+            module._quant_method.moe_kernel.fused_experts.process_weights_after_loading(module.routed_experts)
+
+
+@dataclass
+class FileTrainerInfo(TrainerInitInfo):
+    """The trainer's choice of "minirl_file"."""
+
+    backend: ClassVar[str] = BACKEND
+
+
+class FileTrainer(TrainerWeightTransferEngine[FileTrainerInfo]):
+    """The trainer's side of "minirl_file": each hand-over is a file, which is gone when it ends."""
+
+    init_info_cls = FileTrainerInfo
+
+    @classmethod
+    def trainer_init(
+        cls, init_info: FileTrainerInfo, *, client: VLLMWeightSyncClient, source: WeightSource | None = None
+    ) -> FileTrainer:
+        client.init_weight_transfer_engine({})
+        return cls(client=client, source=source, is_sender=init_info.is_sender)
+
+    def send_weights(self) -> None:
+        with tempfile.TemporaryDirectory(prefix="minirl-weights-") as folder:
+            path = Path(folder) / "model.safetensors"
+            save_file({name: tensor.contiguous() for name, tensor in self.source}, path)
+            self.client.start_weight_update()
+            self.client.update_weights({"path": str(path)})
+            self.client.finish_weight_update()
+
+
+def register_backend() -> None:
+    """Make "minirl_file" known to vLLM, on both sides."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransfer)
+        WeightTransferTrainerFactory.register_engine(BACKEND, FileTrainer)

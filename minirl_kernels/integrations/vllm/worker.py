@@ -1,0 +1,52 @@
+"""What a trainer asks of vLLM's workers beyond what they offer: `worker_extension_cls` of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor
+
+from .routing import RoutingCapture
+from .seeds import spare_generators
+from .weights import digests
+
+
+class WorkerExtension:
+    """Methods for `LLM.collective_rpc`; names and arguments need no unsafe serialization."""
+
+    def mend_seeds(self) -> None:
+        """Once, on a CPU, before any seeded request."""
+        spare_generators(self.model_runner)
+
+    def watch_weights(self) -> None:
+        """Note a digest of each tensor that the model is given to load from now on, whichever way it comes."""
+        model = self.model_runner.get_model()
+        load_weights = model.load_weights
+        self._received: dict[str, str] = {}
+
+        def watched(weights: Iterable[tuple[str, Tensor]]):
+            return load_weights(self._noting(weights))
+
+        model.load_weights = watched
+
+    def _noting(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            self._received |= digests([(name, tensor)])
+            yield name, tensor
+
+    def received_weights(self) -> dict[str, str]:
+        """The digests of all weights received since the last call, by their names in a checkpoint."""
+        received, self._received = self._received, {}
+        return received
+
+    def capture_routing(self) -> None:
+        """Note the experts of all requests from now on."""
+        self._routing = RoutingCapture(self.model_runner)
+
+    def forget_routing(self) -> None:
+        """Drop what was noted with earlier weights."""
+        self._routing.forget()
+
+    def take_routing(self) -> dict[str, tuple[list[int], bytes]]:
+        """(shape, bytes of int16) of each request that ended, as RoutingCapture.take has them."""
+        return {request: (list(ids.shape), ids.tobytes()) for request, ids in self._routing.take().items()}

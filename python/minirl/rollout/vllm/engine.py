@@ -1,0 +1,130 @@
+"""The engine: vLLM's `LLM`, in a process of its own or in the trainer's."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from vllm import LLM, RequestOutput, SamplingParams
+
+from minirl_kernels.integrations.vllm.client import LLMClient
+
+from ...config import RolloutConfig
+from ...errors import MiniRLError
+from ...seeds import derive_seed
+from ..interface import Rollouts
+from .arguments import engine_arguments, engine_environment
+from .failures import as_one_message, written_to
+
+PROBE = list(range(1, 9))  # token ids that every vocabulary has
+
+
+class VLLMEngine:
+    """Samples with vLLM from a copy of the training model's weights, which `update_weights` replaces.
+
+    config: sampling settings, and vLLM's in config.vllm. dtype: name of the computation's dtype; with batch_invariant
+    that of autocast over float32 weights, as in training. eos_token_ids: any of them ends a response. log: file for
+    vLLM's output. records_routing: whether rollouts come with routed_experts.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        *,
+        dtype: str,
+        pad_token_id: int,
+        eos_token_ids: list[int],
+        log: Path,
+        records_routing: bool = False,
+        batch_invariant: bool = False,
+    ):
+        self._config, self._dtype, self._batch_invariant = config, dtype, batch_invariant
+        self._pad_token_id, self._eos_token_ids = pad_token_id, eos_token_ids
+        self._records_routing, self._log = records_routing, log
+        self._llm: LLM | None = None
+        self._client: LLMClient | None = None
+
+    def update_weights(self, model: PreTrainedModel) -> None:
+        if self._llm is None:
+            self._start(model)
+            return
+        with as_one_message("take new weights", self._log):
+            self._client.send_weights(model)
+
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, *, seed: int) -> Rollouts:
+        requests = [prompt for prompt in prompts for _ in range(n)]
+        with as_one_message("sample", self._log):
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt in requests],
+                [self._sampling(derive_seed(seed, "vllm", number)) for number in range(len(requests))],
+                use_tqdm=False,
+            )
+            responses = [output.outputs[0] for output in outputs]
+            return Rollouts.collate(
+                prompts,
+                [list(response.token_ids) for response in responses],
+                [_log_probs(output) for output in outputs],
+                [response.finish_reason for response in responses],
+                pad_token_id=self._pad_token_id,
+                routed_experts=self._client.routed_experts(outputs, self._model) if self._records_routing else None,
+            )
+
+    def close(self) -> None:
+        """End its process."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
+    def _sampling(self, seed: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=self._config.temperature,
+            max_tokens=self._config.max_new_tokens,
+            stop_token_ids=self._eos_token_ids,
+            seed=seed,
+            logprobs=0,  # of the sampled token alone
+            detokenize=False,
+        )
+
+    def _start(self, model: PreTrainedModel) -> None:
+        device = model.device.type
+        arguments = engine_arguments(
+            self._config,
+            device,
+            dtype=self._dtype,
+            records_routing=self._records_routing,
+            batch_invariant=self._batch_invariant,
+        )
+        with tempfile.TemporaryDirectory(prefix="minirl-model-") as folder, as_one_message("start", self._log):
+            model.save_pretrained(folder)
+            with written_to(self._log), engine_environment(self._config, batch_invariant=self._batch_invariant):
+                self._llm = LLM(folder, **arguments)
+        self._model = model
+        with as_one_message("take the weights that it was started with", self._log):
+            self._client = LLMClient(self._llm, device, records_routing=self._records_routing)
+            self._rehearse(model)
+
+    def _rehearse(self, model: PreTrainedModel) -> None:
+        """Hand over the weights that it has: raises MiniRLError unless nothing changes by that, to the last bit."""
+        before = self._client.weight_checksums(), self._probe()
+        self._client.send_weights(model)
+        if (self._client.weight_checksums(), self._probe()) != before:
+            raise MiniRLError(
+                f"this vLLM cannot take new weights for a {type(model).__name__}: after it was given those that it had, "
+                "it computed something else"
+            )
+
+    def _probe(self) -> list[float]:
+        (output,) = self._llm.generate(
+            [{"prompt_token_ids": PROBE}],
+            SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False),
+            use_tqdm=False,
+        )
+        return [next(iter(entry.values())).logprob for entry in output.prompt_logprobs[1:]]
+
+
+def _log_probs(output: RequestOutput) -> list[float]:
+    """Of the sampled tokens."""
+    response = output.outputs[0]
+    return [entry[token].logprob for token, entry in zip(response.token_ids, response.logprobs, strict=True)]
