@@ -38,6 +38,9 @@ def evaluate(run_dir: RunDir, *, k: int | None = None, prompts: int | None = Non
     sampler = make_sampler(config, model.to(pick_device(config.device)), tokenizer, task)
     problems = held_out_problems(config, task, prompts or config.eval.prompts)
     k = k or config.eval.k
-    with computing(config):
-        reward, standard_error = sampler.average_at_k(problems, k, seed=derive_seed(seed, "minirl eval"))
+    try:
+        with computing(config):
+            reward, standard_error = sampler.average_at_k(problems, k, seed=derive_seed(seed, "minirl eval"))
+    finally:
+        sampler.engine.close()
     return Evaluation(reward, standard_error, k, len(problems))

@@ -87,6 +87,12 @@ def load_model(path: str, experts_implementation: str | None = None) -> tuple[Pr
         raise MiniRLError(f"cannot load a model from {path}: {error}") from None
     if tokenizer.eos_token_id is None:
         raise MiniRLError(f"the tokenizer of {path} has no eos_token: it must have one, for responses to end with")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise MiniRLError(
+            f"the tokenizer of {path} has {len(tokenizer)} tokens and its model {vocabulary}: a tokenizer must have no "
+            "token that its model does not know"
+        )
     return model.eval(), tokenizer  # without dropout, in training too: the policy that samples has none
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from .cold_start import cold_start
 from .config import TrainConfig
 from .config_file import dump_config
+from .errors import MiniRLError
 from .metrics import MetricsLog
 from .models import computing, make_model
 from .plots import plot_runs
@@ -41,14 +42,26 @@ def train(config: TrainConfig, console: Console, *, overwrite: bool = False) -> 
         f"{run_dir.path}: {sum(weight.numel() for weight in model.parameters()):,} weights on {model.device}, "
         f"{len(task.train)} problems to train on, {len(task.held_out)} held out"
     )
-    with MetricsLog(run_dir) as log, computing(config):
-        run_cold_start(config, model, sampler, log, console)
-        run_steps(config, model, sampler, log, console)
+    try:
+        with MetricsLog(run_dir) as log, computing(config):
+            run_cold_start(config, model, sampler, log, console)
+            run_steps(config, model, sampler, log, console)
+    except MiniRLError as error:
+        # as after the last update: what was learned until then is not lost with an engine
+        save(run_dir, model, tokenizer)
+        raise MiniRLError(f"{error}; {run_dir.model} has the weights of the last finished step") from error
+    finally:
+        sampler.engine.close()
+    save(run_dir, model, tokenizer)
+    plot_runs([run_dir], run_dir.curves)
+    return run_dir
+
+
+def save(run_dir: RunDir, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The model with its tokenizer, as a folder that transformers loads."""
     with replacing(run_dir.model) as path:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
-    plot_runs([run_dir], run_dir.curves)
-    return run_dir
 
 
 def run_cold_start(config: TrainConfig, model: PreTrainedModel, sampler: Sampler, log: MetricsLog, console: Console):
@@ -78,8 +91,11 @@ def run_steps(config: TrainConfig, model: PreTrainedModel, sampler: Sampler, log
     with progress(console, "training", config.steps) as report:
         for step in range(1, config.steps + 1):
             metrics = trainer.step(step)
-            if step % config.eval.every == 0 or step == config.steps:
-                metrics["reward_held_out"] = reward = evaluate(step)
-            log.write("train", step, metrics)
+            try:
+                sampler.engine.update_weights(model)
+                if step % config.eval.every == 0 or step == config.steps:
+                    metrics["reward_held_out"] = reward = evaluate(step)
+            finally:
+                log.write("train", step, metrics)  # the step is done, whatever becomes of the engine
             report(step, f"reward {metrics['reward_train']:.3f}  held-out {reward:.3f}")
     console.print(f"held-out reward: {before:.3f} before, {reward:.3f} after {config.steps} steps")

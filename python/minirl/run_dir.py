@@ -20,12 +20,14 @@ class RunDir:
         self.curves = path / "curves.png"
         self.tensorboard = path / "tensorboard"
         self.model = path / "model"
+        self.vllm_log = path / "vllm.log"
         self.discrepancy = path / "discrepancy.json"
         self.discrepancy_picture = path / "discrepancy.png"
 
     def prepare(self, overwrite: bool) -> None:
         """Make sure that a new run can be written here. Raises MiniRLError; deletes nothing."""
-        if self.path.is_dir() and any(self.path.iterdir()):
+        # a log alone is what is left of a run whose engine did not start
+        if self.path.is_dir() and any(path != self.vllm_log for path in self.path.iterdir()):
             if not overwrite:
                 raise MiniRLError(f"run_dir {self.path} is not empty: it must be a new folder, or pass --overwrite")
             if not self.config.exists():

@@ -13,6 +13,7 @@ from .config import TrainConfig
 from .errors import MiniRLError
 from .models import end_token_ids
 from .rollout import RolloutEngine, Rollouts, TransformersEngine
+from .run_dir import RunDir
 from .tasks import Problem, ProblemStream, Task
 from .tokenizer import encode_prompt
 
@@ -65,7 +66,7 @@ def make_engine(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrain
         raise MiniRLError(
             f"rollout.engine is 'vllm', which cannot be imported ({error}): install it as docs/vllm.md says"
         ) from None
-    log = Path(config.run_dir) / "vllm.log"
+    log = RunDir(Path(config.run_dir)).vllm_log
     return VLLMEngine(config.rollout, **options, batch_invariant=config.batch_invariant, log=log)
 
 

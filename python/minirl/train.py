@@ -56,7 +56,10 @@ class Trainer:
         )
 
     def step(self, number: int) -> dict[str, float]:
-        """Global step `number`, counted from 1. Returns its metrics by name; raises MiniRLError if it diverges."""
+        """Global step `number`, counted from 1, without the hand-over of its weights to the engine.
+
+        Returns its metrics by name; raises MiniRLError if it diverges, or the engine fails.
+        """
         seconds: dict[str, float] = {}
         with _timed(seconds, "seconds_rollout"):
             batch, metrics = self.collect(number)
@@ -64,7 +67,6 @@ class Trainer:
             batch, routing_metrics = self.with_old_log_probs(batch)
         with _timed(seconds, "seconds_update"):
             updates = [self.update(minibatch) for minibatch in batch.split(self.config.minibatch_size)]
-        self.sampler.engine.update_weights(self.model)
         return {
             **metrics,
             "loss": sum(update.loss for update in updates) / len(updates),

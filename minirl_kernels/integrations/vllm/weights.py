@@ -38,7 +38,7 @@ BACKEND = "minirl_file"
 
 
 class CheckpointSource(WeightSource):
-    """The weights that a transformers model has now, under the names of its checkpoints, which are those that vLLM loads.
+    """The weights that a transformers model has now, under the names of its checkpoints, which vLLM loads.
 
     A tensor with two names (tied embeddings) has the first alone, as in a checkpoint.
     """

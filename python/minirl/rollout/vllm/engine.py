@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -16,7 +18,7 @@ from ...errors import MiniRLError
 from ...seeds import derive_seed
 from ..interface import Rollouts
 from .arguments import engine_arguments, engine_environment
-from .failures import as_one_message, written_to
+from .failures import Result, as_one_message, while_alive, written_to
 
 PROBE = list(range(1, 9))  # token ids that every vocabulary has
 
@@ -45,37 +47,40 @@ class VLLMEngine:
         self._records_routing, self._log = records_routing, log
         self._llm: LLM | None = None
         self._client: LLMClient | None = None
+        self._processes: list[BaseProcess] = []
 
     def update_weights(self, model: PreTrainedModel) -> None:
         if self._llm is None:
             self._start(model)
             return
-        with as_one_message("take new weights", self._log):
-            self._client.send_weights(model)
+        self._ask("take new weights", lambda: self._client.send_weights(model))
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, *, seed: int) -> Rollouts:
-        requests = [prompt for prompt in prompts for _ in range(n)]
-        with as_one_message("sample", self._log):
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt in requests],
-                [self._sampling(derive_seed(seed, "vllm", number)) for number in range(len(requests))],
-                use_tqdm=False,
-            )
-            responses = [output.outputs[0] for output in outputs]
-            return Rollouts.collate(
-                prompts,
-                [list(response.token_ids) for response in responses],
-                [_log_probs(output) for output in outputs],
-                [response.finish_reason for response in responses],
-                pad_token_id=self._pad_token_id,
-                routed_experts=self._client.routed_experts(outputs, self._model) if self._records_routing else None,
-            )
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(n)]
+        sampling = [self._sampling(derive_seed(seed, "vllm", number)) for number in range(len(requests))]
+        outputs = self._ask("sample", lambda: self._llm.generate(requests, sampling, use_tqdm=False))
+        routed_experts = None
+        if self._records_routing:
+            routed_experts = self._ask("tell its experts", lambda: self._client.routed_experts(outputs, self._model))
+        responses = [output.outputs[0] for output in outputs]
+        return Rollouts.collate(
+            prompts,
+            [list(response.token_ids) for response in responses],
+            [_log_probs(output) for output in outputs],
+            [response.finish_reason for response in responses],
+            pad_token_id=self._pad_token_id,
+            routed_experts=routed_experts,
+        )
 
     def close(self) -> None:
         """End its process."""
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
+
+    def _ask(self, doing: str, call: Callable[[], Result]) -> Result:
+        with as_one_message(doing, self._log):
+            return while_alive(self._processes, call)
 
     def _sampling(self, seed: int) -> SamplingParams:
         return SamplingParams(
@@ -98,12 +103,15 @@ class VLLMEngine:
         )
         with tempfile.TemporaryDirectory(prefix="minirl-model-") as folder, as_one_message("start", self._log):
             model.save_pretrained(folder)
+            others = active_children()
             with written_to(self._log), engine_environment(self._config, batch_invariant=self._batch_invariant):
                 self._llm = LLM(folder, **arguments)
+        self._processes = [process for process in active_children() if process not in others]
         self._model = model
-        with as_one_message("take the weights that it was started with", self._log):
-            self._client = LLMClient(self._llm, device, records_routing=self._records_routing)
-            self._rehearse(model)
+        self._client = self._ask(
+            "be watched", lambda: LLMClient(self._llm, device, records_routing=self._records_routing)
+        )
+        self._ask("take the weights that it has", lambda: self._rehearse(model))
 
     def _rehearse(self, model: PreTrainedModel) -> None:
         """Hand over the weights that it has: raises MiniRLError unless nothing changes by that, to the last bit."""
@@ -111,8 +119,8 @@ class VLLMEngine:
         self._client.send_weights(model)
         if (self._client.weight_checksums(), self._probe()) != before:
             raise MiniRLError(
-                f"this vLLM cannot take new weights for a {type(model).__name__}: after it was given those that it had, "
-                "it computed something else"
+                f"this vLLM cannot take new weights for a {type(model).__name__}: given those that it had, it computed "
+                "something else"
             )
 
     def _probe(self) -> list[float]:

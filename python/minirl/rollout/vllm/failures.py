@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
+from typing import TypeVar
 
 from ...errors import MiniRLError
 
-# "ValueError: …" at the start of a line or after a logger's prefix; pydantic says "Value error, …" on a line of its own
-_CAUSE = re.compile(
-    r"(?:^|\] |\s)(?:\w+\.)*(?:\w*(?:Error|Exception|Interrupt)): (?P<python>.+)|Value error, (?P<pydantic>.+)"
-)
+# "ValueError: …" where a line or a logger's message begins; pydantic adds a line of its own for what a check said
+_CAUSE = re.compile(r"(?:^|\] |\s)(?:\w+\.)*\w*(?:Error|Exception): (.+)")
+_CHECK = re.compile(r"Value error, (.+?)(?: \[type=|$)", re.MULTILINE)
+Result = TypeVar("Result")
+
+ENDED = "its process has ended"
 _REFERS_ON = ("Engine core initialization failed", "EngineCore encountered an issue")
 
 
@@ -57,8 +64,32 @@ def as_one_message(doing: str, log: Path) -> Iterator[None]:
 def cause(error: str, output: str) -> str:
     """What went wrong, in one line: of an error, or of its process's output where the error refers to that."""
     for text in (error, output):
-        found = [match["python"] or match["pydantic"] for match in _CAUSE.finditer(text)]
-        found = [line.strip() for line in found if not line.startswith(_REFERS_ON)]
-        if found:
-            return found[-1] if text is output else found[0]
-    return "its process has ended" if any(text in error for text in _REFERS_ON) else error
+        checks = _CHECK.findall(text)
+        if checks:
+            return checks[0]
+        causes = [line.strip() for line in _CAUSE.findall(text) if not line.startswith(_REFERS_ON)]
+        if causes:
+            return causes[-1]
+    return ENDED if any(text in error for text in _REFERS_ON) else error
+
+
+def while_alive(processes: Sequence[BaseProcess], call: Callable[[], Result]) -> Result:
+    """call(), in a thread; RuntimeError where a process ends first: vLLM's client then waits for its answer for ever."""
+    if not processes:
+        return call()
+    answer: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    while True:
+        ended = not all(process.is_alive() for process in processes)
+        try:
+            return answer.result(timeout=2.0 if ended else 0.5)  # what a process said at its end may be on its way
+        except NotYet:
+            if ended:
+                raise RuntimeError(ENDED) from None

@@ -1,0 +1,153 @@
+"""What goes wrong with vLLM ends in one message, and what was done before is there."""
+
+import json
+import socket
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+from minirl.cli import main
+from minirl.config import (
+    ColdStartConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    TaskConfig,
+    TrainConfig,
+    VLLMConfig,
+)
+from minirl.config_file import dump_config
+from minirl.errors import MiniRLError
+from minirl.train import Trainer
+from transformers import AutoModelForCausalLM, CodeGenConfig, CodeGenForCausalLM
+
+from minirl_kernels.integrations.transformers import enable_log_probs
+
+SMALL = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    return TrainConfig(
+        run_dir=str(tmp_path / "run"),
+        steps=4,
+        prompts_per_minibatch=3,
+        model=ModelConfig(config=SMALL),
+        task=TaskConfig(max_operand=29),
+        cold_start=ColdStartConfig(steps=2, batch_size=8, check_every=1),
+        rollout=RolloutConfig(
+            engine="vllm",
+            group_size=4,
+            max_new_tokens=6,
+            batch_size=16,
+            vllm=VLLMConfig(args={"kv_cache_memory_bytes": 64 << 20}),
+        ),
+        optimizer=OptimizerConfig(lr=1e-2),
+        eval=EvalConfig(every=1, k=2, prompts=6),
+    )
+
+
+def run(config, tmp_path, capfd):
+    """`minirl train`, which ends with status 2: the one line that it leaves."""
+    path = tmp_path / "config.toml"
+    path.write_text(dump_config(config))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(path)])
+    assert ended.value.code == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("minirl:")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def kill_vllm():
+    for process in psutil.Process().children(recursive=True):
+        if "VLLM" in process.name():
+            process.kill()
+
+
+@pytest.mark.parametrize("moment", ["sampling", "hand-over"])
+def test_a_killed_engine(config, tmp_path, capfd, monkeypatch, moment):
+    """In step 3, or after its update: the steps before it, or it too, are in the metrics, and in the model."""
+    weights = {}
+    step = Trainer.step
+
+    def killing(self, number):
+        if number == 3 and moment == "sampling":
+            kill_vllm()
+        metrics = step(self, number)
+        weights.update({name: weight.clone() for name, weight in self.model.state_dict().items()})
+        if number == 3:
+            kill_vllm()
+        return metrics
+
+    monkeypatch.setattr(Trainer, "step", killing)
+    message = run(config, tmp_path, capfd)
+    assert "vLLM failed to " + ("sample" if moment == "sampling" else "take new weights") in message
+    assert "its process has ended" in message
+    assert str(tmp_path / "run" / "vllm.log") in message
+    done = 2 if moment == "sampling" else 3
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["phase"] == "train"] == [0, *range(1, done + 1)]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+    assert weights.keys() == saved.keys()
+    assert all(torch.equal(weights[name], saved[name]) for name in saved)
+
+
+def in_this_process(config, **args):
+    vllm = VLLMConfig(separate_process=False, args=config.rollout.vllm.args | args)
+    return replace(config, rollout=replace(config.rollout, vllm=vllm))
+
+
+def test_too_little_memory(config, tmp_path, capfd):
+    message = run(in_this_process(config, kv_cache_memory_bytes=1000), tmp_path, capfd)
+    assert "vLLM failed to start: No available memory for the cache blocks" in message
+    # nothing was done, and nothing is in the way of another try
+    message = run(in_this_process(config, kv_cache_memory_bytes=200_000, max_model_len=64), tmp_path, capfd)
+    assert "KV cache" in message
+
+
+def test_the_same_from_a_process_of_its_own(config, tmp_path, capfd):
+    args = {"kv_cache_memory_bytes": 1000}
+    config = replace(config, rollout=replace(config.rollout, vllm=VLLMConfig(args=args)))
+    assert "No available memory for the cache blocks" in run(config, tmp_path, capfd)
+
+
+def test_a_port_in_use(config, tmp_path, capfd, monkeypatch):
+    from vllm.v1.executor import uniproc_executor
+
+    with socket.create_server(("", 0)) as taken:
+        monkeypatch.setattr(uniproc_executor, "get_open_port", lambda: taken.getsockname()[1])
+        message = run(in_this_process(config), tmp_path, capfd)
+    assert "vLLM failed to start" in message
+    assert "EADDRINUSE" in message
+
+
+def test_a_misspelt_argument(config, tmp_path, capfd):
+    assert "'max_model_length'" in run(in_this_process(config, max_model_length=64), tmp_path, capfd)
+    message = run(in_this_process(config, dtype="float16"), tmp_path, capfd)
+    assert "rollout.vllm.args has dtype: it must be left out, rollout.dtype decides it" in message
+
+
+def test_fp8_on_a_cpu(config, tmp_path, capfd):
+    config = replace(config, rollout=replace(config.rollout, quantization="e4m3"))
+    assert "rollout.quantization is 'e4m3' with rollout.engine='vllm' on a CPU" in run(config, tmp_path, capfd)
+
+
+def test_an_unsupported_architecture(make_engine):
+    model = CodeGenForCausalLM(CodeGenConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=4))
+    with pytest.raises(MiniRLError, match="vLLM failed to start: .*CodeGenForCausalLM"):
+        make_engine(enable_log_probs(model))

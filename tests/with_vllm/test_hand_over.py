@@ -1,0 +1,61 @@
+"""Weights that vLLM is given after each step are those that it computes with."""
+
+import pytest
+import torch
+from minirl.errors import MiniRLError
+from vllm_scoring import differences
+
+from minirl_kernels.integrations.vllm import weights
+
+PROMPTS = [[2 + (7 * row + place) % 60 for place in range(3 + row % 9)] for row in range(16)]
+
+
+def perturb(model, seed):
+    """Other weights of the same size: the discrepancy of bfloat16 stays what it was."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.copy_((weight + 0.3 * weight.std() * noise) / 1.09**0.5 if weight.dim() > 1 else 1 + 0.1 * noise)
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_twenty_in_a_row(make_model, make_engine, kind):
+    model = make_model(kind)
+    perturb(model, 0)
+    engine = make_engine(model, dtype="bfloat16", max_new_tokens=12)
+
+    def discrepancy(seed):
+        return differences(model, engine.generate(PROMPTS, 8, seed=seed), "bfloat16").abs()
+
+    before = discrepancy(0)
+    for number in range(1, 21):
+        perturb(model, number)
+        stale = discrepancy(number)
+        engine.update_weights(model)
+        after = discrepancy(number)
+        assert stale.mean() > 10 * before.mean()  # old weights would not pass
+        # of other weights and samples: not to the digit
+        assert after.mean() < 1.5 * before.mean()
+        assert after.quantile(0.99) < 1.5 * before.quantile(0.99)
+
+
+def test_weights_that_did_not_arrive(make_model, make_engine, monkeypatch):
+    model = make_model("dense")
+    engine = make_engine(model)
+
+    def lossy(tensors, path):
+        name = "model.layers.2.mlp.up_proj.weight"
+        save_file(tensors | {name: tensors[name].bfloat16().float()}, path)
+
+    save_file = weights.save_file
+    monkeypatch.setattr(weights, "save_file", lossy)
+    with pytest.raises(MiniRLError, match=r"1 of \d+ weights .* the first is model\.layers\.2\.mlp\.up_proj\.weight"):
+        engine.update_weights(model)
+
+
+def test_experts_that_reloading_leaves_unpacked(make_model, make_engine, monkeypatch):
+    """vLLM's own way on a CPU: the engine goes on, and computes something else."""
+    monkeypatch.setattr(weights, "pack_experts", lambda model: None)
+    with pytest.raises(MiniRLError, match="cannot take new weights for a Qwen3MoeForCausalLM"):
+        make_engine(make_model("moe"))
