@@ -19,7 +19,7 @@ from .weights import BACKEND, CheckpointSource, FileTrainerInfo, digests
 def llm_arguments(device: str, *, records_routing: bool = False) -> dict[str, Any]:
     """What `LLM` must be made with for an `LLMClient`. device: "cpu" or "cuda", of both vLLM and the trainer."""
     arguments = {
-        "worker_extension_cls": "minirl_kernels.integrations.vllm.worker.WorkerExtension",
+        "worker_extension_cls": "minirl_kernels.integrations.vllm.extension.WorkerExtension",
         "weight_transfer_config": {"backend": "ipc" if device == "cuda" else BACKEND},
         # vLLM's own answer to a new request must not come from the old weights, nor from another configuration
         "generation_config": "vllm",
