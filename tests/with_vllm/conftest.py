@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from minirl.tokenizer import character_tokenizer
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from minirl_kernels.integrations.transformers import enable_log_probs

@@ -13,14 +13,15 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
 from ...moe import RoutedExperts, moe_layer_indices
 from ...moe.routers import routers
-from .weights import BACKEND, CheckpointSource, FileTrainerInfo, digests
+from . import FILE_TRANSFER
+from .weights import CheckpointSource, FileTrainerInfo, digests
 
 
 def llm_arguments(device: str, *, records_routing: bool = False) -> dict[str, Any]:
     """What `LLM` must be made with for an `LLMClient`. device: "cpu" or "cuda", of both vLLM and the trainer."""
     arguments = {
         "worker_extension_cls": "minirl_kernels.integrations.vllm.extension.WorkerExtension",
-        "weight_transfer_config": {"backend": "ipc" if device == "cuda" else BACKEND},
+        "weight_transfer_config": {"backend": "ipc" if device == "cuda" else FILE_TRANSFER},
         # vLLM's own answer to a new request must not come from the old weights, nor from another configuration
         "generation_config": "vllm",
     }

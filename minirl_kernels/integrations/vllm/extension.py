@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 
 from .routing import RoutingCapture
-from .seeds import spare_generators
+from .seeds import unread_prompts_draw_nothing
 from .weights import digests
 
 
@@ -16,7 +16,13 @@ class WorkerExtension:
 
     def mend_seeds(self) -> None:
         """Once, on a CPU, before any seeded request."""
-        spare_generators(self.model_runner)
+        runner, sample_tokens = self.model_runner, self.model_runner.sample_tokens
+
+        def sampled(*args, **kwargs):
+            with unread_prompts_draw_nothing(runner):
+                return sample_tokens(*args, **kwargs)
+
+        runner.sample_tokens = sampled
 
     def watch_weights(self) -> None:
         """Note a digest of each tensor that the model is given to load from now on, whichever way it comes."""

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+from vllm.distributed.weight_transfer import WeightTransferEngine
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
     TrainerInitInfo,
@@ -29,12 +29,11 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
     materialize_full_tensor,
 )
-from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.model_executor.layers.fused_moe.layer import MoERunner
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-BACKEND = "minirl_file"
+from . import FILE_TRANSFER
 
 
 class CheckpointSource(WeightSource):
@@ -104,7 +103,7 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
 def pack_experts(model: nn.Module) -> None:
     """Bring reloaded experts into the layout of vLLM's CPU kernels, which its reloading leaves out (in 0.32)."""
     for module in model.modules():
-        if isinstance(module, MoERunner):
+        if isinstance(module, MoERunner) and module._quant_method.moe_kernel is not None:  # ours packs nothing
             module._quant_method.moe_kernel.fused_experts.process_weights_after_loading(module.routed_experts)
 
 
@@ -112,7 +111,7 @@ def pack_experts(model: nn.Module) -> None:
 class FileTrainerInfo(TrainerInitInfo):
     """The trainer's choice of "minirl_file"."""
 
-    backend: ClassVar[str] = BACKEND
+    backend: ClassVar[str] = FILE_TRANSFER
 
 
 class FileTrainer(TrainerWeightTransferEngine[FileTrainerInfo]):
@@ -134,10 +133,3 @@ class FileTrainer(TrainerWeightTransferEngine[FileTrainerInfo]):
             self.client.start_weight_update()
             self.client.update_weights({"path": str(path)})
             self.client.finish_weight_update()
-
-
-def register_backend() -> None:
-    """Make "minirl_file" known to vLLM, on both sides."""
-    if BACKEND not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine(BACKEND, FileWeightTransfer)
-        WeightTransferTrainerFactory.register_engine(BACKEND, FileTrainer)

@@ -58,13 +58,14 @@ def engine_arguments(
     else:
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
         if batch_invariant:
-            # float32 weights under autocast: what training computes
-            arguments |= {"dtype": "float32", "additional_config": {"minirl_autocast": dtype}}
+            arguments["dtype"] = "float32"
+            if dtype != "float32":
+                arguments["additional_config"] = {"minirl_autocast": dtype}  # of float32 weights, as in training
     return arguments | config.vllm.args
 
 
 @contextmanager
-def engine_environment(config: RolloutConfig, *, batch_invariant: bool) -> Iterator[None]:
+def engine_environment(config: RolloutConfig, device: str, *, batch_invariant: bool) -> Iterator[None]:
     """The variables that vLLM reads as it starts; its own process inherits them."""
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(config.vllm.separate_process)),
@@ -72,7 +73,8 @@ def engine_environment(config: RolloutConfig, *, batch_invariant: bool) -> Itera
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     if batch_invariant:
-        wanted |= {"MINIRL_BATCH_INVARIANT": "1", "VLLM_BATCH_INVARIANT": "1"}
+        # vLLM's own mode is for GPUs, and stands in the way of ours
+        wanted |= {"MINIRL_BATCH_INVARIANT": "1", "VLLM_BATCH_INVARIANT": str(int(device == "cuda"))}
     before = {name: os.environ.get(name) for name in wanted}
     set_num_threads = torch.set_num_threads
     os.environ.update(wanted)

@@ -104,7 +104,8 @@ class VLLMEngine:
         with tempfile.TemporaryDirectory(prefix="minirl-model-") as folder, as_one_message("start", self._log):
             model.save_pretrained(folder)
             others = active_children()
-            with written_to(self._log), engine_environment(self._config, batch_invariant=self._batch_invariant):
+            environment = engine_environment(self._config, device, batch_invariant=self._batch_invariant)
+            with written_to(self._log), environment:
                 self._llm = LLM(folder, **arguments)
         self._processes = [process for process in active_children() if process not in others]
         self._model = model

@@ -74,7 +74,7 @@ def cause(error: str, output: str) -> str:
 
 
 def while_alive(processes: Sequence[BaseProcess], call: Callable[[], Result]) -> Result:
-    """call(), in a thread; RuntimeError where a process ends first: vLLM's client then waits for its answer for ever."""
+    """call(), in a thread; RuntimeError where a process ends first: vLLM would wait for ever."""
     if not processes:
         return call()
     answer: Future[Result] = Future()

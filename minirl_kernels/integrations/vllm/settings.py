@@ -1,0 +1,69 @@
+"""The settings of vLLM that the mode takes on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from vllm import envs
+from vllm.config import CompilationMode, VllmConfig
+
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+WORKER = f"{__package__}.worker.BatchInvariantWorker"
+AUTOCAST = "minirl_autocast"
+
+
+def prepare(config: VllmConfig) -> None:
+    """Refuse what the mode does not cover, and have our worker run.
+
+    Raises ValueError that names each setting, what it was and what it must be.
+    """
+    if config.model_config is None:  # of tools that run no model
+        return
+    refused = [
+        f"{name} is {value!r}: it must be {' or '.join(map(repr, allowed))}"
+        for name, value, allowed in _expected(config)
+        if value not in allowed
+    ]
+    if refused:
+        raise ValueError(f"MINIRL_BATCH_INVARIANT is 1, and on a CPU {'; '.join(refused)}")
+    config.parallel_config.worker_cls = WORKER
+    if autocast_dtype(config) is not None:
+        # rounded when it is written, rather than whenever it is read
+        config.cache_config.cache_dtype = _autocast(config)
+
+
+def autocast_dtype(config: VllmConfig) -> torch.dtype | None:
+    """What float32 weights compute in, as in a trainer with autocast; None: the model's own dtype."""
+    name = _autocast(config)
+    return None if name is None else getattr(torch, name)
+
+
+def _autocast(config: VllmConfig) -> str | None:
+    return config.additional_config.get(AUTOCAST)
+
+
+def _expected(config: VllmConfig) -> Iterator[tuple[str, object, tuple]]:
+    """(what a user calls it, its value, the values that the mode takes)"""
+    model, parallel, autocast = config.model_config, config.parallel_config, _autocast(config)
+    rope = model.hf_text_config.rope_parameters
+    yield "the architecture", model.architecture, ARCHITECTURES
+    yield "runner", model.runner_type, ("generate",)
+    yield f"additional_config[{AUTOCAST!r}]", autocast, (None, "bfloat16")
+    yield "dtype", model.dtype, (torch.float32,) if autocast else (torch.float32, torch.bfloat16)
+    yield "head_dtype", model.head_dtype, (model.dtype,)
+    yield "quantization", model.quantization, (None,)
+    yield "rope_type", rope.get("rope_type", "default"), ("default",)
+    yield "partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)
+    yield "attention_bias", getattr(model.hf_text_config, "attention_bias", False), (False,)
+    yield "kv_cache_dtype", config.cache_config.cache_dtype, ("auto", "bfloat16") if autocast else ("auto",)
+    yield "the compilation mode (enforce_eager=True)", config.compilation_config.mode, (CompilationMode.NONE,)
+    yield "tensor_parallel_size", parallel.tensor_parallel_size, (1,)
+    yield "pipeline_parallel_size", parallel.pipeline_parallel_size, (1,)
+    yield "data_parallel_size", parallel.data_parallel_size, (1,)
+    yield "worker_cls", parallel.worker_cls, ("vllm.v1.worker.cpu_worker.CPUWorker", WORKER)
+    yield "enable_lora", config.lora_config is not None, (False,)
+    yield "speculative_config", config.speculative_config, (None,)
+    yield "kv_transfer_config", config.kv_transfer_config, (None,)
+    yield "VLLM_USE_V2_MODEL_RUNNER", config.use_v2_model_runner, (False,)
+    yield "VLLM_BATCH_INVARIANT", envs.VLLM_BATCH_INVARIANT, (False,)

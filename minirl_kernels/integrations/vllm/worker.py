@@ -1,0 +1,45 @@
+"""vLLM's worker on a CPU, in batch-invariant mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from ...batch_invariant import batch_invariant_mode
+from .sampler import TokenSampler
+from .seeds import unread_prompts_draw_nothing
+from .settings import autocast_dtype
+
+
+class BatchInvariantWorker(CPUWorker):
+    """Runs the model and its sampler in the mode, and in autocast where the settings say so."""
+
+    def init_device(self) -> None:
+        """Raises ValueError for logits processors that change what is drawn from other than by leaving tokens out."""
+        super().init_device()
+        runner = self.model_runner
+        for processor in runner.input_batch.logitsprocs.argmax_invariant:
+            if not isinstance(processor, MinPLogitsProcessor):
+                raise ValueError(
+                    f"MINIRL_BATCH_INVARIANT is 1, and logits_processors has a {type(processor).__name__}: it must not "
+                    "have one that is_argmax_invariant"
+                )
+        runner.sampler = TokenSampler(runner.sampler.logprobs_mode, runner.sampler.use_fp64_gumbel)
+
+    def execute_model(self, scheduler_output):
+        with self._computing():
+            return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output):
+        with self._computing(), unread_prompts_draw_nothing(self.model_runner):
+            return super().sample_tokens(grammar_output)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        dtype = autocast_dtype(self.vllm_config)
+        with batch_invariant_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
+            yield
