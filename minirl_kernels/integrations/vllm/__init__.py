@@ -15,8 +15,8 @@ FILE_TRANSFER = "minirl_file"  # our backend of vLLM's weight transfer
 def register() -> None:
     """What vLLM calls in each of its processes (entry point vllm.general_plugins).
 
-    It makes our backend for weights known to vLLM; nothing else changes without the variable. Raises ValueError on a GPU
-    where VLLM_BATCH_INVARIANT is not 1 too, and for another vLLM than was looked at.
+    It makes our backend for weights known to vLLM; nothing else changes without the variable. Raises ValueError on a
+    GPU where VLLM_BATCH_INVARIANT is not 1 too, and for another vLLM than was looked at.
     """
     from vllm.distributed.weight_transfer import factory
 
