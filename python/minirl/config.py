@@ -72,8 +72,7 @@ class RolloutConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of its computation; none: that of training. Another makes a discrepancy, to be studied."""
     quantization: Literal["e4m3"] | None = None
-    """e4m3: samples from a copy rounded as FP8 engines do, fake-quantised; another discrepancy to be studied. With vllm
-    it is vLLM's own fp8, on GPUs that have it."""
+    """e4m3: samples from a copy rounded as FP8 engines do, fake-quantised; with vllm by vLLM's own fp8, on GPUs."""
     group_size: int = 8
     """Responses per prompt, G in the paper; their mean reward is the baseline."""
     temperature: float = 1.0
