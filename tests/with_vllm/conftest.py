@@ -1,47 +1,114 @@
-"""Tests that need a real vLLM: docs/vllm.md says how to install it. Elsewhere they are skipped."""
+"""Tests that need a real vLLM, which docs/vllm.md says how to install; elsewhere they are skipped.
+
+Tiny models; engines of the trainer, and vLLM alone in a process of its own, whose environment the plugin follows.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from minirl.config import RolloutConfig, VLLMConfig
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from minirl_kernels.integrations.transformers import enable_log_probs
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
-
 SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
+    "vocab_size": 301,
+    "hidden_size": 136,  # whole vectors, and not
+    "intermediate_size": 200,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
     "max_position_embeddings": 256,
+    "initializer_range": 0.2,  # so that no two tokens are equally likely
     "pad_token_id": 0,
+    "bos_token_id": 2,
     "eos_token_id": 1,
 }
-EXPERTS = {
-    "moe_intermediate_size": 32,
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-    "norm_topk_prob": True,
-    "mlp_only_layers": [1],
+CONFIGS = {
+    "Qwen3": Qwen3Config(**SIZES, tie_word_embeddings=True),
+    "Qwen3-MoE": Qwen3MoeConfig(
+        **SIZES,
+        moe_intermediate_size=40,
+        num_experts=8,
+        num_experts_per_tok=3,
+        norm_topk_prob=True,
+        mlp_only_layers=[1],
+        tie_word_embeddings=False,
+    ),
 }
-KINDS = {"dense": Qwen3Config(**SIZES), "moe": Qwen3MoeConfig(**SIZES, **EXPERTS)}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def vllm_is_installed():
+    """Everything in this folder runs vLLM."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed: it has an environment of its own, see docs/vllm.md")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """The folder of a model's weights, by its name and a seed."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+
+    def make(name, seed=0) -> str:
+        path = folder / f"{name}-{seed}"
+        if not path.exists():
+            torch.manual_seed(seed)
+            AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32).save_pretrained(path)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_python(tmp_path_factory):
+    """Runs a script or `-c` code, with variables; what it printed, and what it left."""
+
+    def run(*arguments, check=True, **variables) -> subprocess.CompletedProcess:
+        # the parent's settings of vLLM and of the mode are not the child's
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "MINIRL_BATCH"))}
+        result = subprocess.run(
+            [sys.executable, *map(str, arguments)],
+            env={**kept, "VLLM_LOGGING_LEVEL": "ERROR", **variables},
+            cwd=tmp_path_factory.mktemp("run"),
+            capture_output=True,
+            text=True,
+        )
+        assert not check or result.returncode == 0, result.stderr[-4000:]
+        return result
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ask_vllm(run_python, tmp_path_factory):
+    """The answers of tests/vllm_answers.py to rounds of requests."""
+
+    def ask(engine, rounds, variables, **more) -> dict:
+        folder = tmp_path_factory.mktemp("vllm")
+        engine = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, **engine}
+        (folder / "job.json").write_text(json.dumps({"engine": engine, "rounds": rounds, **more}))
+        script = Path(__file__).resolve().parent.parent / "vllm_answers.py"
+        run_python(script, folder / "job.json", folder / "answers.pt", **variables)
+        return torch.load(folder / "answers.pt")
+
+    return ask
 
 
 @pytest.fixture
 def make_model():
-    """A causal language model of a kind, float32, whose logits tell tokens apart."""
+    """A causal language model of a kind, float32."""
 
     def make(kind):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(KINDS[kind], dtype=torch.float32).eval()
-        with torch.no_grad():
-            for weight in model.parameters():
-                if weight.dim() > 1:
-                    weight.mul_(4)
-        return enable_log_probs(model)
+        return enable_log_probs(AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32).eval())
 
     return make
 
@@ -49,7 +116,6 @@ def make_model():
 @pytest.fixture
 def make_engine(tmp_path):
     """An engine in this process, which is ended with the test."""
-    from minirl.config import RolloutConfig, VLLMConfig
     from minirl.rollout.vllm.engine import VLLMEngine
 
     engines = []

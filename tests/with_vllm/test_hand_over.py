@@ -3,10 +3,10 @@
 import pytest
 import torch
 from minirl.errors import MiniRLError
+from safetensors.torch import save_file
 from vllm_scoring import differences
 
-from minirl_kernels.integrations.vllm import weights
-
+WEIGHTS = "minirl_kernels.integrations.vllm.weights"
 PROMPTS = [[2 + (7 * row + place) % 60 for place in range(3 + row % 9)] for row in range(16)]
 
 
@@ -19,7 +19,7 @@ def perturb(model, seed):
             weight.copy_((weight + 0.3 * weight.std() * noise) / 1.09**0.5 if weight.dim() > 1 else 1 + 0.1 * noise)
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
+@pytest.mark.parametrize("kind", ["Qwen3", "Qwen3-MoE"])
 def test_twenty_in_a_row(make_model, make_engine, kind):
     model = make_model(kind)
     perturb(model, 0)
@@ -41,21 +41,20 @@ def test_twenty_in_a_row(make_model, make_engine, kind):
 
 
 def test_weights_that_did_not_arrive(make_model, make_engine, monkeypatch):
-    model = make_model("dense")
+    model = make_model("Qwen3")
     engine = make_engine(model)
 
     def lossy(tensors, path):
         name = "model.layers.2.mlp.up_proj.weight"
         save_file(tensors | {name: tensors[name].bfloat16().float()}, path)
 
-    save_file = weights.save_file
-    monkeypatch.setattr(weights, "save_file", lossy)
+    monkeypatch.setattr(f"{WEIGHTS}.save_file", lossy)
     with pytest.raises(MiniRLError, match=r"1 of \d+ weights .* the first is model\.layers\.2\.mlp\.up_proj\.weight"):
         engine.update_weights(model)
 
 
 def test_experts_that_reloading_leaves_unpacked(make_model, make_engine, monkeypatch):
     """vLLM's own way on a CPU: the engine goes on, and computes something else."""
-    monkeypatch.setattr(weights, "pack_experts", lambda model: None)
+    monkeypatch.setattr(f"{WEIGHTS}.pack_experts", lambda model: None)
     with pytest.raises(MiniRLError, match="cannot take new weights for a Qwen3MoeForCausalLM"):
-        make_engine(make_model("moe"))
+        make_engine(make_model("Qwen3-MoE"))

@@ -48,7 +48,7 @@ def assert_as_trained(model, rollouts):
 @pytest.mark.parametrize("tokens", [200, 8192])
 def test_two_hundred_requests(make_model, make_engine, tokens):
     """In chunks of 200 tokens, with hits in the cache, and so few blocks that requests are preempted; and in one go."""
-    model = make_model("moe")
+    model = make_model("Qwen3-MoE")
     args = {
         "max_num_batched_tokens": tokens,
         "block_size": BLOCK,
@@ -65,7 +65,7 @@ def test_two_hundred_requests(make_model, make_engine, tokens):
 
 def test_new_weights_and_old_requests(make_model, make_engine):
     """Nothing of what the cache held under other weights is taken for the experts of these."""
-    model = make_model("moe")
+    model = make_model("Qwen3-MoE")
     engine = make_engine(model, records_routing=True, max_new_tokens=4, args={"block_size": BLOCK})
     shared = prompts()[4::6]
     engine.generate(shared, 2, seed=0)
@@ -77,7 +77,7 @@ def test_new_weights_and_old_requests(make_model, make_engine):
 
 
 def test_what_was_never_computed_is_missing(make_model, make_engine):
-    model = make_model("moe")
+    model = make_model("Qwen3-MoE")
     engine = make_engine(model, records_routing=True, max_new_tokens=4, args={"block_size": BLOCK})
     engine.generate([[5] * 2 * BLOCK], 1, seed=0)
     engine._client._llm.collective_rpc("forget_routing")  # as if it had begun to look after that request

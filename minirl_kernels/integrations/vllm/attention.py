@@ -67,7 +67,7 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         common, count = common_attn_metadata, common_attn_metadata.num_reqs
         starts, keys = common.query_start_loc[: count + 1].long(), common.seq_lens[:count].long()
         first_key = keys.cumsum(0) - keys
-        sequence = torch.arange(count).repeat_interleave(keys)
+        sequence = torch.repeat_interleave(keys)
         place = torch.arange(len(sequence)) - first_key[sequence]
         block = common.block_table_tensor[sequence, place // self._block_size]
         return Step(
@@ -117,8 +117,8 @@ class PagedAttentionImpl(AttentionImpl[Step]):
             return output.zero_()
         step, tokens = attn_metadata, slice(attn_metadata.num_tokens)
         cache = kv_cache.transpose(1, 2).flatten(0, 1)
-        cache[step.written] = torch.cat([key[tokens], value[tokens]], -1).to(cache.dtype)
-        keys, values = cache[step.read].transpose(0, 1)[None].chunk(2, -1)
+        cache.index_copy_(0, step.written, torch.cat([key[tokens], value[tokens]], -1).to(cache.dtype))
+        keys, values = cache.index_select(0, step.read).transpose(0, 1)[None].chunk(2, -1)
         queries = query[tokens].transpose(0, 1)[None]
         output[tokens] = attention_over_spans(queries, keys, values, step.spans, scale=self.scale)[0]
         return output

@@ -6,7 +6,6 @@ import functools
 
 import vllm
 from vllm.model_executor.layers import utils as gemms
-from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
@@ -34,7 +33,6 @@ def install() -> None:
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__package__}.attention.PagedAttention")
     # No registry reaches these. The activation needs none: vLLM calls torch's silu, which is ours in the mode.
     gemms.dispatch_cpu_unquantized_gemm = layers.set_linear
-    cpu_router._softmax_topk = layers.softmax_topk
     _after(CpuPlatform, prepare)
 
 

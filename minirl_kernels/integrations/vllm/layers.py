@@ -17,6 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from ...ops.matmul.op import float32_linear
 from ...ops.moe_experts import moe_experts
+from ...ops.moe_routing import moe_routing
 
 
 def set_linear(layer: nn.Module, remove_weight: bool) -> None:
@@ -58,6 +59,12 @@ def softmax_topk(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights.to(router_logits.dtype), ids.int()
+
+
+def recorded_topk(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """The same by moe_routing, as training computes it while it records or replays."""
+    routing = moe_routing(router_logits, top_k, norm_topk_prob=renormalize)
+    return routing.weights.to(router_logits.dtype), routing.experts.int()
 
 
 class Experts(UnquantizedFusedMoEMethod):

@@ -11,6 +11,7 @@ from vllm.config import CompilationMode, VllmConfig
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 WORKER = f"{__package__}.worker.BatchInvariantWorker"
 AUTOCAST = "minirl_autocast"
+RECORDS_ROUTING = "minirl_records_routing"
 
 
 def prepare(config: VllmConfig) -> None:
@@ -37,6 +38,11 @@ def autocast_dtype(config: VllmConfig) -> torch.dtype | None:
     """What float32 weights compute in, as in a trainer with autocast; None: the model's own dtype."""
     name = _autocast(config)
     return None if name is None else getattr(torch, name)
+
+
+def records_routing(config: VllmConfig) -> bool:
+    """Whether training records or replays experts, and computes their weights as it does then."""
+    return config.additional_config.get(RECORDS_ROUTING, False)
 
 
 def _autocast(config: VllmConfig) -> str | None:

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from vllm.model_executor.layers.fused_moe.router import cpu_router
 from vllm.v1.sample.logits_processor.builtin import MinPLogitsProcessor
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from ...batch_invariant import batch_invariant_mode
+from . import layers
 from .sampler import TokenSampler
 from .seeds import unread_prompts_draw_nothing
-from .settings import autocast_dtype
+from .settings import autocast_dtype, records_routing
 
 
 class BatchInvariantWorker(CPUWorker):
@@ -41,5 +43,8 @@ class BatchInvariantWorker(CPUWorker):
     @contextmanager
     def _computing(self) -> Iterator[None]:
         dtype = autocast_dtype(self.vllm_config)
+        # no registry reaches it, and another engine of this process may want the other one
+        recorded = records_routing(self.vllm_config)
+        cpu_router._softmax_topk = layers.recorded_topk if recorded else layers.softmax_topk
         with batch_invariant_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):
             yield

@@ -58,9 +58,11 @@ def engine_arguments(
     else:
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
         if batch_invariant:
-            arguments["dtype"] = "float32"
+            # float32 weights under autocast, and routers that record: as in training
+            ours = {"minirl_records_routing": records_routing}
             if dtype != "float32":
-                arguments["additional_config"] = {"minirl_autocast": dtype}  # of float32 weights, as in training
+                ours["minirl_autocast"] = dtype
+            arguments |= {"dtype": "float32", "additional_config": ours}
     return arguments | config.vllm.args
 
 
