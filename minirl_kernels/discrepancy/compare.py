@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config import PolicyLossConfig
 from ..moe import RoutedExperts
@@ -16,11 +16,12 @@ from .engines import GeneratingEngine, Scores, ScoringEngine, TokenIds
 from .modules import Difference, Event, ModuleTrace
 from .operations import OperationDifference, OperationTrace, first_difference
 from .probabilities import full_vocabulary_kl, sampled_token_metrics
-from .report import LOG_PROBS, DiscrepancyReport, FirstDifference, ModuleReport
+from .report import LOG_PROBS, DiscrepancyReport, FirstDifference, Jump, ModuleReport
 from .routing import RoutingComparison
 
 RoutingReplay = Literal["disabled", "R2", "R3"]
 _OPAQUE = "an engine has no model to look into"
+_UNSAID = "mu has no model to look into here, and gave no routed_experts"
 
 
 def compare_engines(
@@ -64,6 +65,8 @@ def compare_engines(
         with ExitStack() as watching:
             _enter(watching, routing and routing.recording_mu(), trace and trace.recording(mu.model))
             responses, sampled = mu.generate(part, seed=part_seed)
+        if routing is not None and not routing.watches_mu and sampled.routed_experts is None:
+            routing, routing_missing = None, _UNSAID
         with ExitStack() as watching:
             _enter(
                 watching,
@@ -74,10 +77,10 @@ def compare_engines(
             with_logits = sampled.logits is not None
             scored = pi.score(part, responses, with_logits=with_logits, routed_experts=replayed)
         if routing is not None:
-            routing.add(_scoring(part, responses))
+            routing.add(_scoring(part, responses), sampled.routed_experts)
         if trace is not None:
             first_batch = _FirstBatch(mu, pi, trace, part, responses, part_seed, replayed, rows)
-            modules = first_batch.report(sampled, scored)
+            modules, modules_missing = first_batch.report(sampled, scored)
         if updated is not None:
             experts = _recorded("pi", scored) if routing_replay == "R2" else replayed
             scores = updated.score(part, responses, with_logits=False, routed_experts=experts)
@@ -114,10 +117,10 @@ def _check(prompts: TokenIds, batch_size: int, trace_sequences: int) -> None:
 
 
 def _routing(mu: GeneratingEngine, pi: ScoringEngine) -> tuple[RoutingComparison | None, str | None]:
-    if mu.model is None or pi.model is None:
+    if pi.model is None:
         return None, _OPAQUE
     try:
-        return RoutingComparison(mu.model, pi.model), None
+        return RoutingComparison(mu.model if isinstance(mu.model, nn.Module) else None, pi.model), None
     except ValueError as error:
         return None, str(error)
 
@@ -156,28 +159,39 @@ class _FirstBatch:
     replayed: RoutedExperts | None
     rows: int
 
-    def report(self, sampled: Scores, scored: Scores) -> ModuleReport:
+    def report(self, sampled: Scores, scored: Scores) -> tuple[ModuleReport | None, str | None]:
+        """(it, None), or (None, why there is none)."""
+        if not self.trace.events:
+            return None, "the engines have no modules in common"
         spans = _decoded(self.prompts[: self.rows], self.responses[: self.rows])
         event = self.trace.first()
         if event is None:
             first = _first_in_log_probs(sampled.log_probs[: self.rows], scored.log_probs[: self.rows])
         else:
-            kinds = {name: type(module).__name__ for name, module in self.pi.model.named_modules()}
-            before = event.module if event.is_input else None
             operation = self._first_operation(event, spans)
-            first = FirstDifference(event.culprit, kinds[event.culprit], before, event.difference, *operation)
-        return ModuleReport(
+            first = FirstDifference(*self._place_of(event), event.difference, *operation)
+        jump = self.trace.jump()
+        report = ModuleReport(
             sequences=self.rows,
-            tokens=int((spans[:, 1] - spans[:, 0]).sum()),
+            tokens=self.trace.tokens,
             first=first,
+            jump=None if jump is None else Jump(*self._place_of(jump[0]), jump[1], jump[0].difference),
             layers=[(number, event.difference) for number, event in self.trace.layers()],
             modules=self.trace.outputs(),
         )
+        return report, None
+
+    def _place_of(self, event: Event) -> tuple[str, str, str | None]:
+        """(module, class, before which submodule)"""
+        kind = type(self.pi.model.get_submodule(event.culprit)).__name__
+        return event.culprit, kind, event.module if event.is_input else None
 
     def _first_operation(self, event: Event, spans: Tensor) -> tuple[OperationDifference | None, str | None]:
         """(it, None), or (None, why there is none), from a second run."""
         if not event.culprit:
             return None, "it is in the model's own forward"
+        if not isinstance(self.mu.model, nn.Module):
+            return None, "the operations of another process are not recorded"
         ours = OperationTrace(event.culprit, self.trace.forward_of[event.difference.first_key], self.rows)
         theirs = OperationTrace(event.culprit, 0, self.rows)
         with ours.recording(self.mu.model):

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ..moe import RoutedExperts
+from .modules import RemoteModel
 
 TokenIds = Sequence[Sequence[int]]
 
@@ -41,8 +42,9 @@ class ScoringEngine(Protocol):
 class GeneratingEngine(Protocol):
     """The inference side, mu."""
 
-    model: nn.Module | None
-    """As in ScoringEngine; a forward continues the one before it, whose keys and values it has cached."""
+    model: nn.Module | RemoteModel | None
+    """As in ScoringEngine; a forward continues the one before it, whose keys and values it has cached. Of a model that
+    runs elsewhere, the routing is that of Scores.routed_experts."""
 
     def generate(self, prompts: TokenIds, *, seed: int) -> tuple[list[list[int]], Scores]:
         """One response to each prompt, sampled in one batch, and its scores as the decode had them.

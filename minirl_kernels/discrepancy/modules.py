@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,16 @@ class Difference:
         return self.first_key is None
 
 
+class RemoteModel(Protocol):
+    """A model that runs in another process, where its modules are recorded."""
+
+    def recording(self, rows: int) -> AbstractContextManager[dict[PlaceName, Place]]:
+        """Of the first `rows` sequences of the `generate` inside it; they are there when it ends.
+
+        Keys are sequence * STRIDE + place of the token, names those of pi's modules.
+        """
+
+
 @dataclass(frozen=True)
 class Event:
     """A module was given its input, or made its output, in the order of execution."""
@@ -63,13 +74,22 @@ class Event:
         return self.inside if self.is_input else self.module
 
 
+PlaceName = tuple[str, bool, int]  # a module, whether it is its input, how often it had run before in that forward
+
+
 @dataclass
-class _Place:
+class Place:
     """What mu had in one place: values of tokens, forward by forward."""
 
-    keys: list[Tensor]
-    values: list[list[Tensor]]
-    numbers: list[Tensor]  # of the forward that computed each token
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[list[Tensor]] = field(default_factory=list)
+    numbers: list[Tensor] = field(default_factory=list)  # of the forward that computed each token
+
+    def add(self, number: int, keys: Tensor, values: list[Tensor]) -> None:
+        """keys: [n] of tokens. values: [n, F] each."""
+        self.keys.append(keys)
+        self.values.append(values)
+        self.numbers.append(torch.full_like(keys, number))
 
 
 class ModuleTrace:
@@ -80,20 +100,22 @@ class ModuleTrace:
 
     def __init__(self, rows: int):
         self._rows = rows
-        self._places: dict[tuple[str, bool, int], _Place] = {}
+        self._places: dict[PlaceName, Place] = {}
+        self.tokens = 0  # as many as could be compared
         self.events: list[Event] = []
         self.forward_of: dict[int, int] = {}
 
     @contextmanager
-    def recording(self, mu: nn.Module) -> Iterator[None]:
+    def recording(self, mu: nn.Module | RemoteModel) -> Iterator[None]:
+        if not isinstance(mu, nn.Module):
+            with mu.recording(self._rows) as self._places:
+                yield
+            return
+
         def record(forward: Forward, name: str, is_input: bool, occurrence: int, tensors: list[Tensor]) -> None:
             found = self._per_token(forward, tensors)
             if found is not None:
-                keys, values = found
-                place = self._places.setdefault((name, is_input, occurrence), _Place([], [], []))
-                place.keys.append(keys)
-                place.values.append(values)
-                place.numbers.append(torch.full_like(keys, forward.number))
+                self._places.setdefault((name, is_input, occurrence), Place()).add(forward.number, *found)
 
         with _observed(mu, record):
             yield
@@ -122,6 +144,19 @@ class ModuleTrace:
         """The first place where the engines differ."""
         return next((event for event in self.events if not event.difference.is_none), None)
 
+    def jump(self) -> tuple[Event, float] | None:
+        """(where the difference grows most, how many times it is the largest of those before it in what is computed).
+
+        None where no two places differ.
+        """
+        most, largest = None, 0.0
+        for event in self.events:
+            relative = event.difference.relative
+            if largest and (most is None or relative / largest > most[1]):
+                most = event, relative / largest
+            largest = max(largest, relative)
+        return most
+
     def outputs(self) -> list[Event]:
         return [event for event in self.events if not event.is_input]
 
@@ -136,15 +171,17 @@ class ModuleTrace:
             return None
         return found[0][0], [values for _, values in found]
 
-    def _compared(self, place: _Place, keys: Tensor, values: list[Tensor]) -> Difference | None:
+    def _compared(self, place: Place, keys: Tensor, values: list[Tensor]) -> Difference | None:
         mu_keys = torch.cat(place.keys)
         in_mu, in_pi = common_tokens(mu_keys, keys, self._spans)
         if len({tuple(values.shape[1] for values in parts) for parts in place.values}) > 1:
             return None  # a size that grows with the cache
-        mu = [torch.cat(parts)[in_mu] for parts in zip(*place.values, strict=True)]
-        pi = [tensor[in_pi] for tensor in values]
+        # a router gives its logits, and not everywhere what it makes of them
+        mu = [torch.cat(parts)[in_mu] for parts in zip(*place.values, strict=True)][: len(values)]
+        pi = [tensor[in_pi] for tensor in values][: len(mu)]
         if not len(in_mu) or [a.shape for a in mu] != [b.shape for b in pi]:
             return None
+        self.tokens = max(self.tokens, len(in_mu))
         difference = Difference.between(mu_keys[in_mu], mu, pi)
         if not difference.is_none:
             number = torch.cat(place.numbers)[mu_keys == difference.first_key][0].item()

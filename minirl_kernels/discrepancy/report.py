@@ -36,12 +36,33 @@ class FirstDifference:
 
 
 @dataclass(frozen=True)
+class Jump:
+    """The module whose own code makes the difference grow most: where roundings differ everywhere, look here."""
+
+    module: str
+    kind: str
+    """Its class."""
+    before: str | None
+    """The submodule that it hands the grown difference to; none where that is in its output."""
+    factor: float
+    """How many times it is the largest relative difference of all that was computed before."""
+    difference: Difference
+
+    @property
+    def layer(self) -> int | None:
+        return layer_of(self.module if self.before is None else self.before)
+
+
+@dataclass(frozen=True)
 class ModuleReport:
     """Of the sequences that were traced."""
 
     sequences: int
     tokens: int
+    """Those that both computed: what mu read from a cache is left out."""
     first: FirstDifference | None
+    jump: Jump | None
+    """None where no two places differ."""
     layers: list[tuple[int, Difference]]
     """The outputs of the decoder layers, by number."""
     modules: list[Event]
@@ -138,6 +159,16 @@ def _modules(report: ModuleReport) -> dict[str, Any]:
                 "ran_pi": operation.pi,
             },
             "operation_missing": first.operation_missing,
+        },
+        "jump": None
+        if report.jump is None
+        else {
+            "module": report.jump.module,
+            "class": report.jump.kind,
+            "layer": report.jump.layer,
+            "before": report.jump.before,
+            "factor": report.jump.factor,
+            **_numbers(report.jump.difference),
         },
         "layers": [{"layer": number, **_numbers(difference)} for number, difference in report.layers],
         "outputs": [

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..moe import RoutedExperts
 from ..moe.routers import routers
-from .forwards import Forward, common_tokens, watched
+from .forwards import STRIDE, Forward, common_tokens, watched
 
 
 @dataclass(frozen=True)
@@ -27,19 +28,27 @@ class LayerAgreement:
 class RoutingComparison:
     """Gathers agreement over batches: mu runs inside `recording_mu`, pi inside `recording_pi`, then `add`.
 
-    Raises ValueError where a model has no routers that are known, or the two have not the same.
+    mu: None where there is no module to watch: its experts are then those that it says. Raises ValueError where a model
+    has no routers that are known, or the two have not the same.
     """
 
-    def __init__(self, mu: nn.Module, pi: nn.Module):
+    def __init__(self, mu: nn.Module | None, pi: nn.Module):
         self._mu, self._pi = mu, pi
         self._names = [router.name for router in routers(pi)]
-        if [router.name for router in routers(mu)] != self._names:
+        if mu is not None and [router.name for router in routers(mu)] != self._names:
             raise ValueError("the two engines have not the same routers")
         self._chosen: dict[str, dict[str, list[tuple[Tensor, Tensor]]]] = {}
         self._totals = torch.zeros(len(self._names), 3, dtype=torch.float64)  # equal, overlap, tokens
 
+    @property
+    def watches_mu(self) -> bool:
+        return self._mu is not None
+
     @contextmanager
     def recording_mu(self) -> Iterator[None]:
+        if not self.watches_mu:
+            yield
+            return
         with self._recording("mu", self._mu):
             yield
 
@@ -48,8 +57,14 @@ class RoutingComparison:
         with self._recording("pi", self._pi):
             yield
 
-    def add(self, spans: Tensor) -> None:
-        """Take in what was recorded since the last time; spans: [rows, 2], first place and end in each sequence."""
+    def add(self, spans: Tensor, experts: RoutedExperts | None) -> None:
+        """Take in what was recorded since the last time.
+
+        spans: [rows, 2], first place and end in each sequence. experts: [rows, L] as mu says, needed where it was not
+        watched. Raises ValueError for another number of layers.
+        """
+        if not self.watches_mu:
+            self._chosen["mu"] = self._said(experts)
         for index, name in enumerate(self._names):
             mu_keys, mu = (torch.cat(parts) for parts in zip(*self._chosen["mu"][name], strict=True))
             pi_keys, pi = (torch.cat(parts) for parts in zip(*self._chosen["pi"][name], strict=True))
@@ -64,6 +79,15 @@ class RoutingComparison:
         equal, overlap, tokens = self._totals.unbind(1)
         values = torch.stack([equal / tokens, overlap / tokens], 1).tolist()
         return [LayerAgreement(name, *pair) for name, pair in zip(self._names, values, strict=True)]
+
+    def _said(self, experts: RoutedExperts) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        if experts.num_layers != len(self._names):
+            raise ValueError(f"mu gave routed_experts of {experts.num_layers} layers, and pi has {len(self._names)}")
+        chosen = {}
+        for index, name in enumerate(self._names):
+            rows, places = experts.valid[:, :, index].nonzero(as_tuple=True)
+            chosen[name] = [(rows * STRIDE + places, experts.experts[rows, places, index].long())]
+        return chosen
 
     @contextmanager
     def _recording(self, engine: str, model: nn.Module) -> Iterator[None]:

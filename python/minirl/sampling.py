@@ -67,7 +67,13 @@ def make_engine(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrain
             f"rollout.engine is 'vllm', which cannot be imported ({error}): install it as docs/vllm.md says"
         ) from None
     log = RunDir(Path(config.run_dir)).vllm_log
-    return VLLMEngine(config.rollout, **options, batch_invariant=config.batch_invariant, log=log)
+    return VLLMEngine(
+        config.rollout,
+        **options,
+        replays_routing=options["records_routing"],
+        batch_invariant=config.batch_invariant,
+        log=log,
+    )
 
 
 def held_out_problems(config: TrainConfig, task: Task, count: int) -> list[Problem]:

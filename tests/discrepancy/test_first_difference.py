@@ -1,11 +1,14 @@
 """A fault that is planted in one place is found there; where there is none, none is found."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny_moe import COMMON
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from two_engines import PROMPTS, compared, model_of, planted, rounded
 
+from minirl_kernels.discrepancy.modules import ModuleTrace
 from minirl_kernels.discrepancy.report import LOG_PROBS
 from minirl_kernels.integrations.transformers import enable_log_probs
 
@@ -113,6 +116,19 @@ def test_a_fault_stands_out_from_the_roundings_of_a_decode():
     assert layers[1].relative > 100 * layers[0].relative
 
 
+# a correction bias moves experts and not logits, whose size a router's difference is
+GROWING = [fault[:4] for fault in FAULTS if "layers" in fault[1] and "bias" not in fault[1]]
+
+
+@pytest.mark.parametrize(("name", "tensor", "change", "module"), GROWING, ids=[fault[1] for fault in GROWING])
+def test_a_fault_is_where_a_decodes_roundings_grow_most(name, tensor, change, module):
+    model = model_of(name)
+    jump = compared(planted(model, tensor, change), model, mu_settings={"decode": True}).modules.jump
+    assert (jump.module, jump.before) == (module, None)
+    assert jump.factor > 100
+    assert compared(model, model, mu_settings={"decode": True}).modules.jump.factor < 10
+
+
 def test_another_attention_is_named_by_what_it_runs():
     model = model_of("Qwen3Moe")
     report = compared(model, model, pi_settings={"attn_implementation": "eager"})
@@ -152,6 +168,49 @@ class Opaque:
 
     def __init__(self, engine):
         self.generate, self.score = getattr(engine, "generate", None), getattr(engine, "score", None)
+
+
+class Remote:
+    """An engine whose model runs elsewhere, as far as can be seen, and is recorded there."""
+
+    def __init__(self, engine):
+        self._engine = engine
+        self.model, self.generate = self, engine.generate
+
+    @contextmanager
+    def recording(self, rows):
+        trace = ModuleTrace(rows)
+        with trace.recording(self._engine.model):
+            yield trace._places
+
+
+def remote_mu(engine):
+    return Remote(engine) if hasattr(engine, "generate") else engine
+
+
+def test_a_model_that_is_recorded_elsewhere():
+    model = model_of("Qwen3Moe")
+    faulty = planted(model, "model.layers.1.self_attn.q_proj.weight", rounded)
+    options = {"mu_settings": {"decode": True}, "routing_replay": "R3"}
+    watched = compared(faulty, model, **options)
+    report = compared(faulty, model, **options, wrap=remote_mu)
+    assert report.metrics == watched.metrics
+    assert report.routing == watched.routing
+    assert report.modules.modules == watched.modules.modules
+    assert report.modules.jump == watched.modules.jump
+    assert report.modules.tokens == watched.modules.tokens
+    first = report.modules.first
+    assert (first.module, first.before) == (watched.modules.first.module, watched.modules.first.before)
+    assert first.operation is None
+    assert first.operation_missing == "the operations of another process are not recorded"
+
+
+def test_a_model_elsewhere_that_tells_no_experts():
+    model = model_of("Qwen3Moe")
+    report = compared(model, model, wrap=remote_mu)
+    assert report.routing is None
+    assert report.routing_missing == "mu has no model to look into here, and gave no routed_experts"
+    assert report.modules.first is None
 
 
 def test_engines_without_a_model_to_look_into():

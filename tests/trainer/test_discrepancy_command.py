@@ -2,15 +2,16 @@
 
 import contextlib
 import json
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from minirl.cli import main
-from minirl.config import ModelConfig, TaskConfig
+from minirl.config import ModelConfig, TaskConfig, VLLMConfig
 from minirl.discrepancy import engines
 from minirl.discrepancy.engines import training_engine
-from minirl.discrepancy.settings import EngineSettings
+from minirl.discrepancy.settings import EngineSettings, InferenceSettings, default_options
 from transformers import AutoModelForCausalLM
 
 from minirl_kernels.discrepancy import compare_engines, sampled_token_metrics
@@ -58,7 +59,7 @@ SIZES = dict.fromkeys(("differing_fraction", "relative_difference", "max_abs_dif
 SCHEMA = {
     **dict.fromkeys(("format", "target", "prompts", "updated_model", "responses", "max_new_tokens", "temperature")),
     **dict.fromkeys(("seed", "batch_size", "trace_sequences", "device", "output", "fail_above", "fail_metric")),
-    "mu": {**ENGINE, "decode": None},
+    "mu": {**ENGINE, "decode": None, "engine": None, "vllm": {"separate_process": None, "args": {}}},
     "pi": {**ENGINE, "routing_replay": None},
     "num_tokens": None,
     "num_responses": None,
@@ -89,6 +90,7 @@ SCHEMA = {
             **SIZES,
             "operation": dict.fromkeys(("name", "relative_difference", "ran_mu", "ran_pi")),
         },
+        "jump": {**dict.fromkeys(("module", "class", "layer", "before", "factor")), **SIZES},
         "layers": [{"layer": None, **SIZES}],
         "outputs": [{"module": None, "class": None, **SIZES}],
     },
@@ -254,9 +256,36 @@ def test_options_begin_with_what_the_config_says(config_file, run, config):
         "quantization": "e4m3",
         "batch_invariant": False,
         "decode": True,
+        "engine": "transformers",
+        "vllm": {"separate_process": True, "args": {}},
     }
     assert (table["pi"]["dtype"], table["pi"]["quantization"]) == ("float32", None)
     assert (table["temperature"], table["max_new_tokens"]) == (0.5, 6)
+
+
+def test_options_of_a_run_with_vllm(config):
+    vllm = VLLMConfig(separate_process=False, args={"max_num_batched_tokens": 64})
+    rollout = replace(config.rollout, engine="vllm", vllm=vllm)
+    model = replace(config.model, experts_implementation="minirl")
+    options = default_options(replace(config, rollout=rollout, model=model))
+    options.check()
+    assert options.mu == InferenceSettings(engine="vllm", vllm=vllm)  # its experts are its own
+    assert options.pi.experts_implementation == "minirl"
+
+
+def test_what_vllm_cannot_be(config_file, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
+    path = config_file()
+
+    def said(*options):
+        return fails(capsys, "discrepancy", path, "--mu.engine", "vllm", *options)
+
+    assert "--mu.engine is 'vllm', which cannot be imported" in said()
+    message = "is 'eager' with --mu.engine vllm: it must be None there"
+    assert f"--mu.attn-implementation {message}" in said("--mu.attn-implementation", "eager")
+    assert f"--mu.experts-implementation {message}" in said("--mu.experts-implementation", "eager")
+    assert "--mu.no-decode is given with --mu.engine vllm: it must be left out" in said("--mu.no-decode")
 
 
 def test_what_cannot_be(config_file, capsys, tmp_path, monkeypatch):

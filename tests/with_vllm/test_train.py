@@ -12,17 +12,24 @@ from minirl.config_file import dump_config, load_config
 EXAMPLE = Path(__file__).parents[2] / "examples" / "arithmetic.toml"
 
 
-def train(config, tmp_path, *options):
+def train(config, tmp_path):
     """The lines of metrics.jsonl that its steps wrote."""
     path = tmp_path / "config.toml"
     path.write_text(dump_config(replace(config, run_dir=str(tmp_path / "run"))))
-    main(["train", str(path), "--rollout.engine", "vllm", *options])
+    main(
+        [
+            "train",
+            str(path),
+            "--rollout.engine",
+            "vllm",
+        ]
+    )
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["phase"] == "train"]
 
 
 def test_the_example_learns(tmp_path):
-    config = replace(load_config(EXAMPLE), steps=20, eval=EvalConfig(every=20))
+    config = replace(load_config(EXAMPLE), steps=12, eval=EvalConfig(every=12))
     before, *steps = train(config, tmp_path)
     assert steps[-1]["reward_held_out"] > before["reward_held_out"] + 0.1
     assert all(0 < step["log_d_abs_max"] < 1e-4 for step in steps)  # two engines, in float32
@@ -44,7 +51,7 @@ def test_no_discrepancy_in_the_mode(tmp_path, dtype):
         cold_start=replace(config.cold_start, steps=5),
         eval=EvalConfig(every=3, k=1, prompts=8),
     )
-    _, *steps = train(config, tmp_path, "--rollout.vllm.no-separate-process")
+    _, *steps = train(config, tmp_path)
     assert len(steps) == 3
     for step in steps:
         assert step["discrepancy_kl_k1"] == step["discrepancy_kl_k3"] == step["log_d_abs_max"] == 0.0

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 FILE_TRANSFER = "minirl_file"  # our backend of vLLM's weight transfer
+_installed = False
 
 
 def register() -> None:
@@ -31,9 +32,16 @@ def register() -> None:
     if current_platform.is_cpu():
         from .install import install
 
+        global _installed
         install()
+        _installed = True
     elif os.environ.get("VLLM_BATCH_INVARIANT") != "1":
         raise ValueError(
             f"MINIRL_BATCH_INVARIANT is 1 and VLLM_BATCH_INVARIANT is {os.environ.get('VLLM_BATCH_INVARIANT')!r}: on "
             f"{current_platform.device_name} it must be 1 too, the mode is vLLM's own there"
         )
+
+
+def is_installed() -> bool:
+    """Whether our operators have taken the place of vLLM's in this process, for good."""
+    return _installed

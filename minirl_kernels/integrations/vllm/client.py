@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from vllm import LLM, RequestOutput
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
+from ...discrepancy.forwards import STRIDE
+from ...discrepancy.modules import Place, PlaceName
 from ...moe import RoutedExperts, moe_layer_indices
 from ...moe.routers import routers
 from . import FILE_TRANSFER
@@ -83,6 +90,38 @@ class LLMClient:
                 rows = captured[output.request_id][: tokens - 1]
                 found.append(RoutedExperts.from_ids(rows, num_experts=num_experts, num_tokens=tokens))
         return found
+
+    def note_logits(self) -> None:
+        """Of the requests that come next, until `logits` asks for them. On a CPU alone."""
+        self._llm.collective_rpc("note_logits")
+
+    def logits(self, outputs: Sequence[RequestOutput]) -> list[Tensor]:
+        """[R, V] float32 each: what each token was drawn from, not divided by the temperature.
+
+        outputs: all requests since `note_logits`, in the order in which they were made.
+        """
+        keys, logits = self._fetched("save_logits")
+        row_of = {key: row for row, key in enumerate(keys.tolist())}
+        found = []
+        for number, output in enumerate(outputs):
+            first = number * STRIDE + len(output.prompt_token_ids) - 1
+            found.append(logits[[row_of[first + place] for place in range(len(output.outputs[0].token_ids))]])
+        return found
+
+    @contextmanager
+    def recording(self, rows: int) -> Iterator[dict[PlaceName, Place]]:
+        """What modules make of the first `rows` requests inside, there when it ends. On a CPU alone."""
+        self._llm.collective_rpc("trace_modules", args=(rows,))
+        places: dict[PlaceName, Place] = {}
+        yield places
+        places.update({name: Place(*parts) for name, parts in self._fetched("save_modules").items()})
+
+    def _fetched(self, method: str) -> Any:
+        """What a worker writes to a file: too much for an answer."""
+        with tempfile.TemporaryDirectory(prefix="minirl-record-") as folder:
+            path = str(Path(folder) / "record.pt")
+            self._llm.collective_rpc(method, args=(path,))
+            return torch.load(path)
 
     def _captured(self) -> dict[str, np.ndarray]:
         """By the id that the request was given; within vLLM it goes on with a random part."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor
 
+from .logits import LogitsRecord
+from .modules import ModuleRecord
 from .routing import RoutingCapture
 from .seeds import unread_prompts_draw_nothing
 from .weights import digests
@@ -56,3 +59,24 @@ class WorkerExtension:
     def take_routing(self) -> dict[str, tuple[list[int], bytes]]:
         """(shape, bytes of int16) of each request that ended, as RoutingCapture.take has them."""
         return {request: (list(ids.shape), ids.tobytes()) for request, ids in self._routing.take().items()}
+
+    def note_logits(self) -> None:
+        """Of the sampled tokens, from now on."""
+        self._logits = LogitsRecord(self.model_runner)
+
+    def save_logits(self, path: str) -> None:
+        """Write what LogitsRecord.take has to a file, and note no more."""
+        self._save(self._logits.take(), path)
+
+    def trace_modules(self, rows: int) -> None:
+        """Note what the modules make of the first `rows` requests from now on."""
+        self._modules = ModuleRecord(self.model_runner, rows)
+
+    def save_modules(self, path: str) -> None:
+        """Write keys, values and numbers of each place to a file, and note no more."""
+        places = self._modules.take()
+        self._save({name: (place.keys, place.values, place.numbers) for name, place in places.items()}, path)
+
+    def _save(self, record: object, path: str) -> None:
+        if self.rank == 0:  # the others have parts of the same
+            torch.save(record, path)

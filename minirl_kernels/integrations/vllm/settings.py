@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -19,7 +20,8 @@ def prepare(config: VllmConfig) -> None:
 
     Raises ValueError that names each setting, what it was and what it must be.
     """
-    if config.model_config is None:  # of tools that run no model
+    # a trainer may have switched it on for one engine, and start another; a tool may run no model
+    if os.environ.get("MINIRL_BATCH_INVARIANT") != "1" or config.model_config is None:
         return
     refused = [
         f"{name} is {value!r}: it must be {' or '.join(map(repr, allowed))}"

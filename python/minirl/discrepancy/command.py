@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from ..config import RolloutConfig
 from ..errors import MiniRLError
 from ..models import end_token_ids, load_model, make_model, pick_device
 from ..progress import progress
-from ..run_dir import replacing
+from ..run_dir import RunDir, replacing
 from .engines import TrainingEngine, inference_engine, training_engine
 from .picture import draw
 from .prompts import make_prompts
 from .settings import DiscrepancyOptions
 from .show import number, show
 from .target import Target
+from .vllm import vllm_engine
 
 FORMAT = 1  # of the JSON file: another where a key goes or changes its meaning
 
@@ -50,13 +52,26 @@ def discrepancy(name: str, target: Target, options: DiscrepancyOptions, console:
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
     )
-    # as in training: for R2 too, mu records, and routes by the rule of what records
+    folder = target.folder if options.output is None else options.output
     ends = end_token_ids(model, tokenizer)
-    mu = inference_engine(model, options.mu, sampling, ends, records_routing=replay != "disabled")
     pi = training_engine(model, options.pi, options.temperature, "pi", records_routing=replay == "R2")
     updated = None if options.updated_model is None else _updated(options, len(tokenizer))
     bounds = _bounds(config.policy_loss)
-    with progress(console, "comparing", len(prompts)) as done:
+    if options.mu.engine == "vllm":
+        longest = max(map(len, prompts))
+        engine = vllm_engine(
+            model,
+            options.mu,
+            sampling,
+            ends,
+            replays_routing=replay != "disabled",
+            longest_prompt=longest,
+            log=RunDir(folder).vllm_log,
+        )
+    else:
+        # as in training: for R2 too, mu records, and routes by the rule of what records
+        engine = nullcontext(inference_engine(model, options.mu, sampling, ends, records_routing=replay != "disabled"))
+    with engine as mu, progress(console, "comparing", len(prompts)) as done:
         report = compare_engines(
             mu,
             pi,
@@ -70,7 +85,6 @@ def discrepancy(name: str, target: Target, options: DiscrepancyOptions, console:
             progress=lambda count: done(count, "responses"),
         )
     show(report, console, bounds)
-    folder = target.folder if options.output is None else options.output
     table = {"format": FORMAT, "target": name, **asdict(options), "prompts": source, **report.to_dict()}
     written = folder / "discrepancy.json", folder / "discrepancy.png"
     write_json(written[0], table)

@@ -22,7 +22,7 @@ from ..batch import next_token_targets
 from ..config import RolloutConfig
 from ..errors import MiniRLError
 from ..models import autocast, make_batch_invariant
-from ..rollout import TransformersEngine
+from ..rollout import Rollouts, TransformersEngine
 from .settings import EngineSettings, InferenceSettings
 
 
@@ -77,9 +77,13 @@ class _Generator:
     def generate(self, prompts: TokenIds, *, seed: int) -> tuple[list[list[int]], Scores]:
         with self._mode():
             rollouts = self._engine.generate(prompts, 1, seed=seed)
-        rows = zip(rollouts.rollout_log_probs, rollouts.response_mask, strict=True)
-        log_probs = [values[mask] for values, mask in rows]
-        return rollouts.responses(), Scores(log_probs, rollouts.logits, rollouts.routed_experts)
+        return rollouts.responses(), scores_of(rollouts)
+
+
+def scores_of(rollouts: Rollouts) -> Scores:
+    """What a rollout engine says of its own samples."""
+    rows = zip(rollouts.rollout_log_probs, rollouts.response_mask, strict=True)
+    return Scores([values[mask] for values, mask in rows], rollouts.logits, rollouts.routed_experts)
 
 
 class TrainingEngine:

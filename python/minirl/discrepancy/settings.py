@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..config import TrainConfig
+from ..config import TrainConfig, VLLMConfig
 from ..errors import MiniRLError
 
 
@@ -37,12 +37,30 @@ class EngineSettings:
 class InferenceSettings(EngineSettings):
     """How the inference engine computes."""
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """transformers is the embedded one."""
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
     decode: bool = True
     """Its log-probabilities are those of the decode; False: of the whole responses, scored again as π does."""
 
     @property
     def summary(self) -> str:
-        return super().summary + ("" if self.decode else ", not decoded")
+        engine = "vLLM, " if self.engine == "vllm" else ""
+        return engine + super().summary + ("" if self.decode else ", not decoded")
+
+    def check(self) -> None:
+        """Raises MiniRLError, naming the option, for what vLLM does not know."""
+        if self.engine != "vllm":
+            return
+        for name in ("attn_implementation", "experts_implementation"):
+            value = getattr(self, name)
+            if value is not None:
+                raise MiniRLError(
+                    f"--mu.{name.replace('_', '-')} is {value!r} with --mu.engine vllm: it must be None there, "
+                    "where vLLM has its own"
+                )
+        if not self.decode:
+            raise MiniRLError("--mu.no-decode is given with --mu.engine vllm: it must be left out, vLLM always decodes")
 
 
 @dataclass(frozen=True)
@@ -92,6 +110,7 @@ class DiscrepancyOptions:
 
     def check(self) -> None:
         """Raises MiniRLError, naming the option, for a value that makes no sense."""
+        self.mu.check()
         for name in ("responses", "max_new_tokens", "batch_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("trace_sequences", self.trace_sequences >= 0, "at least 0")
@@ -108,8 +127,10 @@ def default_options(config: TrainConfig) -> DiscrepancyOptions:
     experts = config.model.experts_implementation
     return DiscrepancyOptions(
         mu=InferenceSettings(
+            engine=config.rollout.engine,
+            vllm=config.rollout.vllm,
             dtype=config.rollout.dtype or config.dtype,
-            experts_implementation=experts,
+            experts_implementation=experts if config.rollout.engine == "transformers" else None,
             quantization=config.rollout.quantization,
             batch_invariant=config.batch_invariant,
         ),

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from minirl_kernels import PolicyLossConfig
 from minirl_kernels.discrepancy import DiscrepancyReport
-from minirl_kernels.discrepancy.report import LOG_PROBS, FirstDifference, ModuleReport, layer_of
+from minirl_kernels.discrepancy.report import LOG_PROBS, FirstDifference, Jump, layer_of
 
 
 def show(report: DiscrepancyReport, console: Console, bounds: PolicyLossConfig) -> None:
@@ -108,16 +108,16 @@ def _show_first(report: DiscrepancyReport, console: Console) -> None:
         f"  {share(first.difference.differing_fraction)} of the tokens, relative difference "
         f"{number(first.difference.relative)} ({traced})"
     )
-    if (steepest := steepest_growth(report.modules)) is not None:
-        layer, factor = steepest
-        console.print(f"  it grows most in layer {layer}, {number(factor)} times")
+    jump = report.modules.jump
+    if jump is not None and jump.factor > 1:
+        console.print(
+            f"  it grows most in {_where(jump)}: {number(jump.factor)} times, to {number(jump.difference.relative)}"
+        )
 
 
 def describe(first: FirstDifference) -> str:
     """In a few lines."""
-    where = first.module if first.module == LOG_PROBS else f"{first.module} ({first.kind})"
-    if first.before is not None:
-        where += f", before its {first.before.removeprefix(first.module + '.')}"
+    where = _where(first)
     operation = first.operation
     if operation is None:
         return f"{where}; {first.operation_missing}"
@@ -127,6 +127,13 @@ def describe(first: FirstDifference) -> str:
     if mu == pi:
         return f"{where}, in one of\n  {_listed(mu)}"
     return f"{where}, where\n  μ ran {_listed(mu)}\n  π ran {_listed(pi)}"
+
+
+def _where(found: FirstDifference | Jump) -> str:
+    where = found.module if found.module == LOG_PROBS else f"{found.module} ({found.kind})"
+    if found.before is not None:
+        where += f", before its {found.before.removeprefix(found.module + '.')}"
+    return where
 
 
 _MAKES_NO_VALUES = re.compile(
@@ -139,13 +146,3 @@ def _listed(names: list[str], most: int = 8) -> str:
     """Each name once, in order."""
     names = list(dict.fromkeys(names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def steepest_growth(modules: ModuleReport) -> tuple[int, float] | None:
-    """(layer, factor) of the largest growth from one layer to the next; none where no two of them differ."""
-    steps = [
-        (below.relative and above.relative / below.relative, layer)
-        for (_, below), (layer, above) in zip(modules.layers, modules.layers[1:], strict=False)
-    ]
-    factor, layer = max(steps, default=(0.0, 0))
-    return (layer, factor) if factor > 1 else None

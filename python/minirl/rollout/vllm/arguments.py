@@ -31,9 +31,15 @@ DECIDED_BY = {
 
 
 def engine_arguments(
-    config: RolloutConfig, device: str, *, dtype: str, records_routing: bool, batch_invariant: bool
+    config: RolloutConfig,
+    device: str,
+    *,
+    dtype: str,
+    records_routing: bool,
+    replays_routing: bool,
+    batch_invariant: bool,
 ) -> dict[str, Any]:
-    """Keyword arguments of `vllm.LLM` without the model. Raises MiniRLError."""
+    """Keyword arguments of `vllm.LLM` without the model; see VLLMEngine. Raises MiniRLError."""
     for key in config.vllm.args:
         if key in DECIDED_BY:
             raise MiniRLError(f"rollout.vllm.args has {key}: it must be left out, {DECIDED_BY[key]} decides it")
@@ -58,8 +64,8 @@ def engine_arguments(
     else:
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
         if batch_invariant:
-            # float32 weights under autocast, and routers that record: as in training
-            ours = {"minirl_records_routing": records_routing}
+            # float32 weights under autocast, and routers as they are recorded and replayed: as in training
+            ours = {"minirl_records_routing": replays_routing}
             if dtype != "float32":
                 ours["minirl_autocast"] = dtype
             arguments |= {"dtype": "float32", "additional_config": ours}

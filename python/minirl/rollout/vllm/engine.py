@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from transformers import PreTrainedModel
-from vllm import LLM, RequestOutput, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams, plugins
 
+from minirl_kernels.discrepancy.modules import Place, PlaceName
+from minirl_kernels.integrations.vllm import is_installed, register
 from minirl_kernels.integrations.vllm.client import LLMClient
 
 from ...config import RolloutConfig
@@ -28,7 +31,8 @@ class VLLMEngine:
 
     config: sampling settings, and vLLM's in config.vllm. dtype: name of the computation's dtype; with batch_invariant
     that of autocast over float32 weights, as in training. eos_token_ids: any of them ends a response. log: file for
-    vLLM's output. records_routing: whether rollouts come with routed_experts.
+    vLLM's output. records_routing: whether rollouts come with routed_experts. replays_routing: whether training records
+    or replays experts, and so routes by moe_routing. keeps_logits: whether rollouts come with logits, on a CPU alone.
     """
 
     def __init__(
@@ -40,11 +44,14 @@ class VLLMEngine:
         eos_token_ids: list[int],
         log: Path,
         records_routing: bool = False,
+        replays_routing: bool = False,
+        keeps_logits: bool = False,
         batch_invariant: bool = False,
     ):
         self._config, self._dtype, self._batch_invariant = config, dtype, batch_invariant
         self._pad_token_id, self._eos_token_ids = pad_token_id, eos_token_ids
-        self._records_routing, self._log = records_routing, log
+        self._records_routing, self._replays_routing = records_routing, replays_routing
+        self._keeps_logits, self._log = keeps_logits, log
         self._llm: LLM | None = None
         self._client: LLMClient | None = None
         self._processes: list[BaseProcess] = []
@@ -58,10 +65,16 @@ class VLLMEngine:
     def generate(self, prompts: Sequence[Sequence[int]], n: int, *, seed: int) -> Rollouts:
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(n)]
         sampling = [self._sampling(derive_seed(seed, "vllm", number)) for number in range(len(requests))]
+        if self._keeps_logits:
+            self._ask("note logits", lambda: self._client.note_logits())
         outputs = self._ask("sample", lambda: self._llm.generate(requests, sampling, use_tqdm=False))
         routed_experts = None
         if self._records_routing:
             routed_experts = self._ask("tell its experts", lambda: self._client.routed_experts(outputs, self._model))
+        logits = None
+        if self._keeps_logits:
+            noted = self._ask("tell its logits", lambda: self._client.logits(outputs))
+            logits = [scores / self._config.temperature for scores in noted]
         responses = [output.outputs[0] for output in outputs]
         return Rollouts.collate(
             prompts,
@@ -70,7 +83,17 @@ class VLLMEngine:
             [response.finish_reason for response in responses],
             pad_token_id=self._pad_token_id,
             routed_experts=routed_experts,
+            logits=logits,
         )
+
+    @contextmanager
+    def recording(self, rows: int) -> Iterator[dict[PlaceName, Place]]:
+        """What the modules make of the first `rows` responses of the `generate` inside, there when it ends; on a CPU.
+
+        Names are those of transformers' modules.
+        """
+        with as_one_message("record its modules", self._log), self._client.recording(rows) as places:
+            yield places
 
     def close(self) -> None:
         """End its process."""
@@ -99,6 +122,7 @@ class VLLMEngine:
             device,
             dtype=self._dtype,
             records_routing=self._records_routing,
+            replays_routing=self._replays_routing,
             batch_invariant=self._batch_invariant,
         )
         with tempfile.TemporaryDirectory(prefix="minirl-model-") as folder, as_one_message("start", self._log):
@@ -106,6 +130,7 @@ class VLLMEngine:
             others = active_children()
             environment = engine_environment(self._config, device, batch_invariant=self._batch_invariant)
             with written_to(self._log), environment:
+                self._settle_mode()
                 self._llm = LLM(folder, **arguments)
         self._processes = [process for process in active_children() if process not in others]
         self._model = model
@@ -113,6 +138,17 @@ class VLLMEngine:
             "be watched", lambda: LLMClient(self._llm, device, records_routing=self._records_routing)
         )
         self._ask("take the weights that it has", lambda: self._rehearse(model))
+
+    def _settle_mode(self) -> None:
+        """vLLM loads plugins once in a process, and what one has replaced stays replaced. Raises MiniRLError."""
+        shared = not self._config.vllm.separate_process
+        if shared and plugins.plugins_loaded and self._batch_invariant != is_installed():
+            raise MiniRLError(
+                f"rollout.vllm.separate_process is False with batch_invariant={self._batch_invariant}, and this process "
+                "has had vLLM otherwise: it must be True"
+            )
+        if self._batch_invariant:
+            register()  # a process of vLLM's own is configured in this one
 
     def _rehearse(self, model: PreTrainedModel) -> None:
         """Hand over the weights that it has: raises MiniRLError unless nothing changes by that, to the last bit."""
