@@ -144,8 +144,8 @@ class VLLMEngine:
         shared = not self._config.vllm.separate_process
         if shared and plugins.plugins_loaded and self._batch_invariant != is_installed():
             raise MiniRLError(
-                f"rollout.vllm.separate_process is False with batch_invariant={self._batch_invariant}, and this process "
-                "has had vLLM otherwise: it must be True"
+                f"rollout.vllm.separate_process is False with batch_invariant={self._batch_invariant}, and this "
+                "process has had vLLM otherwise: it must be True"
             )
         if self._batch_invariant:
             register()  # a process of vLLM's own is configured in this one
