@@ -91,10 +91,10 @@ def run_python(tmp_path_factory):
 def ask_vllm(run_python, tmp_path_factory):
     """The answers of tests/vllm_answers.py to rounds of requests."""
 
-    def ask(engine, rounds, variables, **more) -> dict:
+    def ask(engine, rounds, variables) -> dict:
         folder = tmp_path_factory.mktemp("vllm")
         engine = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, **engine}
-        (folder / "job.json").write_text(json.dumps({"engine": engine, "rounds": rounds, **more}))
+        (folder / "job.json").write_text(json.dumps({"engine": engine, "rounds": rounds}))
         script = Path(__file__).resolve().parent.parent / "vllm_answers.py"
         run_python(script, folder / "job.json", folder / "answers.pt", **variables)
         return torch.load(folder / "answers.pt")
