@@ -44,6 +44,15 @@ CONFIGS = {
     ),
 }
 
+# vLLM's own kernels want whole vectors
+STOCK_SIZES = SIZES | {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+STOCK_SIZES |= {"initializer_range": 0.02, "tie_word_embeddings": False}
+STOCK_EXPERTS = {"moe_intermediate_size": 32, "num_experts": 16, "num_experts_per_tok": 4, "mlp_only_layers": [1]}
+STOCK = {
+    "Qwen3": Qwen3Config(**STOCK_SIZES),
+    "Qwen3-MoE": Qwen3MoeConfig(**STOCK_SIZES, **STOCK_EXPERTS, norm_topk_prob=True),
+}
+
 
 @pytest.fixture(autouse=True, scope="session")
 def vllm_is_installed():
@@ -108,7 +117,12 @@ def make_model():
 
     def make(kind):
         torch.manual_seed(0)
-        return enable_log_probs(AutoModelForCausalLM.from_config(CONFIGS[kind], dtype=torch.float32).eval())
+        model = AutoModelForCausalLM.from_config(STOCK[kind], dtype=torch.float32).eval()
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() > 1:
+                    weight.mul_(4)  # so that no two tokens are equally likely
+        return enable_log_probs(model)
 
     return make
 
