@@ -78,19 +78,22 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def run_python(tmp_path_factory):
-    """Runs a script or `-c` code, with variables; what it printed, and what it left."""
+    """Runs a script or `-c` code, with variables; the result's folder is where it ran."""
 
-    def run(*arguments, check=True, **variables) -> subprocess.CompletedProcess:
+    def run(*arguments, **variables) -> subprocess.CompletedProcess:
         # the parent's settings of vLLM and of the mode are not the child's
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "MINIRL_BATCH"))}
+        folder = tmp_path_factory.mktemp("run")
         result = subprocess.run(
             [sys.executable, *map(str, arguments)],
-            env={**kept, "VLLM_LOGGING_LEVEL": "ERROR", **variables},
-            cwd=tmp_path_factory.mktemp("run"),
+            # one thread: two that share a core wait for each other
+            env={**kept, "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", **variables},
+            cwd=folder,
             capture_output=True,
             text=True,
         )
-        assert not check or result.returncode == 0, result.stderr[-4000:]
+        assert result.returncode == 0, result.stderr[-4000:]
+        result.folder = folder
         return result
 
     return run
@@ -100,10 +103,10 @@ def run_python(tmp_path_factory):
 def ask_vllm(run_python, tmp_path_factory):
     """The answers of tests/vllm_answers.py to rounds of requests."""
 
-    def ask(engine, rounds, variables) -> dict:
+    def ask(engine, rounds, variables, **more) -> dict:
         folder = tmp_path_factory.mktemp("vllm")
         engine = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, **engine}
-        (folder / "job.json").write_text(json.dumps({"engine": engine, "rounds": rounds}))
+        (folder / "job.json").write_text(json.dumps({"engine": engine, "rounds": rounds, **more}))
         script = Path(__file__).resolve().parent.parent / "vllm_answers.py"
         run_python(script, folder / "job.json", folder / "answers.pt", **variables)
         return torch.load(folder / "answers.pt")
