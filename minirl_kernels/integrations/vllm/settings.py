@@ -44,17 +44,22 @@ def autocast_dtype(config: VllmConfig) -> torch.dtype | None:
 
 def records_routing(config: VllmConfig) -> bool:
     """Whether training records or replays experts, and computes their weights as it does then."""
-    return config.additional_config.get(RECORDS_ROUTING, False)
+    return _more(config).get(RECORDS_ROUTING, False)
 
 
 def _autocast(config: VllmConfig) -> str | None:
-    return config.additional_config.get(AUTOCAST)
+    return _more(config).get(AUTOCAST)
+
+
+def _more(config: VllmConfig) -> dict:
+    """additional_config, which may be an object of another plugin's own."""
+    return config.additional_config if isinstance(config.additional_config, dict) else {}
 
 
 def _expected(config: VllmConfig) -> Iterator[tuple[str, object, tuple]]:
     """(what a user calls it, its value, the values that the mode takes)"""
     model, parallel, autocast = config.model_config, config.parallel_config, _autocast(config)
-    rope = model.hf_text_config.rope_parameters
+    rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
     yield "the architecture", model.architecture, ARCHITECTURES
     yield "runner", model.runner_type, ("generate",)
     yield f"additional_config[{AUTOCAST!r}]", autocast, (None, "bfloat16")
