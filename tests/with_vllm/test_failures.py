@@ -7,53 +7,25 @@ import psutil
 import pytest
 import torch
 from minirl.cli import main
-from minirl.config import (
-    ColdStartConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RolloutConfig,
-    TaskConfig,
-    TrainConfig,
-    VLLMConfig,
-)
+from minirl.config import ModelConfig, VLLMConfig
 from minirl.config_file import dump_config
 from minirl.train import Trainer
+from tiny_run import tiny_run
 from transformers import AutoModelForCausalLM
 
-SMALL = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
-}
+# vLLM's kernels want whole vectors
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "head_dim": 32}
 
 
 @pytest.fixture
 def config(tmp_path):
-    return TrainConfig(
-        run_dir=str(tmp_path / "run"),
+    config = tiny_run(tmp_path / "run")
+    vllm = VLLMConfig(args={"kv_cache_memory_bytes": 64 << 20})
+    return replace(
+        config,
         steps=4,
-        prompts_per_minibatch=3,
-        model=ModelConfig(config=SMALL),
-        task=TaskConfig(max_operand=29),
-        cold_start=ColdStartConfig(steps=2, batch_size=8, check_every=1),
-        rollout=RolloutConfig(
-            engine="vllm",
-            group_size=4,
-            max_new_tokens=6,
-            batch_size=16,
-            vllm=VLLMConfig(args={"kv_cache_memory_bytes": 64 << 20}),
-        ),
-        optimizer=OptimizerConfig(lr=1e-2),
-        eval=EvalConfig(every=1, k=2, prompts=6),
+        model=ModelConfig(config=config.model.config | SIZES | {"max_position_embeddings": 64}),
+        rollout=replace(config.rollout, engine="vllm", vllm=vllm),
     )
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from minirl.discrepancy.engines import scores_of, training_engine
+from minirl.discrepancy.settings import EngineSettings
 from minirl.errors import MiniRLError
 from safetensors.torch import save_file
-from vllm_scoring import differences
 
 WEIGHTS = "minirl_kernels.integrations.vllm.weights"
 PROMPTS = [[2 + (7 * row + place) % 60 for place in range(3 + row % 9)] for row in range(16)]
@@ -24,9 +25,13 @@ def test_twenty_in_a_row(make_model, make_engine, kind):
     model = make_model(kind)
     perturb(model, 0)
     engine = make_engine(model, dtype="bfloat16", max_new_tokens=12)
+    trainer = training_engine(model, EngineSettings(dtype="bfloat16"), 1.0, "pi")
 
     def discrepancy(seed):
-        return differences(model, engine.generate(PROMPTS, 8, seed=seed), "bfloat16").abs()
+        rollouts = engine.generate(PROMPTS, 8, seed=seed)
+        prompts = [PROMPTS[group] for group in rollouts.group_ids]
+        scores = trainer.score(prompts, rollouts.responses(), with_logits=False)
+        return (torch.cat(scores.log_probs) - torch.cat(scores_of(rollouts).log_probs)).abs()
 
     before = discrepancy(0)
     for number in range(1, 21):

@@ -16,14 +16,7 @@ def train(config, tmp_path):
     """The lines of metrics.jsonl that its steps wrote."""
     path = tmp_path / "config.toml"
     path.write_text(dump_config(replace(config, run_dir=str(tmp_path / "run"))))
-    main(
-        [
-            "train",
-            str(path),
-            "--rollout.engine",
-            "vllm",
-        ]
-    )
+    main(["train", str(path), "--rollout.engine", "vllm"])
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if line["phase"] == "train"]
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ...discrepancy.modules import Place, PlaceName
 from ...moe import RoutedExperts, moe_layer_indices
 from ...moe.routers import routers
 from . import FILE_TRANSFER
-from .weights import CheckpointSource, FileTrainerInfo, digests
+from .weights import CheckpointSource, FileTrainerInfo
 
 
 def llm_arguments(device: str, *, records_routing: bool = False) -> dict[str, Any]:
@@ -57,7 +56,7 @@ class LLMClient:
         source = CheckpointSource(model)
         info = (IPCTrainerInitInfo if self._device == "cuda" else FileTrainerInfo)(rank=0)
         WeightTransferTrainerFactory.trainer_init(info, client=_Transfer(self._llm), source=source).send_weights()
-        sent = digests(source)
+        sent = source.digests
         for received in self._llm.collective_rpc("received_weights"):
             wrong = [name for name in sent | received if sent.get(name) != received.get(name)]
             if wrong:
@@ -108,13 +107,13 @@ class LLMClient:
             found.append(logits[[row_of[first + place] for place in range(len(output.outputs[0].token_ids))]])
         return found
 
-    @contextmanager
-    def recording(self, rows: int) -> Iterator[dict[PlaceName, Place]]:
-        """What modules make of the first `rows` requests inside, there when it ends. On a CPU alone."""
+    def trace_modules(self, rows: int) -> None:
+        """Of the first `rows` requests that come next, until `modules` asks for them. On a CPU alone."""
         self._llm.collective_rpc("trace_modules", args=(rows,))
-        places: dict[PlaceName, Place] = {}
-        yield places
-        places.update({name: Place(*parts) for name, parts in self._fetched("save_modules").items()})
+
+    def modules(self) -> dict[PlaceName, Place]:
+        """What modules made of them, under the names of transformers' modules."""
+        return {name: Place(*parts) for name, parts in self._fetched("save_modules").items()}
 
     def _fetched(self, method: str) -> Any:
         """What a worker writes to a file: too much for an answer."""

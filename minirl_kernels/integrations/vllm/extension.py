@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from .logits import LogitsRecord
 from .modules import ModuleRecord
 from .routing import RoutingCapture
 from .seeds import unread_prompts_draw_nothing
-from .weights import digests
+from .weights import noting
 
 
 class WorkerExtension:
@@ -34,14 +34,9 @@ class WorkerExtension:
         self._received: dict[str, str] = {}
 
         def watched(weights: Iterable[tuple[str, Tensor]]):
-            return load_weights(self._noting(weights))
+            return load_weights(noting(weights, self._received))
 
         model.load_weights = watched
-
-    def _noting(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in weights:
-            self._received |= digests([(name, tensor)])
-            yield name, tensor
 
     def received_weights(self) -> dict[str, str]:
         """The digests of all weights received since the last call, by their names in a checkpoint."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -39,11 +39,12 @@ from . import FILE_TRANSFER
 class CheckpointSource(WeightSource):
     """The weights that a transformers model has now, under the names of its checkpoints, which vLLM loads.
 
-    A tensor with two names (tied embeddings) has the first alone, as in a checkpoint.
+    A tensor with two names (tied embeddings) has the first alone, as in a checkpoint. digests: of what it has given.
     """
 
     def __init__(self, model: PreTrainedModel):
         self._model = model
+        self.digests: dict[str, str] = {}
 
     def metadata(self) -> list[ParamMeta]:
         return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
@@ -52,15 +53,15 @@ class CheckpointSource(WeightSource):
         state = self._model.state_dict()
         first_names = {tensor.data_ptr(): name for name, tensor in reversed(state.items())}
         whole = {name: materialize_full_tensor(state[name]) for name in first_names.values()}
-        yield from revert_weight_conversion(self._model, whole).items()
+        return noting(revert_weight_conversion(self._model, whole).items(), self.digests)
 
 
-def digests(weights: Iterator[tuple[str, Tensor]]) -> dict[str, str]:
-    """SHA-256 of each tensor's bytes, by name."""
-    return {
-        name: hashlib.sha256(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
-        for name, tensor in weights
-    }
+def noting(weights: Iterable[tuple[str, Tensor]], digests: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """`weights`, with the SHA-256 of each tensor's bytes put into `digests` by its name."""
+    for name, tensor in weights:
+        data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digests[name] = hashlib.sha256(data).hexdigest()
+        yield name, tensor
 
 
 @dataclass

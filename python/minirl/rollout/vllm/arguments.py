@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from minirl_kernels.integrations.vllm.client import llm_arguments
+from minirl_kernels.integrations.vllm.settings import AUTOCAST, RECORDS_ROUTING
 
 from ...config import RolloutConfig
 from ...errors import MiniRLError
@@ -58,16 +59,13 @@ def engine_arguments(
     }
     if config.quantization is not None:
         arguments["quantization"] = "fp8"
-    if device == "cuda":
-        # GPU memory is handed over by pickled handles; both processes must allow it, for as long as they talk
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    else:
+    if device == "cpu":
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
         if batch_invariant:
             # float32 weights under autocast, and routers as they are recorded and replayed: as in training
-            ours = {"minirl_records_routing": replays_routing}
+            ours = {RECORDS_ROUTING: replays_routing}
             if dtype != "float32":
-                ours["minirl_autocast"] = dtype
+                ours[AUTOCAST] = dtype
             arguments |= {"dtype": "float32", "additional_config": ours}
     return arguments | config.vllm.args
 
@@ -83,6 +81,9 @@ def engine_environment(config: RolloutConfig, device: str, *, batch_invariant: b
     if batch_invariant:
         # vLLM's own mode is for GPUs, and stands in the way of ours
         wanted |= {"MINIRL_BATCH_INVARIANT": "1", "VLLM_BATCH_INVARIANT": str(int(device == "cuda"))}
+    if device == "cuda":
+        # GPU memory is handed over by pickled handles; both processes must allow it, for as long as they talk
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     before = {name: os.environ.get(name) for name in wanted}
     set_num_threads = torch.set_num_threads
     os.environ.update(wanted)

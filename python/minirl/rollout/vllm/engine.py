@@ -66,7 +66,7 @@ class VLLMEngine:
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(n)]
         sampling = [self._sampling(derive_seed(seed, "vllm", number)) for number in range(len(requests))]
         if self._keeps_logits:
-            self._ask("note logits", lambda: self._client.note_logits())
+            self._ask("note logits", self._client.note_logits)
         outputs = self._ask("sample", lambda: self._llm.generate(requests, sampling, use_tqdm=False))
         routed_experts = None
         if self._records_routing:
@@ -92,8 +92,10 @@ class VLLMEngine:
 
         Names are those of transformers' modules.
         """
-        with as_one_message("record its modules", self._log), self._client.recording(rows) as places:
-            yield places
+        self._ask("record its modules", lambda: self._client.trace_modules(rows))
+        places: dict[PlaceName, Place] = {}
+        yield places
+        places.update(self._ask("tell its modules", self._client.modules))
 
     def close(self) -> None:
         """End its process."""
