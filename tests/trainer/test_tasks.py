@@ -9,6 +9,7 @@ from minirl.models import load_model
 from minirl.rewards import math_equal, parse_answer
 from minirl.tasks import ArithmeticTask, JsonlTask, Problem, ProblemStream, make_task
 from minirl.tokenizer import character_tokenizer, encode_prompt
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 
 def operands(problem):
@@ -121,4 +122,14 @@ def test_chat_template_is_used():
 
 def test_model_that_is_not_there(tmp_path):
     with pytest.raises(MiniRLError, match="cannot load a model from"):
+        load_model(str(tmp_path))
+
+
+def test_a_tokenizer_that_is_not_its_models(tmp_path):
+    """A token beyond the embedding would end in an index error, or in vLLM's process, at the first prompt that has it."""
+    config = Qwen3Config(vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer = character_tokenizer("abcdefg")
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(MiniRLError, match=rf"tokenizer of .* has {len(tokenizer)} tokens and its model 6: .* no token"):
         load_model(str(tmp_path))

@@ -1,6 +1,7 @@
 """What goes wrong with vLLM ends in one message, and what was done before is there."""
 
 import json
+import socket
 from dataclasses import replace
 
 import psutil
@@ -81,14 +82,29 @@ def in_this_process(config, **args):
 
 
 def test_too_little_memory(config, tmp_path, capfd):
-    message = run(in_this_process(config, kv_cache_memory_bytes=1000), tmp_path, capfd)
+    args = {"kv_cache_memory_bytes": 1000}
+    config = replace(config, rollout=replace(config.rollout, vllm=VLLMConfig(args=args)))
+    message = run(config, tmp_path, capfd)
     assert "vLLM failed to start: No available memory for the cache blocks" in message
 
 
-def test_the_same_from_a_process_of_its_own(config, tmp_path, capfd):
-    args = {"kv_cache_memory_bytes": 1000}
-    config = replace(config, rollout=replace(config.rollout, vllm=VLLMConfig(args=args)))
-    assert "No available memory for the cache blocks" in run(config, tmp_path, capfd)
+def test_a_port_in_use(config, tmp_path, capfd, monkeypatch):
+    """Engines of one device meet by a file, and need no port: here they are told to meet where somebody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        monkeypatch.setattr("vllm.v1.executor.uniproc_executor.get_file_store_init_method", lambda: place)
+        message = run(in_this_process(config), tmp_path, capfd)
+    assert "vLLM failed to start" in message
+    assert "EADDRINUSE" in message
+
+
+def test_an_architecture_that_vllm_does_not_have(config, tmp_path, capfd):
+    """Nothing is left in the way of the next run in the same folder."""
+    codegen = {"model_type": "codegen", "n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "n_positions": 64}
+    unknown = replace(config, model=ModelConfig(config=codegen))
+    assert "CodeGenForCausalLM" in run(in_this_process(unknown), tmp_path, capfd)
+    message = run(in_this_process(config, kv_cache_memory_bytes=1000), tmp_path, capfd)
+    assert "vLLM failed to start: No available memory for the cache blocks" in message
 
 
 def test_a_misspelt_argument(config, tmp_path, capfd):
