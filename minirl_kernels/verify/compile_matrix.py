@@ -68,8 +68,9 @@ def needs(case: AnyCase, part: Part) -> Needs:
     compiled = compile_launch(launch, part.target)
     if part.target.backend == "hip":
         return _needs_of_amdgcn(compiled.asm["amdgcn"], compiled.metadata.shared)
-    registers, spilled, tensor_cores = _read_cubin(compiled.asm["cubin"])
-    load_bits, store_bits = (_widest_in_ptx(compiled.asm["ptx"], access) for access in ("ld", "st"))
+    ptx = compiled.asm["ptx"]
+    registers, spilled, tensor_cores = _read_cubin(compiled.asm["cubin"], multiplies=_asks_for_tensor_cores(ptx))
+    load_bits, store_bits = (_widest_in_ptx(ptx, access) for access in ("ld", "st"))
     return Needs(registers, spilled, compiled.metadata.shared, load_bits, store_bits, tensor_cores)
 
 
@@ -174,7 +175,7 @@ def _without_docstrings(tree: ast.AST) -> ast.AST:
     return tree
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
+def _read_cubin(cubin: bytes, *, multiplies: bool) -> tuple[int, int, str]:
     """(registers, bytes of local memory, tensor-core instructions) by the tools that come with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -184,9 +185,14 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, str]:
             return subprocess.run([tool.path, *options, file.name], check=True, capture_output=True, text=True).stdout
 
         usage = output_of(triton.knobs.nvidia.cuobjdump, "-res-usage")
-        tensor_cores = _tensor_cores_in(output_of(triton.knobs.nvidia.nvdisasm, "--print-code"))
+        # to disassemble takes as long as all the rest
+        tensor_cores = _tensor_cores_in(output_of(triton.knobs.nvidia.nvdisasm, "--print-code")) if multiplies else ""
     registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     return registers, stack + local, tensor_cores
+
+
+def _asks_for_tensor_cores(ptx: str) -> bool:
+    return re.search(r"\b(mma|wgmma|tcgen05)\.", ptx) is not None
 
 
 def _tensor_cores_in(assembly: str) -> str:
