@@ -61,6 +61,14 @@ def halves_kernel(x, out, V, stride, BLOCK: tl.constexpr, BARRIER: tl.constexpr,
 
 
 @triton.jit
+def overflowing_kernel(x, out, V, stride, BLOCK: tl.constexpr):
+    """32 bits of offset, where a long batch has more; a mask keeps the accesses in."""
+    o_v = tl.program_id(0) * stride + tl.arange(0, BLOCK)
+    m_v = (tl.arange(0, BLOCK) < V) & (o_v + (2**31 - 1) != 0)
+    tl.store(out + o_v, tl.load(x + o_v, mask=m_v), mask=m_v)
+
+
+@triton.jit
 def gluttonous_kernel(x, out, V, BLOCK: tl.constexpr):
     """A tile far too large for its threads: it must spill."""
     o_v = tl.arange(0, BLOCK)
@@ -141,6 +149,7 @@ CALLS = {
     "narrows upwards": _halves(barrier=True, upwards=True),
     "overwrites unread halves": _halves(barrier=False, upwards=True),
     "reads what it overwrote": _halves(barrier=True, upwards=False),
+    "overflows": _rowwise(overflowing_kernel),
     "gluttonous": _one_program(gluttonous_kernel),
     "narrow": _one_program(narrow_kernel),
 }

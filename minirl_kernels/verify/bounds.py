@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from .cases import AnyCase
-from .interpreter import Launch, recording
+from .interpreter import Launch, recorded
 
 
 def outside(launch: Launch) -> list[str]:
@@ -27,8 +27,7 @@ def outside(launch: Launch) -> list[str]:
 
 
 def check(case: AnyCase) -> list[str]:
-    with recording() as launches:
-        case.run(traps=True)
+    launches, _ = recorded(case)
     return [f"{case}: {fault}" for launch in launches for fault in outside(launch)]
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import NamedTuple
 from unittest import mock
 
 import numpy as np
 import triton
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, interpreter_builder
+
+from .cases import AnyCase
 
 
 class Access(NamedTuple):
@@ -55,17 +58,29 @@ def recording(order: Sequence[int] | None = None) -> Iterator[list[Launch]]:
     # what overflows to -inf in a kernel is bounded there
     with np.errstate(over="ignore"), ExitStack() as stack:
 
-        def replace(owner, name, make):
+        def wrap(owner, name, make):
             stack.enter_context(mock.patch.object(owner, name, make(getattr(owner, name))))
 
-        replace(InterpretedFunction, "run", lambda run: _recorded_run(run, launches))
-        replace(InterpreterBuilder, "set_grid_idx", lambda set_index: _ordered(set_index, order))
-        replace(InterpreterBuilder, "create_masked_load", lambda load: _recorded_load(load, launches))
-        replace(InterpreterBuilder, "create_masked_store", lambda store: _recorded_store(store, launches))
-        replace(InterpreterBuilder, "create_atomic_rmw", lambda rmw: _recorded_rmw(rmw, launches))
-        replace(InterpreterBuilder, "create_atomic_cas", lambda cas: _recorded_cas(cas, launches))
-        replace(InterpreterBuilder, "create_barrier", lambda barrier: _recorded_barrier(barrier, launches))
+        wrap(InterpretedFunction, "run", lambda run: _recorded_run(run, launches))
+        wrap(InterpreterBuilder, "set_grid_idx", lambda set_index: _ordered(set_index, order))
+        wrap(InterpreterBuilder, "create_masked_load", lambda load: _recorded_load(load, launches))
+        wrap(InterpreterBuilder, "create_masked_store", lambda store: _recorded_store(store, launches))
+        wrap(InterpreterBuilder, "create_atomic_rmw", lambda rmw: _recorded_rmw(rmw, launches))
+        wrap(InterpreterBuilder, "create_atomic_cas", lambda cas: _recorded_cas(cas, launches))
+        wrap(InterpreterBuilder, "create_barrier", lambda barrier: _recorded_barrier(barrier, launches))
         yield launches
+
+
+@lru_cache(maxsize=1)
+def recorded(case: AnyCase) -> tuple[list[Launch], tuple[Tensor, ...]]:
+    """(launches of a case with traps, what they wrote), in one run for all checks that read them one after the other.
+
+    Raises triton's InterpreterError where a sum or a product of integers overflows.
+    """
+    checked = replace(interpreter_builder.options, debug=True, sanitize_overflow=True)
+    with mock.patch.object(interpreter_builder, "options", checked), recording() as launches:
+        outputs = case.run(traps=True)
+    return launches, outputs
 
 
 def _recorded_run(run, launches):

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from .cases import AnyCase
-from .interpreter import recording
+from .interpreter import recorded, recording
 
 
 def check(case: AnyCase) -> list[str]:
-    return [f"{case}: {fault}" for fault in differences(lambda: case.run(traps=True))]
-
-
-def differences(call: Callable[[], tuple[Tensor, ...]]) -> list[str]:
-    """`call` makes its inputs anew, launches one kernel and returns what it wrote."""
-    with recording() as launches:
-        expected = call()
-    (launch,) = launches
+    (launch,), expected = recorded(case)
     programs = np.arange(np.prod(launch.grid))
     orders = {
         "reversed": programs[::-1],
@@ -29,9 +20,9 @@ def differences(call: Callable[[], tuple[Tensor, ...]]) -> list[str]:
     faults = []
     for name, order in orders.items():
         with recording(order.tolist()):
-            outputs = call()
+            outputs = case.run(traps=True)
         if not all(torch.equal(_bits(a), _bits(b)) for a, b in zip(expected, outputs, strict=True)):
-            faults.append(f"{launch.kernel}: other bits when its programs run {name}")
+            faults.append(f"{case}: {launch.kernel}: other bits when its programs run {name}")
     return faults
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor
 
 from .cases import AnyCase
-from .interpreter import Launch, recording
+from .interpreter import Launch, recorded
 
 
 def conflicts(launch: Launch) -> list[str]:
@@ -48,7 +48,6 @@ def element_addresses(tensor: Tensor) -> np.ndarray:
 
 
 def check(case: AnyCase) -> list[str]:
-    with recording() as launches:
-        outputs = case.run(traps=True)
+    launches, outputs = recorded(case)
     faults = [fault for launch in launches for fault in conflicts(launch)] + unwritten(launches, outputs)
     return [f"{case}: {fault}" for fault in faults]

@@ -11,7 +11,7 @@ from itertools import groupby
 import numpy as np
 
 from .cases import AnyCase
-from .interpreter import Access, Launch, recording
+from .interpreter import Access, Launch, recorded
 
 UNIT = 2  # bytes of the narrowest element
 
@@ -43,8 +43,7 @@ def races(launch: Launch) -> list[str]:
 
 
 def check(case: AnyCase) -> list[str]:
-    with recording() as launches:
-        case.run(traps=True)
+    launches, _ = recorded(case)
     return [f"{case}: {fault}" for launch in launches for fault in races(launch)]
 
 

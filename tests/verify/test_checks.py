@@ -9,6 +9,7 @@ import triton_cases
 pytest.importorskip("triton", reason="triton is not installed")
 
 from faulty_kernels import faulty_case
+from triton.runtime.errors import InterpreterError
 
 from minirl_kernels.verify import (
     attention_cases,
@@ -22,6 +23,7 @@ from minirl_kernels.verify import (
     row_cases,
     traffic,
 )
+from minirl_kernels.verify.__main__ import main
 
 pytestmark = triton_cases.interpreter_only()
 
@@ -56,6 +58,22 @@ def test_a_fault_is_found(fault, check):
     faults = CHECKS[check].check(faulty_case(fault))
     assert faults
     assert all(line.startswith(fault) for line in faults)
+
+
+def test_an_integer_that_overflows_is_found():
+    with pytest.raises(InterpreterError, match="int32 overflow detected for operation add"):
+        bounds.check(faulty_case("overflows"))
+
+
+def test_the_command_tells_of_each_case(monkeypatch, capsys):
+    """And its status is 1 where one fails."""
+    for found, status in ([faulty_case("sound")], 0), ([faulty_case("sound"), faulty_case("reads beyond the row")], 1):
+        monkeypatch.setattr(cases, "interpreter_cases", lambda found=found: iter(found))
+        monkeypatch.setattr("sys.argv", ["verify", "bounds"])
+        assert main() == status
+        said = capsys.readouterr()
+        assert [line.endswith("holds") for line in said.out.splitlines()] == [True, False][: len(found)]
+        assert ("reads beyond the row" in said.err) == bool(status)
 
 
 def test_every_kernel_is_listed():
