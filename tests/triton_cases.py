@@ -47,7 +47,7 @@ def _call_device_function(self, *args, **kwargs):
 interpreter.InterpretedFunction.__call__ = _call_device_function
 
 
-# Whether sums and products of integers overflow is a third of what is left; minirl_kernels.verify asks it of each kernel.
+# To prepare for a look at whether integers overflow is a third of what is left: minirl_kernels.verify has that look.
 interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
 

@@ -149,9 +149,7 @@ def test_strides(dtype, cpu):
     assert torch.equal(matmul(wide_a[::2, ::3], wide_b[::2, ::2], backend=cpu), plain)
     assert torch.equal(matmul(a[:1].expand(5, -1), b, backend=cpu), plain[:1].expand(5, -1))
     column = a[:, :1].contiguous()
-    assert torch.equal(
-        matmul(column.expand(-1, 40), b, backend=cpu), matmul(column.repeat(1, 40), b, backend=cpu)
-    )
+    assert torch.equal(matmul(column.expand(-1, 40), b, backend=cpu), matmul(column.repeat(1, 40), b, backend=cpu))
     shared = bmm(a.expand(3, -1, -1), b.expand(3, -1, -1), backend=cpu)
     assert all(torch.equal(product, plain) for product in shared)
     x = matrix(3, 8, 40, dtype=dtype)

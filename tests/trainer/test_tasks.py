@@ -126,7 +126,7 @@ def test_model_that_is_not_there(tmp_path):
 
 
 def test_a_tokenizer_that_is_not_its_models(tmp_path):
-    """A token beyond the embedding would end in an index error, or in vLLM's process, at the first prompt that has it."""
+    """The first prompt with a token beyond the embedding would end in an index error, or in vLLM's process."""
     config = Qwen3Config(vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer = character_tokenizer("abcdefg")
