@@ -1,23 +1,54 @@
-"""What vLLM answers, for tests/with_vllm: run as `python vllm_answers.py JOB ANSWERS` in a process of its own.
+"""What vLLM answers and what becomes of its settings, for tests/with_vllm to call in processes of their own."""
 
-vLLM follows the environment from when it is imported. JOB is a file of JSON: "engine", the arguments of LLM, and
-"rounds", by name, each with prompts, the sampling of each, and a checkpoint to be loaded before: as "reload_weights"
-by vLLM's worker, or as "load_weights" into the model as it is.
-ANSWERS becomes a file of torch: by round and request its token_ids, log_probs, prompt_log_probs and cached (tokens).
-"""
-
-import json
-import sys
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
-from vllm import LLM, SamplingParams
+from vllm import LLM, EngineArgs, SamplingParams
 
 from minirl_kernels.batch_invariant import audit
 
+EAGER = {"skip_tokenizer_init": True, "enforce_eager": True}
 
-def answers_of(llm, prompts, sampling):
+
+def answers(engine, rounds, audited=False):
+    """By round and request its token_ids, log_probs, prompt_log_probs and cached (tokens), as lists; "preemptions".
+
+    engine: arguments of LLM. rounds: by name, each with prompts, the sampling of each, and a checkpoint to be loaded
+    before: as "reload_weights" by vLLM's worker, or as "load_weights" into the model as it is. audited: whether to say
+    what of the last round is "not covered" by the mode.
+    """
+    llm = LLM(disable_log_stats=False, kv_cache_memory_bytes=64 << 20, **EAGER, **engine)
+    found = {}
+    for name, asked in rounds.items():
+        if "reload_weights" in asked:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": asked["reload_weights"]})
+        if "load_weights" in asked:
+            weights = load_file(Path(asked["load_weights"]) / "model.safetensors")
+            llm.apply_model(lambda model, weights=weights: len(model.load_weights(weights.items())))
+        llm.reset_prefix_cache()
+        found[name] = _answers_of(llm, asked["prompts"], asked["sampling"])
+    found["preemptions"] = next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+    if audited:  # of operations in this very thread
+        with audit() as noted:
+            _answers_of(llm, asked["prompts"][:3], asked["sampling"][:3])
+        found["not covered"] = sorted({call.split()[0] for call in noted.not_covered})
+    llm.llm_engine.engine_core.shutdown()
+    return found
+
+
+def configured(model, changes):
+    """Of each change of the settings: the worker and the dtype of the cache, or the error."""
+    found = []
+    for change in changes:
+        try:
+            config = EngineArgs(**{"model": model, "dtype": "float32", **EAGER, **change}).create_engine_config()
+            found.append(f"{config.parallel_config.worker_cls} {config.cache_config.cache_dtype}")
+        except ValueError as error:
+            found.append(" ".join(str(error).split()))
+    return found
+
+
+def _answers_of(llm, prompts, sampling):
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         [SamplingParams(**{"detokenize": False, "ignore_eos": True, **each}) for each in sampling],
@@ -26,41 +57,13 @@ def answers_of(llm, prompts, sampling):
     return [
         {
             "token_ids": list(output.outputs[0].token_ids),
-            "log_probs": values(output.outputs[0].token_ids, output.outputs[0].logprobs),
-            "prompt_log_probs": values(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:]),
+            "log_probs": _values(output.outputs[0].token_ids, output.outputs[0].logprobs),
+            "prompt_log_probs": _values(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:]),
             "cached": output.num_cached_tokens,
         }
         for output in outputs
     ]
 
 
-def values(token_ids, by_place):
-    return torch.tensor([found[token].logprob for token, found in zip(token_ids, by_place or [], strict=False)])
-
-
-def load_in_place(llm, path):
-    weights = load_file(Path(path) / "model.safetensors")
-    llm.apply_model(lambda model: len(model.load_weights(weights.items())))
-
-
-def main(job, answers):
-    job = json.loads(Path(job).read_text())
-    llm = LLM(skip_tokenizer_init=True, disable_log_stats=False, **job["engine"])
-    found = {}
-    for name, asked in job["rounds"].items():
-        if "reload_weights" in asked:
-            llm.collective_rpc("reload_weights", kwargs={"weights_path": asked["reload_weights"]})
-        if "load_weights" in asked:
-            load_in_place(llm, asked["load_weights"])
-        llm.reset_prefix_cache()
-        found[name] = answers_of(llm, asked["prompts"], asked["sampling"])
-    found["preemptions"] = next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
-    if job.get("audit"):  # of operations in this very thread
-        with audit() as noted:
-            answers_of(llm, asked["prompts"][:3], asked["sampling"][:3])
-        found["not covered"] = sorted({call.split()[0] for call in noted.not_covered})
-    torch.save(found, answers)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def _values(token_ids, by_place):
+    return [found[token].logprob for token, found in zip(token_ids, by_place or [], strict=False)]

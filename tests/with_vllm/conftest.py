@@ -4,11 +4,12 @@ Tiny models; engines of the trainer, and vLLM alone in a process of its own, who
 """
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from unittest import mock
 
 import pytest
 import torch
@@ -76,18 +77,22 @@ def checkpoint(tmp_path_factory):
     return make
 
 
+def environment(variables):
+    """This process's without its settings of vLLM and of the mode, and with others."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "MINIRL_BATCH"))}
+    # one thread: two that share a core wait for each other
+    return {**kept, "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", **variables}
+
+
 @pytest.fixture(scope="session")
 def run_python(tmp_path_factory):
     """Runs a script or `-c` code, with variables; the result's folder is where it ran."""
 
     def run(*arguments, **variables) -> subprocess.CompletedProcess:
-        # the parent's settings of vLLM and of the mode are not the child's
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "MINIRL_BATCH"))}
         folder = tmp_path_factory.mktemp("run")
         result = subprocess.run(
             [sys.executable, *map(str, arguments)],
-            # one thread: two that share a core wait for each other
-            env={**kept, "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", **variables},
+            env=environment(variables),
             cwd=folder,
             capture_output=True,
             text=True,
@@ -100,18 +105,20 @@ def run_python(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def ask_vllm(run_python, tmp_path_factory):
-    """The answers of tests/vllm_answers.py to rounds of requests."""
+def call_elsewhere():
+    """Calls a function in a process with variables: one for each set of them, since vLLM looks when it is imported."""
+    processes = {}
 
-    def ask(engine, rounds, variables, **more) -> dict:
-        folder = tmp_path_factory.mktemp("vllm")
-        engine = {"enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, **engine}
-        (folder / "job.json").write_text(json.dumps({"engine": engine, "rounds": rounds, **more}))
-        script = Path(__file__).resolve().parent.parent / "vllm_answers.py"
-        run_python(script, folder / "job.json", folder / "answers.pt", **variables)
-        return torch.load(folder / "answers.pt")
+    def call(function, *arguments, **variables):
+        key = frozenset(variables.items())
+        with mock.patch.dict(os.environ, environment(variables), clear=True):  # which the process is born with
+            if key not in processes:
+                processes[key] = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+            return processes[key].submit(function, *arguments).result()
 
-    return ask
+    yield call
+    for process in processes.values():
+        process.shutdown()
 
 
 @pytest.fixture

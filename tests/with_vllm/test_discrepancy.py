@@ -61,8 +61,8 @@ def model_of(config):
 
 
 @contextmanager
-def vllm_of(model, log, dtype="float32", temperature=1.0, separate_process=False, **args):
-    vllm = VLLMConfig(separate_process=separate_process, args=ARGS | args)
+def vllm_of(model, log, dtype="float32", temperature=1.0, **args):
+    vllm = VLLMConfig(separate_process=False, args=ARGS | args)
     settings = InferenceSettings(engine="vllm", dtype=dtype, vllm=vllm)
     sampling = RolloutConfig(max_new_tokens=20, temperature=temperature, batch_size=64)
     longest = max(map(len, PROMPTS))
@@ -81,9 +81,52 @@ def model():
 
 @pytest.fixture(scope="module")
 def mu(model, tmp_path_factory):
-    """vLLM with the model's weights, in a process of its own: this one has room for one at a time."""
-    with vllm_of(model, tmp_path_factory.mktemp("mu") / "vllm.log", separate_process=True) as engine:
+    """vLLM with the model's weights. A process has room for one engine: tests with others come before or elsewhere."""
+    with vllm_of(model, tmp_path_factory.mktemp("mu") / "vllm.log") as engine:
         yield engine
+
+
+def test_a_dense_model_in_bfloat16(tmp_path):
+    model = model_of(DENSE)
+    with vllm_of(model, tmp_path / "vllm.log", dtype="bfloat16") as mu:
+        report = compared(mu, model, "bfloat16")
+    assert 1e-6 < report.metrics["discrepancy_kl_k3"] < 1e-2
+    assert report.routing is None
+    assert "without experts" in report.routing_missing
+    # vLLM rounds its weights, and autocast leaves the embedding in float32
+    assert report.modules.first.module == "model.embed_tokens"
+    assert all(event.difference.relative < 0.05 for event in report.modules.modules)
+
+
+def test_chunks_cache_hits_and_preemptions(model, tmp_path):
+    """Every token is found under its own request and place, wherever vLLM computes it."""
+    args = {
+        "max_num_batched_tokens": 64,
+        "block_size": BLOCK,
+        "num_gpu_blocks_override": 16,
+        "disable_log_stats": False,
+    }
+    trace = ModuleTrace(len(PROMPTS))
+    pi = training_engine(model, EngineSettings(), 0.7, "pi")
+    with vllm_of(model, tmp_path / "vllm.log", temperature=0.7, **args) as mu:
+        with trace.recording(mu.model):
+            responses, sampled = mu.generate(PROMPTS, seed=0)
+        (inside,) = mu.model._llm.collective_rpc("get_model")
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in inside.modules())
+        counted = {metric.name: getattr(metric, "value", 0) for metric in mu.model._llm.get_metrics()}
+    assert counted["vllm:prefix_cache_hits"] > 0
+    assert counted["vllm:num_preemptions"] > 0
+    for response, log_probs, logits in zip(responses, sampled.log_probs, sampled.logits, strict=True):
+        expected = logits.double().log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
+        torch.testing.assert_close(log_probs.double(), expected, rtol=0, atol=2e-6)
+    spans = [[0, len(prompt) + len(response) - 1] for prompt, response in zip(PROMPTS, responses, strict=True)]
+    with trace.comparing(pi.model, torch.tensor(spans)):
+        scored = pi.score(PROMPTS, responses, with_logits=False)
+    assert (torch.cat(scored.log_probs) - torch.cat(sampled.log_probs)).abs().max() < 1e-4
+    assert len(trace.events) > 50
+    assert all(event.difference.relative < 1e-5 for event in trace.events)
+    cached = sum(end for _, end in spans) - trace.tokens
+    assert 0 < cached <= counted["vllm:prefix_cache_hits"]
 
 
 def test_the_report_is_whole(model, mu):
@@ -102,18 +145,6 @@ def test_the_report_is_whole(model, mu):
     assert expected <= {event.module for event in report.modules.modules}
     assert [layer for layer, _ in report.modules.layers] == [0, 1, 2]
     assert report.modules.first.operation_missing == "the operations of another process are not recorded"
-
-
-def test_a_dense_model_in_bfloat16(tmp_path):
-    model = model_of(DENSE)
-    with vllm_of(model, tmp_path / "vllm.log", dtype="bfloat16") as mu:
-        report = compared(mu, model, "bfloat16")
-    assert 1e-6 < report.metrics["discrepancy_kl_k3"] < 1e-2
-    assert report.routing is None
-    assert "without experts" in report.routing_missing
-    # vLLM rounds its weights, and autocast leaves the embedding in float32
-    assert report.modules.first.module == "model.embed_tokens"
-    assert all(event.difference.relative < 0.05 for event in report.modules.modules)
 
 
 def nudged(tensor):
@@ -163,47 +194,16 @@ def test_routers_that_part(model, mu):
     assert replayed.metrics["discrepancy_kl_k3"] < natural.metrics["discrepancy_kl_k3"] / 2
 
 
-def test_chunks_cache_hits_and_preemptions(model, tmp_path):
-    """Every token is found under its own request and place, wherever vLLM computes it."""
-    args = {
-        "max_num_batched_tokens": 64,
-        "block_size": BLOCK,
-        "num_gpu_blocks_override": 16,
-        "disable_log_stats": False,
-    }
-    trace = ModuleTrace(len(PROMPTS))
-    pi = training_engine(model, EngineSettings(), 0.7, "pi")
-    with vllm_of(model, tmp_path / "vllm.log", temperature=0.7, **args) as mu:
-        with trace.recording(mu.model):
-            responses, sampled = mu.generate(PROMPTS, seed=0)
-        (inside,) = mu.model._llm.collective_rpc("get_model")
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in inside.modules())
-        counted = {metric.name: getattr(metric, "value", 0) for metric in mu.model._llm.get_metrics()}
-    assert counted["vllm:prefix_cache_hits"] > 0
-    assert counted["vllm:num_preemptions"] > 0
-    for response, log_probs, logits in zip(responses, sampled.log_probs, sampled.logits, strict=True):
-        expected = logits.double().log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
-        torch.testing.assert_close(log_probs.double(), expected, rtol=0, atol=2e-6)
-    spans = [[0, len(prompt) + len(response) - 1] for prompt, response in zip(PROMPTS, responses, strict=True)]
-    with trace.comparing(pi.model, torch.tensor(spans)):
-        scored = pi.score(PROMPTS, responses, with_logits=False)
-    assert (torch.cat(scored.log_probs) - torch.cat(sampled.log_probs)).abs().max() < 1e-4
-    assert len(trace.events) > 50
-    assert all(event.difference.relative < 1e-5 for event in trace.events)
-    cached = sum(end for _, end in spans) - trace.tokens
-    assert 0 < cached <= counted["vllm:prefix_cache_hits"]
-
-
 @pytest.fixture
 def target(tmp_path):
     """Writes a config file for a model's config and dtype; gives its path."""
 
-    def write(model, dtype):
+    def write(model, dtype, separate_process=True):
         config = TrainConfig(
             dtype=dtype,
             model=ModelConfig(config=model),
             task=TaskConfig(max_operand=29),
-            rollout=RolloutConfig(engine="vllm", max_new_tokens=6, vllm=VLLMConfig(args=ARGS)),
+            rollout=RolloutConfig(engine="vllm", max_new_tokens=6, vllm=VLLMConfig(separate_process, ARGS)),
         )
         path = tmp_path / "config.toml"
         path.write_text(dump_config(config))
@@ -212,14 +212,9 @@ def target(tmp_path):
     return write
 
 
-def run(target, folder, *options):
-    """What `minirl discrepancy` writes to its JSON."""
-    main(["discrepancy", str(target), "--responses", "64", "--output", str(folder), *options])
-    return json.loads((folder / "discrepancy.json").read_text())
-
-
 def test_the_command_takes_the_runs_engine(target, tmp_path, capsys):
-    table = run(target(MOE, "float32"), tmp_path)
+    main(["discrepancy", str(target(MOE, "float32")), "--responses", "64", "--output", str(tmp_path)])
+    table = json.loads((tmp_path / "discrepancy.json").read_text())
     assert table["mu"]["engine"] == "vllm"
     assert 0 < table["discrepancy"]["kl_full_max"] < 1e-9
     assert [layer["equal_fraction"] for layer in table["routing"]] == [1, 1]
@@ -232,10 +227,11 @@ def test_the_command_takes_the_runs_engine(target, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("model", "dtype"), [(DENSE, "bfloat16"), (MOE, "float32")], ids=["dense", "moe"])
-def test_batch_invariant_on_both_sides_is_zero(target, tmp_path, run_python, model, dtype):
-    """In a process of its own: what the mode replaces in one stays replaced."""
-    on_both = ("--mu.batch-invariant", "--pi.batch-invariant", "--fail-metric", "abs_log_d_max", "--fail-above", "0")
-    run_python("-m", "minirl", "discrepancy", target(model, dtype), "--responses", "64", "--output", tmp_path, *on_both)
+def test_batch_invariant_on_both_sides_is_zero(target, tmp_path, call_elsewhere, model, dtype):
+    """In another process: what the mode replaces in one stays replaced."""
+    command = ["discrepancy", str(target(model, dtype, separate_process=False)), "--responses", "64"]
+    on_both = ["--mu.batch-invariant", "--pi.batch-invariant", "--fail-metric", "abs_log_d_max", "--fail-above", "0"]
+    call_elsewhere(main, [*command, "--output", str(tmp_path), *on_both])
     table = json.loads((tmp_path / "discrepancy.json").read_text())
     assert table["discrepancy"]["abs_log_d_max"] == table["discrepancy"]["kl_full_max"] == 0.0
     assert table["discrepancy"]["bit_equal_fraction"] == 1.0

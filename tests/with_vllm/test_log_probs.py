@@ -1,5 +1,6 @@
 """vLLM's log-probabilities on a CPU are those of training: in mixed, chunked, cached and preempted batches."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -79,8 +80,23 @@ def tokens(answers):
     return [answer["token_ids"] for answer in answers]
 
 
+@pytest.fixture(scope="module")
+def answers(call_elsewhere):
+    """Those of vllm_answers, in tensors."""
+
+    def ask(engine, rounds, audited=False, **variables):
+        from vllm_answers import answers
+
+        found = call_elsewhere(answers, engine, rounds, audited, **variables)
+        for request in itertools.chain(*(found[name] for name in rounds)):
+            request.update({name: torch.tensor(request[name]) for name in ("log_probs", "prompt_log_probs")})
+        return found
+
+    return ask
+
+
 @pytest.fixture(scope="module", params=[(model, setting) for model in MODELS for setting in SETTINGS], ids=str)
-def run(request, checkpoint, ask_vllm):
+def run(request, checkpoint, answers):
     model, setting = request.param
     paths = [checkpoint(model, seed) for seed in (0, 1)]
     whole = [{"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0} for _ in PROMPTS]
@@ -92,8 +108,8 @@ def run(request, checkpoint, ask_vllm):
         "backwards": {"prompts": PROMPTS[::-1], "sampling": sampling()[::-1], "load_weights": paths[0]},
     }
     # below an audit vLLM's own operations, which call ours, see no autocast
-    answers = ask_vllm(engine_of(paths[0], setting), rounds, MODE, audit=setting != "autocast")
-    return SimpleNamespace(paths=paths, setting=setting, answers=answers)
+    found = answers(engine_of(paths[0], setting), rounds, setting != "autocast", **MODE)
+    return SimpleNamespace(paths=paths, setting=setting, answers=found)
 
 
 def test_sampled_tokens(run, threads):
@@ -149,21 +165,21 @@ def test_nothing_uncovered_runs(run):
 
 
 @pytest.mark.parametrize(("model", "setting"), [("Qwen3", "autocast"), ("Qwen3-MoE", "float32")])
-def test_raw_log_probs_are_before_top_p(model, setting, checkpoint, ask_vllm):
+def test_raw_log_probs_are_before_top_p(model, setting, checkpoint, answers):
     """And before the temperature."""
     path = checkpoint(model)
     rounds = {"sampled": {"prompts": PROMPTS, "sampling": sampling(top_p=0.8, top_k=20)}}
-    answers = ask_vllm(engine_of(path, setting, logprobs_mode="raw_logprobs"), rounds, MODE)["sampled"]
-    assert_equal(answers, trained(path, setting, PROMPTS, tokens(answers), 1.0))
+    found = answers(engine_of(path, setting, logprobs_mode="raw_logprobs"), rounds, **MODE)["sampled"]
+    assert_equal(found, trained(path, setting, PROMPTS, tokens(found), 1.0))
 
 
 @pytest.mark.parametrize("setting", ["float32", "bfloat16"])
-def test_without_the_mode_they_differ(setting, checkpoint, ask_vllm):
+def test_without_the_mode_they_differ(setting, checkpoint, answers):
     """Else the tests above prove nothing here. Without seeds: vLLM's own worker fails with them where it chunks."""
     path = checkpoint("Qwen3")
     rounds = {"sampled": {"prompts": PROMPTS, "sampling": sampling(seed=None)}}
-    answers = ask_vllm(engine_of(path, setting, block_size=32), rounds, IN_PROCESS)["sampled"]
-    scores = trained(path, setting, PROMPTS, tokens(answers), TEMPERATURE)
-    found, wanted = torch.cat([answer["log_probs"] for answer in answers]), torch.cat(scores.log_probs)
+    sampled = answers(engine_of(path, setting, block_size=32), rounds, **IN_PROCESS)["sampled"]
+    scores = trained(path, setting, PROMPTS, tokens(sampled), TEMPERATURE)
+    found, wanted = torch.cat([answer["log_probs"] for answer in sampled]), torch.cat(scores.log_probs)
     assert (found != wanted).float().mean() > 0.1
     assert (found - wanted).abs().max() < 1.0  # the same model, though

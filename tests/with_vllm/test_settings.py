@@ -26,17 +26,6 @@ if __name__ == "__main__":
     json.dump([[list(o.token_ids), [d[t].logprob for t, d in zip(o.token_ids, o.logprobs)]] for o in responses],
               open("found.json", "w"))
 """
-CONFIGURE = """
-import json, sys
-from vllm import EngineArgs
-for changes in json.loads(sys.argv[2]):
-    keys = {"model": sys.argv[1], "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True, **changes}
-    try:
-        config = EngineArgs(**keys).create_engine_config()
-        print("ANSWER", config.parallel_config.worker_cls, config.cache_config.cache_dtype)
-    except ValueError as error:
-        print("ANSWER", " ".join(str(error).split()))
-"""
 AUTOCAST = {"additional_config": {"minirl_autocast": "bfloat16"}}
 REFUSED = [
     ({"enforce_eager": False}, "the compilation mode (enforce_eager=True) is"),
@@ -65,15 +54,16 @@ REFUSED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def configure(checkpoint, run_python):
-    """What becomes of each change of the settings: the worker and the dtype of the cache, or the error."""
+@pytest.fixture
+def configure(checkpoint, call_elsewhere):
+    """What vllm_answers says of each change of the settings."""
 
-    def run(changes, **variables):
-        result = run_python("-c", CONFIGURE, checkpoint("Qwen3"), json.dumps(changes), **variables)
-        return [line.removeprefix("ANSWER ") for line in result.stdout.splitlines() if line.startswith("ANSWER")]
+    def ask(changes, **variables):
+        from vllm_answers import configured
 
-    return run
+        return call_elsewhere(configured, checkpoint("Qwen3"), changes, **variables, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+    return ask
 
 
 @pytest.fixture
