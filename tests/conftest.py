@@ -7,14 +7,15 @@ import torch
 
 from minirl_kernels import backends
 
-# Workers of pytest-xdist share the cores: threads that share one wait for each other, in processes of a test's own too.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-
 # Triton runs its kernels in its interpreter where no GPU can; it asks once, when somebody first imports it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_configure(config):
+    """Workers of pytest-xdist, which start after this, share the cores: threads that share one wait for each other."""
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

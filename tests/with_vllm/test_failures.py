@@ -113,6 +113,11 @@ def test_a_misspelt_argument(config, tmp_path, capfd):
     assert "rollout.vllm.args has dtype: it must be left out, rollout.dtype decides it" in message
 
 
+def test_a_compiled_engine(config, tmp_path, capfd):
+    message = run(in_this_process(config, enforce_eager=False), tmp_path, capfd)
+    assert "vLLM failed to be watched: enforce_eager is False: on a CPU it must be True" in message
+
+
 def test_fp8_on_a_cpu(config, tmp_path, capfd):
     config = replace(config, rollout=replace(config.rollout, quantization="e4m3"))
     assert "rollout.quantization is 'e4m3' with rollout.engine='vllm' on a CPU" in run(config, tmp_path, capfd)

@@ -31,7 +31,9 @@ def llm_arguments(device: str, *, records_routing: bool = False) -> dict[str, An
         # vLLM's own answer to a new request must not come from the old weights, nor from another configuration
         "generation_config": "vllm",
     }
-    if records_routing and device == "cuda":
+    if device == "cpu":
+        arguments["enforce_eager"] = True  # compiled code runs no hooks
+    elif records_routing:
         arguments["enable_return_routed_experts"] = True
     return arguments
 
@@ -40,6 +42,9 @@ class LLMClient:
     """The trainer's end of an `LLM` made with `llm_arguments`, in this process or in one of its own."""
 
     def __init__(self, llm: LLM, device: str, *, records_routing: bool = False):
+        """Raises ValueError for an engine on a CPU that is compiled, and so cannot be watched."""
+        if device == "cpu" and not llm.llm_engine.model_config.enforce_eager:
+            raise ValueError("enforce_eager is False: on a CPU it must be True, compiled code runs no hooks")
         self._llm, self._device, self._records_routing = llm, device, records_routing
         llm.collective_rpc("watch_weights")
         if device == "cpu":

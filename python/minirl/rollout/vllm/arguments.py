@@ -60,7 +60,7 @@ def engine_arguments(
     if config.quantization is not None:
         arguments["quantization"] = "fp8"
     if device == "cpu":
-        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
+        arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
         if batch_invariant:
             # float32 weights under autocast, and routers as they are recorded and replayed: as in training
             ours = {RECORDS_ROUTING: replays_routing}

@@ -9,6 +9,7 @@ from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 from vllm import LLM, RequestOutput, SamplingParams, plugins
 
@@ -104,7 +105,7 @@ class VLLMEngine:
             self._llm = None
 
     def _ask(self, doing: str, call: Callable[[], Result]) -> Result:
-        with as_one_message(doing, self._log):
+        with as_one_message(doing, self._log), torch.random.fork_rng([]):  # vLLM in this process draws from torch's own
             return while_alive(self._processes, call)
 
     def _sampling(self, seed: int) -> SamplingParams:
@@ -131,7 +132,7 @@ class VLLMEngine:
             model.save_pretrained(folder)
             others = active_children()
             environment = engine_environment(self._config, device, batch_invariant=self._batch_invariant)
-            with written_to(self._log), environment:
+            with written_to(self._log), environment, torch.random.fork_rng([]):  # which vLLM seeds
                 self._settle_mode()
                 self._llm = LLM(folder, **arguments)
         self._processes = [process for process in active_children() if process not in others]
