@@ -23,15 +23,14 @@ from minirl_kernels.verify.compile_matrix import Needs
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "compile_matrix.md"
 COMPILED = """
-import json, sys
-from minirl_kernels.verify import attention_cases, cases, compile_matrix, expert_cases
-kernels = [cases.Case(kernel, cases.QWEN3_VOCAB, dtype) for kernel in cases.KERNELS for dtype in
-           (cases.torch.bfloat16, cases.torch.float32)]
-kernels += [cases.Case(kernel, 256, cases.torch.float32) for kernel in cases.ROUTERS]
-kernels += [case for case in expert_cases.compile_cases() if case.dtype == cases.torch.bfloat16 and case.loads_wide]
-heads = [case for case in attention_cases.compile_cases() if case.size == "64"]
-kernels += [case for case in heads if case.dtype == cases.torch.bfloat16]
-print(json.dumps([compile_matrix.table_row(case) for case in kernels]))
+import json
+import torch
+from minirl_kernels.verify import cases, compile_matrix
+first = {}
+for case in cases.compile_cases():
+    if case.dtype == torch.bfloat16:
+        first.setdefault(case.kernel.name.partition(",")[0].partition(":")[0], case)
+print(json.dumps([compile_matrix.table_row(case) for case in first.values()]))
 """
 FAULTY = """
 import json
@@ -67,7 +66,7 @@ def test_the_table_lists_every_configuration():
 
 
 def test_the_table_is_what_the_compiler_says():
-    """On the widest rows of every kernel, on all parts; the command compiles everything."""
+    """For one row of every kernel, on all parts; the command compiles everything."""
     result = compiling(["-c", COMPILED], check=True)
     committed = TABLE.read_text()
     for line, faults in json.loads(result.stdout):
