@@ -49,7 +49,7 @@ def compiling(program, *arguments, **options):
     """What a Python process in which Triton compiles prints."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, *program, *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, **options)
 
 
 def test_the_table_is_fresh():
