@@ -4,16 +4,20 @@ Tiny models; engines of the trainer, and vLLM alone in a process of its own, who
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from unittest import mock
 
 import pytest
 import torch
+from minirl.cli import main
 from minirl.config import RolloutConfig, VLLMConfig
+from minirl.config_file import dump_config
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
 from minirl_kernels.integrations.transformers import enable_log_probs
@@ -119,6 +123,20 @@ def call_elsewhere():
     yield call
     for process in processes.values():
         process.shutdown()
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Trains by `minirl train` with vLLM's rollouts: the lines of metrics.jsonl that the steps wrote, step 0 first."""
+
+    def run(config):
+        path = tmp_path / "config.toml"
+        path.write_text(dump_config(replace(config, run_dir=str(tmp_path / "run"))))
+        main(["train", str(path), "--rollout.engine", "vllm"])
+        lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        return [line for line in lines if line["phase"] == "train"]
+
+    return run
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import socket
 from dataclasses import replace
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -113,9 +114,12 @@ def test_a_misspelt_argument(config, tmp_path, capfd):
     assert "rollout.vllm.args has dtype: it must be left out, rollout.dtype decides it" in message
 
 
-def test_a_compiled_engine(config, tmp_path, capfd):
-    message = run(in_this_process(config, enforce_eager=False), tmp_path, capfd)
-    assert "vLLM failed to be watched: enforce_eager is False: on a CPU it must be True" in message
+def test_a_compiled_engine():
+    from minirl_kernels.integrations.vllm.client import LLMClient
+
+    compiled = SimpleNamespace(llm_engine=SimpleNamespace(model_config=SimpleNamespace(enforce_eager=False)))
+    with pytest.raises(ValueError, match="enforce_eager is False: on a CPU it must be True"):
+        LLMClient(compiled, "cpu")
 
 
 def test_fp8_on_a_cpu(config, tmp_path, capfd):
