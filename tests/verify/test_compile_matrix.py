@@ -125,3 +125,8 @@ def test_command_names_a_folder_that_does_not_exist(tmp_path):
     result = compiling(["-m", "minirl_kernels.verify"], "compile", "--output", str(tmp_path / "none" / "table.md"))
     assert result.returncode == 1
     assert "its folder must exist" in result.stderr
+
+
+def test_command_runs_a_check():
+    result = compiling(["-m", "minirl_kernels.verify"], "bounds", check=True)
+    assert len(result.stdout.splitlines()) == len(list(cases.interpreter_cases()))
