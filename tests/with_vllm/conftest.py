@@ -6,8 +6,6 @@ Tiny models; engines of the trainer, and vLLM alone in a process of its own, who
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -81,41 +79,18 @@ def checkpoint(tmp_path_factory):
     return make
 
 
-def environment(variables):
-    """This process's without its settings of vLLM and of the mode, and with others."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "MINIRL_BATCH"))}
-    # one thread: two that share a core wait for each other
-    return {**kept, "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", **variables}
-
-
-@pytest.fixture(scope="session")
-def run_python(tmp_path_factory):
-    """Runs a script or `-c` code, with variables; the result's folder is where it ran."""
-
-    def run(*arguments, **variables) -> subprocess.CompletedProcess:
-        folder = tmp_path_factory.mktemp("run")
-        result = subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            env=environment(variables),
-            cwd=folder,
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr[-4000:]
-        result.folder = folder
-        return result
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def call_elsewhere():
     """Calls a function in a process with variables: one for each set of them, since vLLM looks when it is imported."""
     processes = {}
 
     def call(function, *arguments, **variables):
+        # this process's settings of vLLM and of the mode are not the other's
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "MINIRL_BATCH"))}
+        # one thread: two that share a core wait for each other
+        environment = {**kept, "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", **variables}
         key = frozenset(variables.items())
-        with mock.patch.dict(os.environ, environment(variables), clear=True):  # which the process is born with
+        with mock.patch.dict(os.environ, environment, clear=True):  # which the process is born with
             if key not in processes:
                 processes[key] = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
             return processes[key].submit(function, *arguments).result()

@@ -1,6 +1,5 @@
 """How vLLM finds the plugin, when it is on, and which settings it refuses."""
 
-import json
 from importlib.metadata import entry_points
 from types import SimpleNamespace
 
@@ -14,18 +13,6 @@ from minirl_kernels.integrations.transformers import enable_log_probs
 from minirl_kernels.integrations.vllm import register
 
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10, 11, 12], [13]]
-AS_A_USER = """
-import json, sys
-from vllm import LLM, SamplingParams
-if __name__ == "__main__":
-    llm = LLM(sys.argv[1], skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64,
-              kv_cache_memory_bytes=64 << 20)
-    sampling = SamplingParams(max_tokens=12, logprobs=0, seed=1, detokenize=False, ignore_eos=True)
-    prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
-    responses = [output.outputs[0] for output in llm.generate(prompts, sampling, use_tqdm=False)]
-    json.dump([[list(o.token_ids), [d[t].logprob for t, d in zip(o.token_ids, o.logprobs)]] for o in responses],
-              open("found.json", "w"))
-"""
 AUTOCAST = {"additional_config": {"minirl_autocast": "bfloat16"}}
 REFUSED = [
     ({"enforce_eager": False}, "the compilation mode (enforce_eager=True) is"),
@@ -86,15 +73,19 @@ def test_without_the_variable_nothing_is_refused_or_replaced(configure):
 
 
 @pytest.mark.usefixtures("cpu")
-def test_as_a_user_runs_it(checkpoint, run_python):
-    """In processes of vLLM's own, each of which must have found the plugin."""
+def test_processes_of_vllms_own(checkpoint, call_elsewhere):
+    """As vLLM runs unless told otherwise: each of them must have found the plugin."""
+    from vllm_answers import answers
+
     path = checkpoint("Qwen3-MoE")
-    result = run_python("-c", AS_A_USER, path, json.dumps(PROMPTS), MINIRL_BATCH_INVARIANT="1")
-    responses, log_probs = zip(*json.loads((result.folder / "found.json").read_text()), strict=True)
+    sampling = [{"max_tokens": 12, "logprobs": 0, "seed": 1}] * len(PROMPTS)
+    rounds = {"sampled": {"prompts": PROMPTS, "sampling": sampling}}
+    engine = {"model": path, "dtype": "float32", "max_model_len": 64}
+    found = call_elsewhere(answers, engine, rounds, MINIRL_BATCH_INVARIANT="1")["sampled"]
     model = enable_log_probs(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval())
     engine = training_engine(model, EngineSettings(batch_invariant=True), 1.0, "pi")
-    scores = engine.score(PROMPTS, responses, with_logits=False)
-    assert torch.equal(torch.tensor(log_probs), torch.stack(scores.log_probs))
+    scores = engine.score(PROMPTS, [answer["token_ids"] for answer in found], with_logits=False)
+    assert torch.equal(torch.tensor([answer["log_probs"] for answer in found]), torch.stack(scores.log_probs))
 
 
 def test_what_it_refuses(configure):
