@@ -1,6 +1,12 @@
-"""Rewards: a number for a whole response, as it is, cut off or not."""
+"""Rewards: a number for a whole response, as it is, cut off or not; and the reading of reference answers."""
 
 from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from functools import cache
 
 from math_verify import parse, verify
 
@@ -10,12 +16,159 @@ def exact_match(answer: str, response: str) -> float:
     return float(response == answer)
 
 
-def parse_answer(text: str) -> list:
-    """A reference answer as math-verify understands it; empty if it does not. LaTeX needs no dollar signs."""
-    # without them math-verify reads plain numbers only: 3\sqrt{2} would be 3
-    return parse(text if "$" in text or "\\boxed" in text else f"${text}$")
+@dataclass(frozen=True)
+class ReferenceAnswer:
+    r"""A reference answer, and the reward of a response to its problem.
+
+    text: the answer as `normalised` gives it. value: the answer as math-verify parsed it; none for an answer that is
+    text: a word, a name or a choice letter (`read_answer` decides).
+
+    A response has the reward 1 where its final answer has the same text. The final answer is the content of the last
+    \boxed{…}; without a box, the rest of the line after the last "answer is" or "answer:"; without these, the last
+    line. Where the reference is text, the final answer may also end with its sentence, and a choice letter may stand
+    before its option, as in "(B) Paris". Where the reference is mathematics, a response also has the reward 1 where
+    math-verify finds it equal.
+    """
+
+    text: str
+    value: list | None
+
+    def reward(self, response: str) -> float:
+        """1 for a right response, else 0."""
+        final = final_answer(response)
+        if normalised(final) == self.text:
+            return 1.0
+        if self.value is None:
+            return float(self.text in (normalised(_first_sentence(final)), _chosen_letter(final)))
+        return float(verify(self.value, parse(response)))
 
 
-def math_equal(answer: list, response: str) -> float:
-    """1 if math-verify finds the response's last answer equal to the parsed reference, else 0."""
-    return float(verify(answer, parse(response)))
+@cache
+def read_answer(answer: str) -> ReferenceAnswer:
+    r"""The reference answer that a text means.
+
+    Words, names and single letters are text, and so is all that stands in \text{…}. Everything else is mathematics
+    for math-verify; LaTeX needs no dollar signs there. A number followed by one word is a number with its unit.
+    Raises ValueError for an answer that is empty, or that could be graded in neither way.
+    """
+    text = normalised(answer)
+    if not any(character.isalnum() for character in text):
+        raise ValueError(_MUST_BE)
+    if _EXPLICIT_TEXT.fullmatch(answer.strip().strip("$")):
+        return ReferenceAnswer(text, None)
+    if "\\" not in answer and (names := {word.casefold() for word in _LETTERS.findall(answer)}) and names <= _FUNCTIONS:
+        raise ValueError(rf"{_MUST_BE}; math-verify reads {min(names)} as letters, and \{min(names)} as the function")
+    value = _mathematics(_as_latex(answer))
+    if _is_words(text) and (value is None or value[0].free_symbols):
+        with_unit = _NUMBER_AND_UNIT.fullmatch(answer.strip())
+        return ReferenceAnswer(text, None if with_unit is None else _mathematics(with_unit["number"]))
+    if value is None or not verify(value[0], value[0]):
+        raise ValueError(_MUST_BE)
+    return ReferenceAnswer(text, value)
+
+
+def final_answer(response: str) -> str:
+    """Where a response has its answer, as ReferenceAnswer says; its marks and spaces are left on."""
+    boxed = _last_boxed(response)
+    if boxed is not None:
+        return boxed
+    announced = list(_ANNOUNCEMENT.finditer(response))
+    if announced:
+        return response[announced[-1].end() :].partition("\n")[0]
+    return next((line for line in reversed(response.splitlines()) if line.strip()), "")
+
+
+def normalised(text: str) -> str:
+    r"""The text in one case and with single spaces, without marks around it and a stop at its end.
+
+    Marks are quotes, Markdown's stars, underscores and backticks, dollar signs, \boxed{…} and \text{…} with its
+    relatives, and the parentheses of a single letter.
+    """
+    text = unicodedata.normalize("NFC", text).casefold()
+    bare = " ".join(text.split())
+    while True:
+        wrapped = _WRAPPED.fullmatch(bare)
+        inner = bare.rstrip(".,;: ") if wrapped is None else wrapped[wrapped.lastgroup].strip()
+        if inner == bare:
+            return bare
+        bare = inner
+
+
+_MUST_BE = r"it must be mathematics that math-verify can read, in LaTeX, or text, which \text{…} marks as such"
+_EXPLICIT_TEXT = re.compile(r"\\text\w*\s*\{[^{}]+\}")
+_LETTERS = re.compile(r"[^\W\d_]{2,}")
+# math-verify reads these as products of letters unless a backslash stands before them
+_FUNCTIONS = {"sqrt", "cbrt", "frac", "log", "ln", "exp", "pi", "infty", "infinity"} | {
+    *("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh", "tanh")
+}
+_NUMBER_AND_UNIT = re.compile(r"(?P<number>[-+]?[\d.,]*\d)\s*[^\W\d_]{2,}\.?")
+_MIXED_NUMBER = re.compile(r"(\d+)\s+(\d+)/(\d+)")
+_ANNOUNCEMENT = re.compile(r"\banswer\b(?:\*\*|__)?\s*(?:is\b\s*:?|:)(?:\*\*|__)?\s*", re.IGNORECASE)
+_WRAPPED = re.compile(
+    r"(?P<mark>\*{1,3}|_{1,2}|`|\"|'|\${1,2})(?P<marked>.+)(?P=mark)"
+    r"|[“‘](?P<quoted>.+)[”’]"
+    r"|\\(?:boxed|fbox|text\w*|math(?:rm|bf|it|sf|tt)|operatorname|emph)\s*\{(?P<styled>[^{}]+)\}"
+    r"|\\\((?P<inline>.+)\\\)|\\\[(?P<display>.+)\\\]"
+    r"|\(?(?P<letter>[^\W\d_])\)"
+)
+_CHOICE = re.compile(r"\s*(?:\((?P<enclosed>[^\W\d_])\)|(?P<bare>[^\W\d_])[).:])(?=\s|$)")
+_STYLE = re.compile(r"\\(?:text|math)\w*|[{}*$]")
+
+
+def _mathematics(text: str) -> list | None:
+    """What math-verify parses, an expression first; none if it finds no expression."""
+    # without dollar signs math-verify reads plain numbers only: 3\sqrt{2} would be 3
+    parsed = parse(text if "$" in text or "\\boxed" in text else f"${text}$")
+    return parsed if parsed and not isinstance(parsed[0], str) else None
+
+
+def _as_latex(answer: str) -> str:
+    """Two spellings of numbers that math-verify misreads, as LaTeX: 1e-5, and 1 1/2."""
+    try:
+        number = Decimal(answer)
+    except InvalidOperation:
+        return _MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", answer)
+    if not number.is_finite():
+        return answer
+    if abs(number.adjusted()) >= 1000:
+        raise ValueError("its exponent must be below 1000")
+    return f"{number:f}"
+
+
+def _is_words(text: str) -> bool:
+    """Whether it is a single letter, or words (with numbers and punctuation between them) and no formula."""
+    kinds = "".join(map(_kind, text))
+    words = re.fullmatch(r"[ .]*(?:a+|0+)(?:-a+)*(?:[ .]+(?:a+|0+)(?:-a+)*)*[ .]*", kinds)
+    return words is not None and ("aa" in kinds or re.sub(r"[ .]", "", kinds) == "a")
+
+
+def _kind(character: str) -> str:
+    category = unicodedata.category(character)
+    if category[0] in "LM":
+        return "a"
+    if category == "Nd":
+        return "0"
+    if character.isspace() or character in "-'’":
+        return " " if character.isspace() else "-"
+    return "." if category[0] == "P" and character not in "\\{}[]_*/%#@" else "x"
+
+
+def _last_boxed(response: str) -> str | None:
+    start = response.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start, depth = start + len("\\boxed{"), 1
+    for end in range(start, len(response)):
+        depth += {"{": 1, "}": -1}.get(response[end], 0)
+        if not depth:
+            return response[start:end]
+    return None  # cut off
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"[.!?](?:\s|$)", text.strip(), maxsplit=1)[0]
+
+
+def _chosen_letter(text: str) -> str | None:
+    match = _CHOICE.match(_STYLE.sub("", text).replace("\\ ", " "))
+    return None if match is None else match[match.lastgroup].casefold()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,28 +10,44 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from minirl_kernels.moe.routers import routers
+
 from .config import TrainConfig
 from .errors import MiniRLError
 from .models import end_token_ids
-from .rollout import RolloutEngine, Rollouts, TransformersEngine
+from .rollout import Asked, PolicyLimits, RolloutEngine, Rollouts, TransformersEngine, check_rollouts
 from .run_dir import RunDir
-from .tasks import Problem, ProblemStream, Task
+from .tasks import Problem, ProblemStream, Task, prompt_label
 from .tokenizer import encode_prompt
 
 
 class Sampler:
-    """An engine, and the tokenizer and the task that give its tokens a meaning."""
+    """An engine, what its responses may be made of, and the tokenizer and the task that give them a meaning."""
 
-    def __init__(self, engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase, task: Task):
-        self.engine, self.tokenizer, self.task = engine, tokenizer, task
+    def __init__(self, engine: RolloutEngine, limits: PolicyLimits, tokenizer: PreTrainedTokenizerBase, task: Task):
+        self.engine, self.limits, self.tokenizer, self.task = engine, limits, tokenizer, task
 
     def sample(self, problems: Sequence[Problem], n: int, *, seed: int) -> tuple[Rollouts, Tensor]:
-        """n responses to each problem, and their rewards [len(problems) * n] float32, in the same order."""
+        """n responses to each problem, and their rewards [len(problems) * n] float32, in the same order.
+
+        Raises MiniRLError that names the response for rollouts that fail `check_rollouts`, and for a reward that
+        cannot be computed or is no finite number.
+        """
         prompts = [encode_prompt(self.tokenizer, problem.prompt) for problem in problems]
+        asked = Asked(prompts, [prompt_label(problem.prompt) for problem in problems], n)
         rollouts = self.engine.generate(prompts, n, seed=seed)
+        check_rollouts(rollouts, asked, self.limits)
         texts = self.tokenizer.batch_decode(rollouts.responses(), skip_special_tokens=True)
-        rewards = [self.task.reward(problems[index // n], text) for index, text in enumerate(texts)]
-        return rollouts, torch.tensor(rewards)
+        rewards = []
+        for row, text in enumerate(texts):
+            try:
+                rewards.append(checked_reward(self.task.reward(problems[row // n], text)))
+            except Exception as error:  # a reward is the user's code, and may raise anything
+                raise MiniRLError(
+                    f"the reward of {asked.row(row)}, cannot be used: {type(error).__name__}: {error} "
+                    f"(the response is {text[:60]!r})"
+                ) from error
+        return rollouts, torch.tensor(rewards, dtype=torch.float32)
 
     def average_at_k(self, problems: Sequence[Problem], k: int, *, seed: int) -> tuple[float, float]:
         """avg@k: (mean reward of k responses to each problem, its standard error over the problems)."""
@@ -40,13 +57,36 @@ class Sampler:
         return means.mean().item(), error
 
 
+def checked_reward(reward: object) -> float:
+    """The reward as a float. Raises TypeError or ValueError unless it is a number that float32 holds."""
+    if isinstance(reward, bool) or not isinstance(reward, numbers.Real):
+        raise TypeError(f"the reward is {reward!r}, a {type(reward).__name__}: it must be a float")
+    if not abs(reward) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"the reward is {reward}: it must be finite in float32")
+    return float(reward)
+
+
 def make_sampler(
     config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
 ) -> Sampler:
     """The engine of `config`, holding the weights of `model`, with the tokenizer and the task. Raises MiniRLError."""
     engine = make_engine(config, model, tokenizer)
     engine.update_weights(model)
-    return Sampler(engine, tokenizer, task)
+    return Sampler(engine, policy_limits(config, model, tokenizer), tokenizer, task)
+
+
+def policy_limits(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PolicyLimits:
+    """What responses of `model` may be made of, sampled as `config` says."""
+    routing = None
+    if config.routing_replay != "disabled":
+        found = routers(model)
+        routing = (len(found), found[0].top_k, found[0].num_experts)
+    return PolicyLimits(
+        vocab_size=model.get_input_embeddings().num_embeddings,
+        end_token_ids=frozenset(end_token_ids(model, tokenizer)),
+        max_new_tokens=config.rollout.max_new_tokens,
+        routing=routing,
+    )
 
 
 def make_engine(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import torch
 
 from .config import TaskConfig
 from .errors import MiniRLError
-from .rewards import exact_match, math_equal, parse_answer
+from .rewards import exact_match, read_answer
 from .seeds import generator
 
 Prompt = str | list[dict[str, str]]
@@ -53,23 +54,22 @@ class ArithmeticTask:
 
 
 class JsonlTask:
-    """Prompts and mathematical answers from a file, one JSON object per line, graded by math-verify."""
+    """Prompts and answers from a file, one JSON object per line; `read_answer` says how responses are graded."""
 
     def __init__(self, config: TaskConfig):
-        problems = read_problems(Path(config.path))
-        self.train, self.held_out = split_held_out(
-            ((json.dumps(problem.prompt), problem) for problem in problems), config.held_out_fraction
-        )
-        self._answers = {problem.answer: parse_answer(problem.answer) for problem in problems}
+        keyed = [(json.dumps(problem.prompt), problem) for problem in read_problems(Path(config.path))]
+        self.train, self.held_out = split_held_out(keyed, config.held_out_fraction)
+        prompts = len({key for key, _ in keyed})
         for name, side in (("training", self.train), ("held-out", self.held_out)):
             if not side:
                 raise MiniRLError(
-                    f"{config.path} leaves no {name} problems of its {len(problems)}: it must have more lines, or "
-                    f"task.held_out_fraction, {config.held_out_fraction}, another value"
+                    f"{config.path} leaves no {name} problems of its {len(keyed)}, which have {prompts} different "
+                    "prompts (equal prompts are never on both sides): it must have more different prompts"
+                    + (f", or task.held_out_fraction, {config.held_out_fraction}, another value" if prompts > 1 else "")
                 )
 
     def reward(self, problem: Problem, response: str) -> float:
-        return math_equal(self._answers[problem.answer], response)
+        return read_answer(problem.answer).reward(response)
 
 
 def make_task(config: TaskConfig) -> Task:
@@ -104,7 +104,7 @@ def read_problems(path: Path) -> list[Problem]:
 
 def _parse_problem(line: str) -> Problem:
     try:
-        record = json.loads(line)
+        record = json.loads(line, parse_float=Decimal)  # so that a number is the text that stands there
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(record, dict) or not {"prompt", "answer"} <= set(record):
@@ -112,12 +112,16 @@ def _parse_problem(line: str) -> Problem:
     prompt, answer = record["prompt"], record["answer"]
     if not is_prompt(prompt):
         raise ValueError(f"prompt is {prompt!r}: it must be a string, or a list of messages with role and content")
+    if isinstance(answer, (int, Decimal)) and not isinstance(answer, bool):
+        answer = str(answer)
     if not isinstance(answer, str):
-        raise ValueError(f"answer is {answer!r}: it must be a string")
+        raise ValueError(f"answer is {answer!r}: it must be a string or a number")
     if not prompt:
         raise ValueError("prompt is empty: it must have at least one character")
-    if not parse_answer(answer):
-        raise ValueError(f"answer is {answer!r}: it must be mathematics that math-verify can read")
+    try:
+        read_answer(answer)
+    except ValueError as error:
+        raise ValueError(f"answer is {answer!r}: {error}") from None
     return Problem(prompt, answer)
 
 
@@ -132,6 +136,12 @@ def is_prompt(value: object) -> bool:
             for message in value
         )
     )
+
+
+def prompt_label(prompt: Prompt) -> str:
+    """The prompt's text (of messages, that of the last one) in quotes, its beginning left out if it is long."""
+    text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return repr(text if len(text) <= 60 else f"…{text[-59:]}")
 
 
 class ProblemStream:

@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .errors import MiniRLError
-from .tasks import Prompt
+from .tasks import Prompt, prompt_label
 
 
 def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
@@ -25,7 +25,12 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a text as it stands, or of chat messages by the tokenizer's chat template."""
+    """Token ids of a text as it stands, or of chat messages by the tokenizer's chat template.
+
+    Raises MiniRLError for messages without a template, and for a prompt that has no tokens, that ends in the
+    end-of-sequence token or in another one that the tokenizer appends, or that begins with the token of the beginning
+    twice. These tokens are not stripped: the saved tokenizer would go on to add them where the model is used.
+    """
     if isinstance(prompt, str):
         ids = tokenizer(prompt).input_ids
     elif tokenizer.chat_template is None:
@@ -34,4 +39,38 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     if not ids:
         raise MiniRLError(f"prompt {prompt!r} has no tokens: it must have at least one")
+    if ids[-1] in tokenizer.all_special_ids:
+        _check_end(tokenizer, prompt, ids)
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        raise MiniRLError(
+            f"prompt {prompt_label(prompt)} begins with {tokenizer.bos_token!r} twice: "
+            + (
+                "it must begin without it, since the tokenizer adds it"
+                if isinstance(prompt, str)
+                else "the tokenizer's chat template must write it once"
+            )
+        )
     return ids
+
+
+def _check_end(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: list[int]) -> None:
+    """Raises MiniRLError if a response would have to go on after the end of a sequence."""
+    token = tokenizer.convert_ids_to_tokens(ids[-1])
+    if isinstance(prompt, str):
+        bare = tokenizer(prompt, add_special_tokens=False).input_ids
+        if ids[len(ids) - len(bare) :] != bare:
+            setting = (
+                "add_eos_token in its tokenizer_config.json must be false"
+                if getattr(tokenizer, "add_eos_token", False)
+                else "the post_processor in its tokenizer.json must not append it"
+            )
+            raise MiniRLError(
+                f"the tokenizer {tokenizer.name_or_path} appends {token!r} to a text, so that prompts end in it and "
+                f"a response would begin after it: {setting}"
+            )
+    if ids[-1] == tokenizer.eos_token_id:
+        raise MiniRLError(
+            f"prompt {prompt_label(prompt)} ends in the end-of-sequence token {token!r}, so that a response would "
+            "begin after it: "
+            + ("it must end before it" if isinstance(prompt, str) else "the chat template must open a reply at the end")
+        )

@@ -6,7 +6,7 @@ import pytest
 from minirl.config import TaskConfig
 from minirl.errors import MiniRLError
 from minirl.models import load_model
-from minirl.rewards import math_equal, parse_answer
+from minirl.rewards import read_answer
 from minirl.tasks import ArithmeticTask, JsonlTask, Problem, ProblemStream, make_task
 from minirl.tokenizer import character_tokenizer, encode_prompt
 from transformers import AutoModelForCausalLM, Qwen3Config
@@ -73,7 +73,7 @@ def test_jsonl(tmp_path):
 
 def test_answers_in_several_spellings():
     for answer in ("1/2", "$\\frac12$", "\\boxed{0.5}"):
-        assert math_equal(parse_answer(answer), "The answer is $1/2$.") == 1.0
+        assert read_answer(answer).reward("The answer is $1/2$.") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,10 @@ def test_answers_in_several_spellings():
         ('{"prompt": "", "answer": "1"}', "prompt is empty"),
         ('{"prompt": [], "answer": "1"}', "prompt is empty"),
         ('{"prompt": [{"role": "user"}], "answer": "1"}', "it must be a string, or a list of messages"),
-        ('{"prompt": "a", "answer": 1}', "answer is 1: it must be a string"),
+        ('{"prompt": "a", "answer": null}', "answer is None: it must be a string or a number"),
+        ('{"prompt": "a", "answer": true}', "answer is True: it must be a string or a number"),
+        ('{"prompt": "a", "answer": NaN}', "answer is nan: it must be a string or a number"),
+        ('{"prompt": "a", "answer": 1e5000}', "answer is '1E+5000': its exponent must be below 1000"),
         ('{"prompt": "a", "answer": ""}', "answer is '': it must be mathematics"),
     ],
 )

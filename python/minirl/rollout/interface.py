@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minirl_kernels import RoutedExperts
 
+from ..errors import MiniRLError
+
 FinishReason = Literal["stop", "length"]
 
 
@@ -50,11 +52,24 @@ class Rollouts:
         routed_experts: Sequence[RoutedExperts] | None = None,
         logits: list[Tensor] | None = None,
     ) -> Rollouts:
-        """Pad len(prompts) groups of len(responses) / len(prompts) responses each; routed_experts, logits: one each."""
+        """Pad len(prompts) groups of len(responses) / len(prompts) responses each; routed_experts, logits: one each.
+
+        Raises MiniRLError for groups of unequal size, and for a response with more or fewer log_probs than tokens.
+        """
+        if not responses or len(responses) % len(prompts):
+            raise MiniRLError(
+                f"the rollout engine has {len(responses)} responses to {len(prompts)} prompts: it must have as many to "
+                "each of them"
+            )
         group_size = len(responses) // len(prompts)
         rows, is_response, aligned = [], [], []
         for index, (response, values) in enumerate(zip(responses, log_probs, strict=True)):
             prompt = prompts[index // group_size]
+            if len(values) != len(response):
+                raise MiniRLError(
+                    f"the rollout engine has {len(values)} log-probabilities for response {index % group_size} to "
+                    f"prompt {index // group_size}: it must have {len(response)}, one for each token"
+                )
             rows.append(torch.tensor([*prompt, *response]))
             is_response.append(torch.tensor([False] * len(prompt) + [True] * len(response)))
             aligned.append(torch.tensor([0.0] * len(prompt) + list(values)))
