@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -19,19 +22,30 @@ from .run_dir import RunDir, replacing
 
 @dataclass(frozen=True)
 class Panel:
-    """One small diagram: metrics that share an axis, each with the name that its legend gives it."""
+    """One small diagram: metrics that share an axis, each with the name that its legend gives it.
+
+    log: the axis is logarithmic, so that a spike hides nothing; exact zeros are marks at its foot. unit_interval: the
+    axis shows 0 to 1, or the range of the values where one is outside.
+    """
 
     title: str
     curves: dict[str, str]
-    top: float | None = None
+    log: bool = False
+    unit_interval: bool = False
 
 
 PANELS = (
-    Panel("mean reward", {"reward_train": "training", "reward_held_out": "held-out"}, top=1.0),
+    Panel("mean reward", {"reward_train": "training", "reward_held_out": "held-out"}, unit_interval=True),
+    Panel("response length, tokens", {"response_length": ""}),
+    Panel(
+        "share of responses and of prompts",
+        {"cut_off_fraction": "responses cut off", "groups_with_signal": "prompts with a signal"},
+        unit_interval=True,
+    ),
     Panel("token entropy, nats", {"entropy": ""}),
-    Panel("gradient norm before clipping", {"grad_norm": ""}),
-    Panel(r"staleness, KL$(\pi_{old}\,\|\,\pi_\theta)$", {"staleness_kl_k3": ""}),
-    Panel(r"training-inference discrepancy, KL$(\mu_{old}\,\|\,\pi_{old})$", {"discrepancy_kl_k3": ""}),
+    Panel("gradient norm before clipping", {"grad_norm": ""}, log=True),
+    Panel(r"staleness, KL$(\pi_{old}\,\|\,\pi_\theta)$, nats", {"staleness_kl_k3": ""}, log=True),
+    Panel(r"discrepancy, KL$(\mu_{old}\,\|\,\pi_{old})$, nats", {"discrepancy_kl_k3": ""}, log=True),
     Panel(
         "share of tokens",
         {"clip_fraction_high": "masked above", "clip_fraction_low": "masked below", "truncation_fraction": "truncated"},
@@ -39,6 +53,8 @@ PANELS = (
 )
 COLOURS = ("#1f5fa8", "#d1661a", "#2b8a57", "#a33b8f", "#6b6b6b", "#b59a00", "#c23b3b", "#2aa6b8")
 LINE_STYLES = ("-", "--", ":")
+WINDOW = 10  # steps
+FEW = 10  # points, which are marked: a line of one point would not be seen
 
 
 def plot_runs(run_dirs: Sequence[RunDir], path: Path) -> None:
@@ -47,17 +63,7 @@ def plot_runs(run_dirs: Sequence[RunDir], path: Path) -> None:
     for name, lines in runs.items():
         if not lines:
             raise MiniRLError(f"{name} has no training steps to plot yet")
-    figure = Figure(figsize=(13, 6.8), dpi=130, layout="constrained")
-    grid = figure.subplots(2, 3)
-    for axes, panel in zip(grid.flat, PANELS, strict=True):
-        _draw(axes, panel, runs)
-    for axes in grid[-1]:
-        axes.set_xlabel("global step", fontsize=8)
-    if len(runs) > 1:
-        handles = [Line2D([], [], color=COLOURS[number % len(COLOURS)]) for number in range(len(runs))]
-        figure.legend(handles, runs, loc="outside upper center", ncols=min(len(runs), 4), frameon=False)
-    else:
-        figure.suptitle(next(iter(runs)), fontsize=11)
+    figure = draw_runs(runs)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
@@ -66,37 +72,100 @@ def plot_runs(run_dirs: Sequence[RunDir], path: Path) -> None:
         raise MiniRLError(f"{path} cannot be written to: {error.strerror}") from None
 
 
-def _draw(axes: Axes, panel: Panel, runs: dict[str, list[dict[str, Any]]]) -> None:
+def draw_runs(runs: dict[str, list[dict[str, Any]]]) -> Figure:
+    """The figure of runs, by name: each is its lines of metrics.jsonl, of the phase "train"."""
+    figure = Figure(figsize=(15, 6.8), dpi=120, layout="constrained")
+    colours = COLOURS if len(runs) <= len(COLOURS) else colormaps["turbo"].resampled(len(runs))(range(len(runs)))
+    for axes, panel in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
+        _draw(axes, panel, runs, colours)
+    figure.supxlabel(
+        f"global step      (faint: each step; bold: the mean of the last {WINDOW}, on logarithmic axes their median)",
+        fontsize=9,
+    )
+    if len(runs) > 1:
+        handles = [Line2D([], [], color=colours[number]) for number in range(len(runs))]
+        figure.legend(handles, runs, loc="outside upper center", ncols=min(len(runs), 4), frameon=False)
+    else:
+        figure.suptitle(next(iter(runs)), fontsize=11)
+    return figure
+
+
+def _draw(axes: Axes, panel: Panel, runs: dict[str, list[dict[str, Any]]], colours: Sequence) -> None:
     """One panel. Colours tell curves apart in a picture of one run, and runs in a picture of several."""
     several = len(runs) > 1
+    if panel.log:
+        axes.set_yscale("log")
+    drawn, last_step = [], 1
     for number, lines in enumerate(runs.values()):
         for curve, metric in enumerate(panel.curves):
-            points = [(line["step"], line[metric]) for line in lines if metric in line]
-            steps, values = [step for step, _ in points], [value for _, value in points]
-            look = {"color": COLOURS[(number if several else curve) % len(COLOURS)], "linewidth": 1.6}
-            look["linestyle"] = LINE_STYLES[curve] if several else "-"
-            if metric == "reward_held_out":
-                axes.plot(steps, values, marker="o", markersize=4, **look)
-            else:
-                axes.plot(steps, values, color=look["color"], linewidth=0.7, alpha=0.35)
-                axes.plot(steps, trailing_mean(values), **look)
+            steps, values = points(lines, metric)
+            colour = colours[number if several else curve]
+            _draw_curve(axes, steps, values, colour, LINE_STYLES[curve] if several else "-", metric)
+            drawn += values
+            last_step = max([last_step, *steps])
+    _scale(axes, panel, drawn)
     axes.set_title(panel.title, fontsize=10, loc="left")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0, top=panel.top)
+    axes.set_xlim(0, last_step * 1.02)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.ticklabel_format(axis="y", scilimits=(-3, 4))
-    axes.yaxis.get_offset_text().set_fontsize(8)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(which="both", labelsize=8)
     if len(panel.curves) > 1:
         count = len(panel.curves)
-        styles = [("black", LINE_STYLES[curve]) if several else (COLOURS[curve], "-") for curve in range(count)]
+        styles = [("black", LINE_STYLES[curve]) if several else (colours[curve], "-") for curve in range(count)]
         handles = [Line2D([], [], color=colour, linestyle=style) for colour, style in styles]
         axes.legend(handles, panel.curves.values(), fontsize=8, frameon=False)
 
 
-def trailing_mean(values: Sequence[float], width: int = 10) -> list[float]:
-    """The mean of each value and those before it, `width` in all."""
-    windows = (values[max(0, end - width) : end] for end in range(1, len(values) + 1))
-    return [sum(window) / len(window) for window in windows]
+def points(lines: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of a metric where it was logged and is finite."""
+    found = [(line["step"], line[metric]) for line in lines if isinstance(line.get(metric), (int, float))]
+    found = [(step, value) for step, value in found if math.isfinite(value)]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _draw_curve(axes: Axes, steps: list[int], values: list[float], colour: Any, style: str, metric: str) -> None:
+    """The values, faint, and what is usual among the last ones; of an evaluation, each value. Few values are marked."""
+    look = {"color": colour, "linestyle": style, "linewidth": 1.6, "markersize": 4}
+    if metric == "reward_held_out":
+        axes.plot(steps, values, marker="o", **look)
+        return
+    usual = fmean
+    if axes.get_yscale() == "log":
+        usual = median  # one spike is a step of its mean for ten steps
+        _mark_zeros(axes, [step for step, value in zip(steps, values, strict=True) if value <= 0], colour)
+        positive = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
+        steps, values = [step for step, _ in positive], [value for _, value in positive]
+    axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
+    axes.plot(steps, trailing(usual, values), marker="o" if len(steps) <= FEW else "", **look)
+
+
+def _mark_zeros(axes: Axes, steps: list[int], colour: Any) -> None:
+    """A mark for each at the foot of a logarithmic axis, which has no place for 0."""
+    look = {"color": colour, "linestyle": "", "marker": "|", "markersize": 7}
+    axes.plot(steps, [0.02] * len(steps), transform=axes.get_xaxis_transform(), **look)
+
+
+def _scale(axes: Axes, panel: Panel, values: list[float]) -> None:
+    """The range of the y axis, and a note where values are none, or zeros on a logarithmic axis."""
+    note = None if values else "no values"
+    if panel.log and values and min(values) <= 0:
+        note = "| exactly 0" if max(values) > 0 else "exactly 0 in every step"
+    if note is not None:
+        axes.text(0.5, 0.06, note, transform=axes.transAxes, ha="center", fontsize=9, color="#444444")
+    if panel.log:
+        if not any(value > 0 for value in values):
+            axes.set_yticks([])
+            axes.minorticks_off()
+        return
+    axes.ticklabel_format(axis="y", scilimits=(-3, 4))
+    axes.yaxis.get_offset_text().set_fontsize(8)
+    if not panel.unit_interval:
+        axes.set_ylim(bottom=0)
+    elif all(0 <= value <= 1 for value in values):
+        axes.set_ylim(-0.03, 1.03)
+
+
+def trailing(function: Callable[[Sequence[float]], float], values: Sequence[float]) -> list[float]:
+    """The function of each value and those before it, `WINDOW` in all."""
+    return [function(values[max(0, end - WINDOW) : end]) for end in range(1, len(values) + 1)]

@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from .advice import RewardAdvice
 from .cold_start import cold_start
 from .config import TrainConfig
 from .config_file import dump_config
@@ -79,7 +80,7 @@ def run_cold_start(config: TrainConfig, model: PreTrainedModel, sampler: Sampler
 
 def run_steps(config: TrainConfig, model: PreTrainedModel, sampler: Sampler, log: MetricsLog, console: Console):
     """The global steps with evaluations before, between and after them, logged as "train"."""
-    trainer = Trainer(config, model, sampler)
+    trainer, advice = Trainer(config, model, sampler), RewardAdvice(config.rollout.max_new_tokens)
     held_out = held_out_problems(config, sampler.task, config.eval.prompts)
 
     def evaluate(step: int) -> float:
@@ -91,6 +92,8 @@ def run_steps(config: TrainConfig, model: PreTrainedModel, sampler: Sampler, log
     with progress(console, "training", config.steps) as report:
         for step in range(1, config.steps + 1):
             metrics = trainer.step(step)
+            for line in advice.after(step, metrics):
+                console.print(line)
             try:
                 sampler.engine.update_weights(model)
                 if step % config.eval.every == 0 or step == config.steps:

@@ -90,7 +90,7 @@ def _check_layout(rollouts: Rollouts, asked: Asked) -> None:
     if place := _first(lengths <= starts):
         (row,) = place
         raise _wrong(
-            f"{asked.row(row)}: attention_mask has {int(lengths[row])} tokens, {int(starts[row])} of them the prompt's: "
+            f"{asked.row(row)}: attention_mask has {int(lengths[row])} tokens, {int(starts[row])} of the prompt: "
             "a response must have at least one token, if only the end-of-sequence token"
         )
     places = torch.arange(width)
@@ -102,8 +102,8 @@ def _check_layout(rollouts: Rollouts, asked: Asked) -> None:
         if place := _first(getattr(rollouts, name) != expected):
             row, token = place
             raise _wrong(
-                f"{asked.row(row)}: {name} is {not expected[place]} at token {token}: it must be {bool(expected[place])}"
-                f", with {int(starts[row])} tokens of the prompt, {int(lengths[row])} in all, and padding on the right"
+                f"{asked.row(row)}: {name} is {not expected[place]} at token {token}: it must be the opposite, "
+                f"with {int(starts[row])} tokens of the prompt, {int(lengths[row])} in all, and padding on the right"
             )
     prompts = pad_sequence([torch.tensor(list(prompt)) for prompt in asked.prompts], batch_first=True)[groups]
     longest = prompts.shape[1]
