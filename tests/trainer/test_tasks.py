@@ -109,6 +109,47 @@ def test_files_that_cannot_be_used(tmp_path):
         make_task(write_lines(tmp_path / "one.jsonl", {"prompt": "a", "answer": "1"}))
 
 
+def test_answers_that_are_numbers_are_read_as_they_stand(tmp_path):
+    answers = ["20", "-3", "20.50", "1e-5", "12345678901234567890"]
+    path = tmp_path / "problems.jsonl"
+    path.write_text("\n".join(f'{{"prompt": "{n}", "answer": {answers[n % 5]}}}' for n in range(20)))
+    task = make_task(TaskConfig(kind="jsonl", path=str(path), held_out_fraction=0.3))
+    problems = {problem.prompt: problem for problem in [*task.train, *task.held_out]}
+    for number, (right, wrong) in enumerate(
+        [("20", "21"), ("-3", "3"), ("20.5", "20"), ("0.00001", "1"), ("12345678901234567890", "12345678901234567000")]
+    ):
+        assert task.reward(problems[str(number)], f"\\boxed{{{right}}}") == 1.0
+        assert task.reward(problems[str(number)], f"\\boxed{{{wrong}}}") == 0.0
+
+
+def test_text_answers_are_graded_as_text(tmp_path):
+    """math-verify reads a word as a product of letters, so that no sentence that has the word is equal to it."""
+    records = [{"prompt": f"Capital {n}?", "answer": ["Paris", "yes", "A"][n % 3]} for n in range(30)]
+    task = make_task(write_lines(tmp_path / "problems.jsonl", *records))
+    for problem in [*task.train, *task.held_out]:
+        assert task.reward(problem, f"The answer is {problem.answer}.") == 1.0
+        assert task.reward(problem, problem.answer) == 1.0
+        assert task.reward(problem, f"\\boxed{{{problem.answer}}}") == 1.0
+        assert task.reward(problem, "The answer is Rome.") == 0.0
+
+
+@pytest.mark.parametrize("answer", ["?", "½", "\\frac{1}{", "sqrt(2)"])
+def test_an_answer_that_cannot_be_graded_is_refused_with_its_line(tmp_path, answer):
+    config = write_lines(tmp_path / "problems.jsonl", {"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": answer})
+    with pytest.raises(MiniRLError) as error:
+        make_task(config)
+    assert f"line 2: answer is {answer!r}: it must be mathematics" in str(error.value)
+
+
+def test_equal_prompts_are_told_as_what_they_are(tmp_path):
+    records = [{"prompt": "What is 1+1?", "answer": "2"}] * 50
+    with pytest.raises(
+        MiniRLError, match=r"problems of its 50, which have 1 different prompts .* more different"
+    ) as error:
+        make_task(write_lines(tmp_path / "problems.jsonl", *records))
+    assert "held_out_fraction" not in str(error.value)  # no other value would help
+
+
 def test_chat_needs_a_template():
     with pytest.raises(MiniRLError, match="chat template"):
         encode_prompt(character_tokenizer("ab"), [{"role": "user", "content": "a"}])
