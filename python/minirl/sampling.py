@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,16 +39,24 @@ class Sampler:
         rollouts = self.engine.generate(prompts, n, seed=seed)
         check_rollouts(rollouts, asked, self.limits)
         texts = self.tokenizer.batch_decode(rollouts.responses(), skip_special_tokens=True)
-        rewards = []
-        for row, text in enumerate(texts):
-            try:
-                rewards.append(checked_reward(self.task.reward(problems[row // n], text)))
-            except Exception as error:  # a reward is the user's code, and may raise anything
-                raise MiniRLError(
-                    f"the reward of {asked.row(row)}, cannot be used: {type(error).__name__}: {error} "
-                    f"(the response is {text[:60]!r})"
-                ) from error
+        rewards = [self._reward(problems[row // n], text, asked.row(row)) for row, text in enumerate(texts)]
         return rollouts, torch.tensor(rewards, dtype=torch.float32)
+
+    def _reward(self, problem: Problem, response: str, name: str) -> float:
+        """The reward of a response. Raises MiniRLError with the response's name unless it is a number of float32."""
+        about = f"the reward of {name}, whose text is {response[:60]!r}, "
+        try:
+            reward = self.task.reward(problem, response)
+        except Exception as error:  # a task is the user's code, and may raise anything
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            raise MiniRLError(
+                f"{about}cannot be computed: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
+            ) from error
+        if isinstance(reward, bool) or not isinstance(reward, numbers.Real):
+            raise MiniRLError(f"{about}is {reward!r}, a {type(reward).__name__}: it must be a float")
+        if not abs(reward) <= torch.finfo(torch.float32).max:
+            raise MiniRLError(f"{about}is {reward}: it must be finite in float32")
+        return float(reward)
 
     def average_at_k(self, problems: Sequence[Problem], k: int, *, seed: int) -> tuple[float, float]:
         """avg@k: (mean reward of k responses to each problem, its standard error over the problems)."""
@@ -55,15 +64,6 @@ class Sampler:
         means = rewards.view(len(problems), k).double().mean(1)
         error = means.std().item() / len(problems) ** 0.5 if len(problems) > 1 else float("nan")
         return means.mean().item(), error
-
-
-def checked_reward(reward: object) -> float:
-    """The reward as a float. Raises TypeError or ValueError unless it is a number that float32 holds."""
-    if isinstance(reward, bool) or not isinstance(reward, numbers.Real):
-        raise TypeError(f"the reward is {reward!r}, a {type(reward).__name__}: it must be a float")
-    if not abs(reward) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"the reward is {reward}: it must be finite in float32")
-    return float(reward)
 
 
 def make_sampler(

@@ -100,7 +100,8 @@ class Trainer:
     def with_old_log_probs(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
         """(`batch` with log pi_old, log pi_ref and the experts to replay, what is to be told of its routing).
 
-        In the micro-batches of the updates: then the first update finds the same bits, and log r is 0 there.
+        In the micro-batches of the updates: then the first update finds the same bits, and log r is 0 there. Raises
+        MiniRLError where one of them is not finite.
         """
         length = batch.token_ids.shape[1]
         old_log_probs, routed_experts, agreement = [], [], Agreement()
@@ -119,7 +120,22 @@ class Trainer:
         if routed_experts:
             batch = replace(batch, routed_experts=RoutedExperts.pad(routed_experts, length))
         ref_log_probs = None if self.reference is None else self._ref_log_probs(batch)
-        return replace(batch, old_log_probs=torch.cat(old_log_probs), ref_log_probs=ref_log_probs), metrics
+        batch = replace(batch, old_log_probs=torch.cat(old_log_probs), ref_log_probs=ref_log_probs)
+        for name in ("old_log_probs", "ref_log_probs"):
+            self._check_finite(name, batch)
+        return batch, metrics
+
+    def _check_finite(self, name: str, batch: Batch) -> None:
+        """Raises MiniRLError that names the first response and token: a NaN would switch the loss's mask off."""
+        values = getattr(batch, name)
+        if values is None or not bool((wrong := batch.loss_mask & ~values.isfinite()).any()):
+            return
+        row, position = wrong.nonzero()[0].tolist()
+        prompt, response = divmod(row, self.config.rollout.group_size)
+        raise MiniRLError(
+            f"{name} is {float(values[row, position])} at token {position + 1} of response {response} to prompt "
+            f"{prompt} of this step: it must be finite; if the model has diverged, try a smaller optimizer.lr"
+        )
 
     def _ref_log_probs(self, batch: Batch) -> Tensor:
         parts = [self._forward(self.reference, micro).log_probs.cpu() for micro in self._micro_batches(batch)]

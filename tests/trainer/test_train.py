@@ -150,6 +150,17 @@ def test_divergence_is_told(config, make_trainer):
         trainer.update(minibatch)
 
 
+@pytest.mark.parametrize("name", ["old_log_probs", "ref_log_probs"])
+def test_log_probs_that_are_not_finite_are_told(config, make_trainer, name):
+    """A comparison with NaN is false, so that a NaN in old_log_probs would switch the clipping off without a word."""
+    trainer = make_trainer(config, policy_loss=PolicyLossConfig(kl_coef=0.1))
+    batch, _ = trainer.collect(1)
+    with torch.no_grad():
+        (trainer.model if name == "old_log_probs" else trainer.reference).lm_head.weight[:, 0] = torch.nan
+    with pytest.raises(MiniRLError, match=rf"{name} is nan at token \d+ of response 0 to prompt 0 of this step"):
+        trainer.with_old_log_probs(batch)
+
+
 def test_supervised_loss_is_the_cross_entropy_of_the_answers(config):
     model, tokenizer = make_model(config)
     input_ids, is_answer = answered([Problem("1+2=", "3"), Problem("12+25=", "37")], tokenizer)
