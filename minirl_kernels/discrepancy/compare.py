@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import PolicyLossConfig
 from ..moe import RoutedExperts
 from .engines import GeneratingEngine, Scores, ScoringEngine, TokenIds
+from .forwards import Forwards, watched
 from .modules import Difference, Event, ModuleTrace
 from .operations import OperationDifference, OperationTrace, first_difference
 from .probabilities import full_vocabulary_kl, sampled_token_metrics
@@ -63,11 +64,15 @@ def compare_engines(
         rows = min(trace_sequences, len(part))
         trace = ModuleTrace(rows) if modules_missing is None and start == 0 else None
         with ExitStack() as watching:
+            forwards = watching.enter_context(_forwards(mu.model))
             _enter(watching, routing and routing.recording_mu(), trace and trace.recording(mu.model))
             responses, sampled = mu.generate(part, seed=part_seed)
+        sequences = [[*prompt, *response] for prompt, response in zip(part, responses, strict=True)]
+        misplaced = _misplaced("mu", forwards, sequences)
         if routing is not None and not routing.watches_mu and sampled.routed_experts is None:
             routing, routing_missing = None, _UNSAID
         with ExitStack() as watching:
+            forwards = watching.enter_context(_forwards(pi.model))
             _enter(
                 watching,
                 routing and routing.recording_pi(),
@@ -76,6 +81,11 @@ def compare_engines(
             replayed = _recorded("mu", sampled) if routing_replay == "R3" else None
             with_logits = sampled.logits is not None
             scored = pi.score(part, responses, with_logits=with_logits, routed_experts=replayed)
+        misplaced = misplaced or _misplaced("pi", forwards, sequences)
+        if misplaced is not None and routing is not None:
+            routing, routing_missing = None, misplaced
+        if misplaced is not None and trace is not None:
+            trace, modules_missing = None, misplaced
         if routing is not None:
             routing.add(_scoring(part, responses), sampled.routed_experts)
         if trace is not None:
@@ -130,6 +140,17 @@ def _enter(stack: ExitStack, *contexts: AbstractContextManager | None) -> None:
         stack.enter_context(context or nullcontext())
 
 
+def _forwards(model: object) -> AbstractContextManager[Forwards | None]:
+    """None of a model that runs elsewhere: its own record says which token is where."""
+    return watched(model, names=()) if isinstance(model, nn.Module) else nullcontext()
+
+
+def _misplaced(engine: str, forwards: Forwards | None, sequences: list[list[int]]) -> str | None:
+    """Why the engine's forwards cannot be compared with the other's, or None."""
+    found = None if forwards is None else forwards.misplaced(sequences)
+    return None if found is None else f"a forward of {engine} {found}"
+
+
 def _decoded(prompts: TokenIds, responses: TokenIds) -> Tensor:
     """[rows, 2], the places of all tokens but the last, which was sampled and never decoded."""
     return torch.tensor([[0, len(p) + len(r) - 1] for p, r in zip(prompts, responses, strict=True)])
@@ -181,10 +202,10 @@ class _FirstBatch:
         )
         return report, None
 
-    def _place_of(self, event: Event) -> tuple[str, str, str | None]:
-        """(module, class, before which submodule)"""
+    def _place_of(self, event: Event) -> tuple[str, str, str | None, int | None]:
+        """(module, class, before which submodule, layer)"""
         kind = type(self.pi.model.get_submodule(event.culprit)).__name__
-        return event.culprit, kind, event.module if event.is_input else None
+        return event.culprit, kind, event.module if event.is_input else None, self.trace.layer(event)
 
     def _first_operation(self, event: Event, spans: Tensor) -> tuple[OperationDifference | None, str | None]:
         """(it, None), or (None, why there is none), from a second run."""
@@ -209,4 +230,4 @@ def _first_in_log_probs(mu: list[Tensor], pi: list[Tensor]) -> FirstDifference |
     if difference.is_none:
         return None
     missing = "what they are made of is equal in both, up to the last hidden state"
-    return FirstDifference(LOG_PROBS, "head and log-softmax", None, difference, None, missing)
+    return FirstDifference(LOG_PROBS, "head and log-softmax", None, None, difference, None, missing)

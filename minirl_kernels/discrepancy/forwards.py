@@ -1,21 +1,24 @@
 """Which token of which sequence each row of a tensor belongs to, inside the forwards of a model.
 
 A decode with a cache, prompts padded on the left, and a forward of whole sequences, padded on the right, have nothing
-in common but the tokens. The attention mask says where they are in both.
+in common but the tokens. The attention mask says where they are in both. A forward without a mask continues the one
+before it if it has the same cache, and else begins a sequence without padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 # A token's key is row * STRIDE + its place in the row.
 STRIDE = 1 << 32
+_CACHES = ("past_key_values", "cache_params")  # names of the argument that holds what earlier forwards made
 
 
 @dataclass
@@ -56,23 +59,57 @@ class Forward:
 
 
 class Forwards:
-    """The forward that runs, and how many there were."""
+    """The forward that runs, how many there were, and which token each of them took for which place."""
 
     def __init__(self):
         self.current: Forward | None = None
         self.count = 0
+        self._cache: object = None
+        self._held = torch.empty(0, 0, dtype=torch.bool)  # [B, slots so far]
+        self._taken: list[tuple[Tensor, Tensor]] = []  # keys, token ids
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        mask = kwargs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones_like(input_ids)
-        if mask.dim() != 2:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}: it must be [B, tokens so far]")
-        held = mask.bool().cpu()
-        places = (held.cumsum(1) - 1).masked_fill(~held, -1)
+        input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
+        if input_ids is None:
+            raise ValueError("input_ids is None: a forward that is compared must be given token ids")
+        cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
+        self._held = self._slots(input_ids, kwargs.get("attention_mask"), cache is not None and cache is self._cache)
+        self._cache = cache
+        places = (self._held.cumsum(1) - 1).masked_fill(~self._held, -1)
         self.current = Forward(self.count, places[:, -input_ids.shape[1] :])
         self.count += 1
+        held, keys = self.current.keys(len(places))
+        self._taken.append((keys, input_ids.detach().cpu()[held]))
+
+    def misplaced(self, sequences: Sequence[Sequence[int]]) -> str | None:
+        """The first token that is not the one that its sequence has in its place, in words; None if all are."""
+        ids = pad_sequence([torch.tensor(row) for row in sequences], batch_first=True, padding_value=-1)
+        for keys, taken in self._taken:
+            rows, places = keys // STRIDE, keys % STRIDE
+            if len(rows) and rows.max() >= len(ids):
+                return f"has {rows.max() + 1} rows, and there are {len(ids)} sequences"
+            # a decode goes on with sequences that have ended
+            inside = places < ids.shape[1]
+            rows, places, taken = rows[inside], places[inside], taken[inside]
+            expected = ids[rows, places]
+            wrong = ((expected >= 0) & (expected != taken)).nonzero()
+            if len(wrong):
+                first = wrong[0, 0]
+                return (
+                    f"has token {taken[first]} in place {places[first]} of sequence {rows[first]}, where that has "
+                    f"{expected[first]}: its attention_mask or its cache must say which tokens came before"
+                )
+        return None
+
+    def _slots(self, input_ids: Tensor, mask: Tensor | None, continues: bool) -> Tensor:
+        """[B, slots so far] bool, which of them hold a token."""
+        if mask is None:
+            new = torch.ones(input_ids.shape, dtype=torch.bool)
+            return torch.cat([self._held, new], 1) if continues else new
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            given = f"has shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
+            raise ValueError(f"attention_mask {given}: it must be [B, tokens so far]")
+        return mask.bool().cpu()
 
 
 @contextmanager
@@ -82,7 +119,7 @@ def watched(
     names: Collection[str] | None = None,
     before: Callable[[Forward, str, nn.Module, tuple, dict], None] | None = None,
     after: Callable[[Forward, str, nn.Module, object], None] | None = None,
-) -> Iterator[None]:
+) -> Iterator[Forwards]:
     """Call `before` and `after` each module's forward, inside the forwards of `model`, in the order of execution.
 
     names: of the modules; None means all. before: is given the arguments; after: the output; both the Forward, too, and
@@ -107,7 +144,7 @@ def watched(
             handles.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(partial(leave, name)))
     try:
-        yield
+        yield forwards
     finally:
         for handle in handles:
             handle.remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .forwards import Forward, common_tokens, watched
+from .layers import Layers
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class ModuleTrace:
 
     def __init__(self, rows: int):
         self._rows = rows
+        self._layers = Layers(None)
         self._places: dict[PlaceName, Place] = {}
         self.tokens = 0  # as many as could be compared
         self.events: list[Event] = []
@@ -124,6 +125,7 @@ class ModuleTrace:
     def comparing(self, pi: nn.Module, spans: Tensor) -> Iterator[None]:
         """spans: [rows, 2], first place and end of what is to be compared of each sequence."""
         self._spans = spans
+        self._layers = Layers.of(pi)
         kinds = {name: type(module).__name__ for name, module in pi.named_modules()}
 
         def compare(forward: Forward, name: str, is_input: bool, occurrence: int, tensors: list[Tensor]) -> None:
@@ -157,13 +159,17 @@ class ModuleTrace:
             largest = max(largest, relative)
         return most
 
+    def layer(self, event: Event) -> int | None:
+        """Of the module that was given its input, or made its output; None outside the decoder layers."""
+        return self._layers.number(event.module)
+
     def outputs(self) -> list[Event]:
         return [event for event in self.events if not event.is_input]
 
     def layers(self) -> list[tuple[int, Event]]:
         """The outputs of the decoder layers, with their numbers."""
-        numbered = [(re.fullmatch(r"(?:.*\.)?layers\.(\d+)", event.module), event) for event in self.outputs()]
-        return [(int(match[1]), event) for match, event in numbered if match]
+        outputs = [event for event in self.outputs() if self._layers.has(event.module)]
+        return [(self.layer(event), event) for event in outputs]
 
     def _per_token(self, forward: Forward, tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
         found = [forward.per_token(tensor, self._rows) for tensor in tensors]

@@ -114,8 +114,8 @@ def first_difference(mu: OperationTrace, pi: OperationTrace, spans: Tensor) -> O
 
 
 def _compare(mu: Tensor | None, pi: Tensor | None, mu_at: Forward, pi_at: Forward, spans: Tensor) -> Difference | None:
-    """None where they do not have the same dimensions but for that of tokens."""
-    if mu is None or pi is None:
+    """None where they do not have the same dimensions but for that of tokens, or there is nothing in them."""
+    if mu is None or pi is None or not mu.numel():
         return None
     rows, length, steps = len(spans), pi_at.tokens.shape[1], mu_at.tokens.shape[1]
     if len(pi) == rows * length and len(mu) == rows * steps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,14 +24,12 @@ class FirstDifference:
     """Its class."""
     before: str | None
     """The submodule that it first hands a differing input to; none where the difference is in its output."""
+    layer: int | None
+    """The decoder layer that it is in; none outside them."""
     difference: Difference
     operation: OperationDifference | None
     operation_missing: str | None
     """Why there is no operation."""
-
-    @property
-    def layer(self) -> int | None:
-        return layer_of(self.module if self.before is None else self.before)
 
 
 @dataclass(frozen=True)
@@ -44,13 +41,11 @@ class Jump:
     """Its class."""
     before: str | None
     """The submodule that it hands the grown difference to; none where that is in its output."""
+    layer: int | None
+    """The decoder layer that it is in; none outside them."""
     factor: float
     """How many times it is the largest relative difference of all that was computed before."""
     difference: Difference
-
-    @property
-    def layer(self) -> int | None:
-        return layer_of(self.module if self.before is None else self.before)
 
 
 @dataclass(frozen=True)
@@ -123,17 +118,11 @@ class DiscrepancyReport:
             if self.has_update
             else None,
             "importance_weight": metrics,
-            "routing": None if self.routing is None else [vars(layer) for layer in self.routing],
+            "routing": None if self.routing is None else [_agreement(layer) for layer in self.routing],
             "routing_missing": self.routing_missing,
             "modules": None if self.modules is None else _modules(self.modules),
             "modules_missing": self.modules_missing,
         }
-
-
-def layer_of(name: str) -> int | None:
-    """The decoder layer that a module's name has, layers.<number>."""
-    found = re.search(r"(?:^|\.)layers\.(\d+)(?:\.|$)", name)
-    return None if found is None else int(found[1])
 
 
 def _modules(report: ModuleReport) -> dict[str, Any]:
@@ -175,6 +164,10 @@ def _modules(report: ModuleReport) -> dict[str, Any]:
             {"module": event.module, "class": event.kind, **_numbers(event.difference)} for event in report.modules
         ],
     }
+
+
+def _agreement(layer: LayerAgreement) -> dict[str, Any]:
+    return {"router": layer.router, "equal_fraction": layer.equal_fraction, "overlap": layer.overlap}
 
 
 def _numbers(difference: Difference) -> dict[str, float]:

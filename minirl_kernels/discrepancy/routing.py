@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..moe import RoutedExperts
 from ..moe.routers import routers
 from .forwards import STRIDE, Forward, common_tokens, watched
+from .layers import Layers
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class LayerAgreement:
     """Of mu's experts with pi's in one MoE layer."""
 
     router: str
+    layer: int
+    """The number of its decoder layer; of the router, where a layer has several or a router has none."""
     equal_fraction: float
     """Of the tokens, those that both engines send to the same experts."""
     overlap: float
@@ -37,6 +40,10 @@ class RoutingComparison:
         self._names = [router.name for router in routers(pi)]
         if mu is not None and [router.name for router in routers(mu)] != self._names:
             raise ValueError("the two engines have not the same routers")
+        layers = Layers.of(pi)
+        numbers = [layers.number(name) for name in self._names]
+        one_each = None not in numbers and len(set(numbers)) == len(numbers)
+        self._numbers = numbers if one_each else list(range(len(numbers)))
         self._chosen: dict[str, dict[str, list[tuple[Tensor, Tensor]]]] = {}
         self._totals = torch.zeros(len(self._names), 3, dtype=torch.float64)  # equal, overlap, tokens
 
@@ -78,7 +85,10 @@ class RoutingComparison:
     def layers(self) -> list[LayerAgreement]:
         equal, overlap, tokens = self._totals.unbind(1)
         values = torch.stack([equal / tokens, overlap / tokens], 1).tolist()
-        return [LayerAgreement(name, *pair) for name, pair in zip(self._names, values, strict=True)]
+        return [
+            LayerAgreement(name, number, *pair)
+            for name, number, pair in zip(self._names, self._numbers, values, strict=True)
+        ]
 
     def _said(self, experts: RoutedExperts) -> dict[str, list[tuple[Tensor, Tensor]]]:
         if experts.num_layers != len(self._names):

@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from minirl_kernels.discrepancy import DiscrepancyReport
-from minirl_kernels.discrepancy.report import layer_of
 
 from ..errors import MiniRLError
 from ..plots import COLOURS
@@ -88,8 +87,7 @@ def _routing(axes: Axes, report: DiscrepancyReport) -> None:
     if report.routing is None:
         _say(axes, "no routing was compared")
         return
-    layers = [layer_of(layer.router) for layer in report.routing]
-    layers = list(range(len(layers))) if None in layers else layers
+    layers = [layer.layer for layer in report.routing]
     other = [100 * (1 - layer.equal_fraction) for layer in report.routing]
     axes.bar(layers, other, width=0.7, color=COLOURS[1])
     axes.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from minirl_kernels import PolicyLossConfig
 from minirl_kernels.discrepancy import DiscrepancyReport
-from minirl_kernels.discrepancy.report import LOG_PROBS, FirstDifference, Jump, layer_of
+from minirl_kernels.discrepancy.report import LOG_PROBS, FirstDifference, Jump
 
 
 def show(report: DiscrepancyReport, console: Console, bounds: PolicyLossConfig) -> None:
@@ -72,7 +72,7 @@ def _print(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> Non
 
 
 def _show_layers(report: DiscrepancyReport, console: Console) -> None:
-    routing = {layer_of(layer.router): layer for layer in report.routing or []}
+    routing = {layer.layer: layer for layer in report.routing or []}
     differences = {} if report.modules is None else dict(report.modules.layers)
     if report.modules is None:
         console.print(f"No modules were compared: {report.modules_missing}.")
@@ -84,7 +84,7 @@ def _show_layers(report: DiscrepancyReport, console: Console) -> None:
     table.add_column("layer", justify="right")
     for name in ("relative diff.", "tokens differing", "same experts", "overlap"):
         table.add_column(name, justify="right")
-    for layer in sorted({*routing, *differences}, key=lambda layer: -1 if layer is None else layer):
+    for layer in sorted({*routing, *differences}):
         difference, agreement = differences.get(layer), routing.get(layer)
         table.add_row(
             str(layer),
