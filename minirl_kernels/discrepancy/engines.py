@@ -43,8 +43,9 @@ class GeneratingEngine(Protocol):
     """The inference side, mu."""
 
     model: nn.Module | RemoteModel | None
-    """As in ScoringEngine; a forward continues the one before it, whose keys and values it has cached. Of a model that
-    runs elsewhere, the routing is that of Scores.routed_experts."""
+    """As in ScoringEngine; a forward continues the one before it, whose keys and values it has cached. It says so by an
+    attention_mask of all tokens so far, or by the same past_key_values or cache_params. Of a model that runs elsewhere,
+    the routing is that of Scores.routed_experts."""
 
     def generate(self, prompts: TokenIds, *, seed: int) -> tuple[list[list[int]], Scores]:
         """One response to each prompt, sampled in one batch, and its scores as the decode had them.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from minirl_kernels import PolicyLossConfig
@@ -46,13 +49,14 @@ def discrepancy(name: str, target: Target, options: DiscrepancyOptions, console:
         torch.set_num_threads(config.threads)
     model, tokenizer = make_model(config)
     prompts, source = make_prompts(target, tokenizer, options.prompts, options.responses)
+    _check_context(model, prompts, options.max_new_tokens)
     sampling = RolloutConfig(
         quantization=options.mu.quantization,
         temperature=options.temperature,
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
     )
-    folder = target.folder if options.output is None else options.output
+    folder = _made(target.folder if options.output is None else options.output.expanduser())
     ends = end_token_ids(model, tokenizer)
     pi = training_engine(model, options.pi, options.temperature, "pi", records_routing=replay == "R2")
     updated = None if options.updated_model is None else _updated(options, len(tokenizer))
@@ -87,6 +91,9 @@ def discrepancy(name: str, target: Target, options: DiscrepancyOptions, console:
     show(report, console, bounds)
     table = {"format": FORMAT, "target": name, **asdict(options), "prompts": source, **report.to_dict()}
     written = folder / "discrepancy.json", folder / "discrepancy.png"
+    kept = keep_earlier(written)
+    if kept:
+        console.print(f"  the earlier report is now in {' and '.join(path.name for path in kept)}")
     write_json(written[0], table)
     draw(report, written[1], f"{name}: μ is {options.mu.summary}, π is {options.pi.summary}")
     for path in written:
@@ -94,10 +101,52 @@ def discrepancy(name: str, target: Target, options: DiscrepancyOptions, console:
     return _is_within(report, options, console)
 
 
+def _check_context(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Raises MiniRLError where a response of that many tokens would be longer than the model knows places."""
+    longest = max(map(len, prompts))
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest + max_new_tokens > limit:
+        raise MiniRLError(
+            f"--max-new-tokens is {max_new_tokens} and the longest prompt has {longest} tokens: together they must be "
+            f"at most {limit}, the model's max_position_embeddings"
+        )
+
+
+def keep_earlier(paths: Sequence[Path]) -> list[Path]:
+    """Give files of an earlier comparison the first number that is free for all of them, as in discrepancy-1.json.
+
+    Returns their new names. Raises MiniRLError if a file cannot be renamed.
+    """
+    count = 1
+    while any(_numbered(path, count).exists() for path in paths):
+        count += 1
+    kept = [(path, _numbered(path, count)) for path in paths if path.exists()]
+    for old, new in kept:
+        try:
+            old.rename(new)
+        except OSError as error:
+            raise MiniRLError(f"{old} cannot be renamed to {new.name}: {error.strerror}") from None
+    return [new for _, new in kept]
+
+
+def _numbered(path: Path, count: int) -> Path:
+    return path.with_name(f"{path.stem}-{count}{path.suffix}")
+
+
+def _made(folder: Path) -> Path:
+    """The folder, there before the comparison begins. Raises MiniRLError if it is unwritable."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MiniRLError(f"{folder} cannot be written to: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise MiniRLError(f"{folder} cannot be written to: it must be writable")
+    return folder
+
+
 def write_json(path: Path, table: dict[str, Any]) -> None:
     """Numbers that JSON has no word for (infinity, NaN) are null. Raises MiniRLError if path is unwritable."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(_finite(table), indent=2, default=str) + "\n", encoding="utf-8")
     except OSError as error:

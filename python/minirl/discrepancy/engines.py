@@ -158,7 +158,8 @@ def _computing_as(model: PreTrainedModel, settings: EngineSettings, name: str) -
                 raise MiniRLError(f"--{name}.{key.replace('_', '-')} is {value!r}: {error}") from None
     try:
         with torch.no_grad(), _mode(settings)(), autocast(twin.device, settings.dtype):
-            twin(torch.zeros(1, 1, dtype=torch.long, device=twin.device), use_cache=False)
+            token = torch.zeros(1, 1, dtype=torch.long, device=twin.device)
+            twin(token, attention_mask=torch.ones_like(token), use_cache=False)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise MiniRLError(f"{name} cannot compute as its options say: {error}") from error
     return twin

@@ -32,7 +32,6 @@ def draw(report: DiscrepancyReport, path: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             figure.savefig(temporary)
     except OSError as error:

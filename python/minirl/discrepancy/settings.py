@@ -114,6 +114,7 @@ class DiscrepancyOptions:
         for name in ("responses", "max_new_tokens", "batch_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("trace_sequences", self.trace_sequences >= 0, "at least 0")
+        self._require("seed", -(2**63) <= self.seed < 2**63, "a number of 64 bits")
         self._require("temperature", 0 < self.temperature < math.inf, "above 0 and finite")
         self._require("fail_above", self.fail_above is None or self.fail_above >= 0, "at least 0")
 

@@ -109,7 +109,7 @@ def _show_first(report: DiscrepancyReport, console: Console) -> None:
         f"{number(first.difference.relative)} ({traced})"
     )
     jump = report.modules.jump
-    if jump is not None and jump.factor > 1:
+    if jump is not None and jump.factor >= 2:  # roundings make it a little larger nearly everywhere
         console.print(
             f"  it grows most in {_where(jump)}: {number(jump.factor)} times, to {number(jump.difference.relative)}"
         )
@@ -142,7 +142,9 @@ _MAKES_NO_VALUES = re.compile(
 )
 
 
-def _listed(names: list[str], most: int = 8) -> str:
+def _listed(names: list[str], most: int = 12) -> str:
     """Each name once, in order."""
+    if not names:
+        return "no operation that makes values"
     names = list(dict.fromkeys(names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
