@@ -30,15 +30,8 @@ LARGEST = {"float32": 1e-5, "bfloat16": 0.1}  # relative difference that roundin
 
 def report_on(mu, pi, prompts, dtype="float32", *, decode=True, **settings):
     settings = {"dtype": dtype, **settings}
-    return compared(
-        mu,
-        pi,
-        mu_settings={**settings, "decode": decode},
-        pi_settings=settings,
-        prompts=prompts,
-        trace_sequences=6,
-        seed=7,
-    )
+    options = {"prompts": prompts, "trace_sequences": 6, "seed": 7}
+    return compared(mu, pi, mu_settings={**settings, "decode": decode}, pi_settings=settings, **options)
 
 
 @pytest.mark.parametrize("dtype", LARGEST)
@@ -47,6 +40,7 @@ def report_on(mu, pi, prompts, dtype="float32", *, decode=True, **settings):
 def test_a_decode_differs_by_roundings_alone(name, prompts, dtype):
     model = enable_log_probs(family(name))
     report = report_on(model, model, prompts, dtype)
+    assert report.metrics["num_tokens"] >= 2 * len(prompts)  # there was something to decode
     assert report.modules.tokens == sum(map(len, prompts)) + report.metrics["num_tokens"] - len(prompts)
     assert max(event.difference.relative for event in report.modules.modules) < LARGEST[dtype]
     assert [number for number, _ in report.modules.layers] == [0, 1, 2]
