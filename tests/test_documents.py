@@ -1,0 +1,47 @@
+"""The python blocks in docs/ run after the README's, and the commands in all documents are ones that there are."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from documents import DOCS, README, blocks, commands
+from minirl import cli
+from minirl.config import TrainConfig
+from minirl.config_file import load_config
+from minirl.discrepancy.target import Target
+
+# a line with brackets is a usage, not a call
+COMMANDS = [line for path in [README, *DOCS] for line in commands(path, "minirl discrepancy") if "[" not in line]
+
+
+@pytest.fixture(scope="module")
+def readme():
+    names = {}
+    for block in blocks(README, "python"):
+        exec(block, names)
+    return names
+
+
+@pytest.mark.parametrize("path", [path for path in DOCS if blocks(path, "python")], ids=lambda path: path.name)
+def test_python_blocks_run(path, readme):
+    names = dict(readme)
+    for block in blocks(path, "python"):
+        exec(block, names)
+
+
+@pytest.mark.parametrize("path", [path for path in DOCS if blocks(path, "toml")], ids=lambda path: path.name)
+def test_toml_blocks_are_configurations(path, tmp_path):
+    for block in blocks(path, "toml"):
+        (tmp_path / "config.toml").write_text(block)
+        load_config(tmp_path / "config.toml").check()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_of_the_report_are_known(command, monkeypatch):
+    given = []
+    monkeypatch.setattr(cli, "find_target", lambda name: Target(TrainConfig(), Path(), False))
+    monkeypatch.setattr(
+        "minirl.discrepancy.command.discrepancy", lambda name, found, options, console: given.append(options) or True
+    )
+    cli.main(shlex.split(command)[1:])
+    given[0].check()
