@@ -6,11 +6,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-_BLOCK = re.compile(r"(<!-- fragment: [^\n]*-->\n)?```(\w+)\n(.*?)```", flags=re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (?:fragment|command): [^\n]*-->\n)?```(\w+)\n(.*?)```", flags=re.DOTALL)
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    """Those of a language that are not marked as fragments, in order."""
+    """Those of a language that are not marked as fragments, or as commands that install, in order."""
     found = _BLOCK.findall(path.read_text(encoding="utf-8"))
     return [text for fragment, kind, text in found if kind == language and not fragment]
 

@@ -36,6 +36,13 @@ def test_toml_blocks_are_configurations(path, tmp_path):
         load_config(tmp_path / "config.toml").check()
 
 
+@pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
+def test_bash_blocks_are_calls_of_the_report(path):
+    """And so are tried below: others must be marked."""
+    lines = [line for block in blocks(path, "bash") for line in block.splitlines()]
+    assert all(line.startswith("minirl discrepancy ") for line in lines)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_of_the_report_are_known(command, monkeypatch):
     given = []
