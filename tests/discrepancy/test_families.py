@@ -90,7 +90,7 @@ class Unmasked:
 
     def generate(self, prompts, *, seed):
         def forget(module, args, kwargs):
-            return args, {**kwargs, "past_key_values": copy.deepcopy(kwargs["past_key_values"])}
+            return args, {**kwargs, "attention_mask": None, "past_key_values": copy.deepcopy(kwargs["past_key_values"])}
 
         handle = self.model.register_forward_pre_hook(forget, with_kwargs=True, prepend=True)
         try:

@@ -61,6 +61,7 @@ def test_layers_of_gpt2_are_compared(prompts, gpt2, run, tmp_path):
     assert [layer["layer"] for layer in table["modules"]["layers"]] == [0, 1, 2]
     assert all(layer["relative_difference"] < 1e-5 for layer in table["modules"]["layers"])
     assert "Layer by layer" in said
+    assert "same experts" not in said
     assert "No routing was compared" in said
 
 

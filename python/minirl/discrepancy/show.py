@@ -81,16 +81,22 @@ def _show_layers(report: DiscrepancyReport, console: Console) -> None:
     if not routing and not differences:
         return
     table = Table(title="Layer by layer", title_justify="left", title_style="bold", min_width=72)
-    table.add_column("layer", justify="right")
-    for name in ("relative diff.", "tokens differing", "same experts", "overlap"):
+    columns = ["layer"]
+    columns += ["relative diff.", "tokens differing"] if differences else []
+    columns += ["same experts", "overlap"] if routing else []
+    for name in columns:
         table.add_column(name, justify="right")
     for layer in sorted({*routing, *differences}):
-        difference, agreement = differences.get(layer), routing.get(layer)
-        table.add_row(
-            str(layer),
-            *(["", ""] if difference is None else [number(difference.relative), share(difference.differing_fraction)]),
-            *(["", ""] if agreement is None else [share(agreement.equal_fraction), share(agreement.overlap)]),
-        )
+        row = [str(layer)]
+        if differences:
+            difference = differences.get(layer)
+            row += (
+                ["", ""] if difference is None else [number(difference.relative), share(difference.differing_fraction)]
+            )
+        if routing:
+            agreement = routing.get(layer)
+            row += ["", ""] if agreement is None else [share(agreement.equal_fraction), share(agreement.overlap)]
+        table.add_row(*row)
     console.print(table)
 
 
