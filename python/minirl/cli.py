@@ -1,164 +1,66 @@
-"""The command `minirl`: train, eval, discrepancy, plot."""
+"""The command `minirl`: how it ends, whatever happens. `commands` has what it does."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-import tyro
-from rich.console import Console
-
-from minirl_kernels.config import Objective
-
-from .config import TrainConfig
-from .config_file import load_config
-from .discrepancy.settings import DiscrepancyOptions, default_options
-from .discrepancy.target import Target, find_target
 from .errors import MiniRLError
 
-console = Console(highlight=False, soft_wrap=True)
+# nothing else is imported here: torch takes seconds, and Ctrl-C must end these too in one message
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; exits with status 2 and one message for anything that the user can mend."""
+    """Run a command.
+
+    Exits with status 2 and one message for anything that the user can mend, with 130 for Ctrl-C, and with 143 for
+    SIGTERM. Where nobody reads its output any more it exits with 141, and says nothing.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     try:
-        commands = {
-            "train": train_command(rest if name == "train" else []),
-            "eval": eval_command,
-            "discrepancy": discrepancy_command(rest if name == "discrepancy" else []),
-            "plot": plot_command,
-        }
-        if name in commands:
-            tyro.cli(commands[name], args=rest, prog=f"minirl {name}")
-        else:
-            description = "Reinforcement learning of language models on minirl_kernels."
-            tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="minirl", description=description)
+        try:
+            with _terminable():
+                if arguments == ["--version"]:
+                    print(f"minirl {importlib.metadata.version('minirl-kernels')}")
+                    return
+                from .commands import run
+
+                run(arguments)
+        finally:
+            sys.stdout.flush()
     except MiniRLError as error:
         print(f"minirl: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("minirl: stopped", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stop:
+        print("; ".join(["minirl: stopped", *getattr(stop, "__notes__", [])]), file=sys.stderr)
+        sys.exit(143 if isinstance(stop, _Terminated) else 130)
+    except BrokenPipeError:
+        # the interpreter flushes once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
-@dataclass(frozen=True)
-class _Preset:
-    preset: Objective | None = None
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM."""
 
 
-def train_command(arguments: Sequence[str]) -> Callable[..., None]:
-    """The command `train`, whose options have the values of the config file as their defaults."""
-    default = TrainConfig()
-    if arguments and not arguments[0].startswith("-"):
-        # the preset comes first: the file's [policy_loss] and then the other options change single fields of it
-        chosen, _ = tyro.cli(_Preset, args=arguments[1:], add_help=False, return_unknown_args=True)
-        default = load_config(Path(arguments[0]), chosen.preset)
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does: by an exception, so that a run keeps its weights."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread alone
+        return
 
-    def command(
-        config_file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")],
-        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
-        overwrite: bool = False,
-    ) -> None:
-        """Train as a TOML file says. Every key of it is an option here too, which then has the last word.
+    def end(*_) -> None:
+        raise _Terminated
 
-        Args:
-            config_file: The TOML file; it stands before the options.
-            overwrite: Replace the run that is in run_dir.
-        """
-        if str(config_file) != arguments[0]:
-            raise MiniRLError(f"{arguments[0]} stands before the config file {config_file}: it must stand after it")
-        from .run import train  # here, so that --help and a wrong option need not wait for transformers
-
-        run_dir = train(config, console, overwrite=overwrite)
-        for path, content in (
-            (run_dir.model, "final weights and tokenizer"),
-            (run_dir.curves, "curves"),
-            (run_dir.metrics, "every step"),
-            (run_dir.tensorboard, "the same for TensorBoard"),
-            (run_dir.config, "the whole configuration"),
-        ):
-            console.print(f"  {path}  {content}")
-
-    return command
-
-
-def eval_command(
-    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
-    k: int | None = None,
-    prompts: int | None = None,
-    seed: int = 0,
-) -> None:
-    """avg@k of a finished run on held-out prompts: the mean reward of k sampled responses to each.
-
-    Args:
-        run_dir: Folder of the run.
-        k: Responses per prompt; the run's eval.k if not given.
-        prompts: Held-out prompts; the run's eval.prompts if not given.
-        seed: Of the samples.
-    """
-    for name, value in (("k", k), ("prompts", prompts)):
-        if value is not None and value < 1:
-            raise MiniRLError(f"--{name} is {value}: it must be at least 1")
-    from .evaluate import evaluate
-    from .run_dir import RunDir
-
-    with console.status("sampling"):
-        result = evaluate(RunDir(run_dir), k=k, prompts=prompts, seed=seed)
-    console.print(
-        f"avg@{result.k} on {result.prompts} held-out prompts: {result.reward:.4f} ± {result.standard_error:.4f}"
-    )
-
-
-def discrepancy_command(arguments: Sequence[str]) -> Callable[..., None]:
-    """The command `discrepancy`, whose options have as their defaults what a run of the target would do."""
-    found = Target(TrainConfig(), Path(), False)
-    if arguments and not arguments[0].startswith("-"):
-        found = find_target(arguments[0])
-    default = default_options(found.config)
-
-    def command(
-        target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
-        options: Annotated[DiscrepancyOptions, tyro.conf.arg(name="")] = default,
-    ) -> None:
-        """How far the inference engine is from the training engine, and where they first part.
-
-        μ samples responses and π scores them, with the same weights. The options' defaults are what the target does.
-
-        Args:
-            target: A config file (.toml), the folder of a run, or a model's folder or hub name; before the options.
-        """
-        if target != arguments[0]:
-            raise MiniRLError(f"{arguments[0]} stands before the target {target}: it must stand after it")
-        from .discrepancy.command import discrepancy  # here, so that --help and a wrong option need not wait for it
-
-        if not discrepancy(target, found, options, console):
-            sys.exit(1)
-
-    return command
-
-
-def plot_command(
-    run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR...")],
-    /,
-    output: Path | None = None,
-) -> None:
-    """Draw the curves of a run, or of several in one picture.
-
-    Args:
-        run_dirs: Folders of runs.
-        output: The PNG; by default curves.png, in the run's folder if there is one run, else in this folder.
-    """
-    from .plots import plot_runs
-    from .run_dir import RunDir
-
-    if not run_dirs:
-        raise MiniRLError("RUN_DIR is missing: there must be at least one folder of a run")
-    runs = [RunDir(path).existing() for path in run_dirs]
-    output = output or (runs[0].curves if len(runs) == 1 else Path("curves.png"))
-    plot_runs(runs, output)
-    console.print(str(output))
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

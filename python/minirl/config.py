@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from minirl_kernels import PolicyLossConfig
 from minirl_kernels.config import Objective
 
 from .errors import MiniRLError
+from .paths import home
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,9 @@ class ModelConfig:
     """Keys of a transformers config, model_type first; vocabulary and special tokens come from the task."""
     experts_implementation: str | None = None
     """How experts are computed: minirl, or as transformers does (eager, grouped_mm, …); none: its default."""
+
+    def __post_init__(self):
+        _expand_home(self, "path")
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,9 @@ class TaskConfig:
     """File of lines like {"prompt": "...", "answer": "..."} (jsonl)."""
     held_out_fraction: float = 0.1
     """Share of the problems kept from training, picked by a hash of the problem itself, whatever the seed."""
+
+    def __post_init__(self):
+        _expand_home(self, "path")
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
+    def __post_init__(self):
+        _expand_home(self, "run_dir")
+
     @property
     def minibatch_size(self) -> int:
         """Responses behind one optimizer update."""
@@ -174,6 +186,8 @@ class TrainConfig:
         _require(self, "task.max_operand", lambda value: 1 <= value <= 999, "between 1 and 999")
         _require(self, "task.held_out_fraction", lambda value: 0 < value < 1, "between 0 and 1, both excluded")
         _require(self, "optimizer.betas", lambda value: all(0 <= beta < 1 for beta in value), "in [0, 1)")
+        for key in _numbers(self):
+            _require(self, key, math.isfinite, "finite")
         if self.routing_replay == "R2" and self.num_minibatches == 1:
             raise MiniRLError(
                 "routing_replay is 'R2' with num_minibatches=1: it must be 'disabled' or 'R3' there, since the one "
@@ -213,6 +227,22 @@ _AT_LEAST_ONE = (
     "eval.k",
     "eval.prompts",
 )
+
+
+def _numbers(config: Any, prefix: str = "") -> Iterator[str]:
+    """Keys of all fields that hold a floating-point number, of its tables too."""
+    for key, value in ((f"{prefix}{one.name}", getattr(config, one.name)) for one in fields(config)):
+        if is_dataclass(value):
+            yield from _numbers(value, f"{key}.")
+        elif isinstance(value, float):
+            yield key
+
+
+def _expand_home(config: Any, name: str) -> None:
+    """A leading ~ in the path that is the field `name` of a frozen dataclass means the home folder."""
+    value = getattr(config, name)
+    if value is not None:
+        object.__setattr__(config, name, home(value))
 
 
 def _require(config: TrainConfig, key: str, holds, must_be: str) -> None:

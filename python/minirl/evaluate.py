@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from .config_file import load_config
-from .models import computing, load_model, make_batch_invariant, pick_device
+from .context import check_problems
+from .loading import load_model
+from .models import computing, make_batch_invariant, pick_device
 from .run_dir import RunDir
 from .sampling import held_out_problems, make_sampler
 from .seeds import derive_seed
@@ -28,15 +30,17 @@ class Evaluation:
 def evaluate(run_dir: RunDir, *, k: int | None = None, prompts: int | None = None, seed: int = 0) -> Evaluation:
     """Sample as the run's configuration says; k and prompts default to its own. Raises MiniRLError."""
     disable_progress_bar()
-    config = load_config(run_dir.existing().config)
+    config = replace(load_config(run_dir.ended().config), run_dir=str(run_dir.path))  # it may have been moved
+    config.check()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     task = make_task(config.task)
     model, tokenizer = load_model(str(run_dir.model), config.model.experts_implementation)
     if config.batch_invariant:
         make_batch_invariant(model)
-    sampler = make_sampler(config, model.to(pick_device(config.device)), tokenizer, task)
     problems = held_out_problems(config, task, prompts or config.eval.prompts)
+    check_problems(config, model, tokenizer, problems)
+    sampler = make_sampler(config, model.to(pick_device(config.device)), tokenizer, task)
     k = k or config.eval.k
     try:
         with computing(config):

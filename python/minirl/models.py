@@ -6,12 +6,10 @@ import difflib
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -23,6 +21,7 @@ from minirl_kernels.integrations.transformers import enable_log_probs
 
 from .config import ModelConfig, TrainConfig
 from .errors import MiniRLError
+from .loading import check_model, load_model, one_message
 from .seeds import derive_seed
 from .tasks import ArithmeticTask
 from .tokenizer import character_tokenizer
@@ -76,34 +75,16 @@ def has_experts(model: PreTrainedModel) -> bool:
     return any(hasattr(module, "is_transposed") for module in model.modules())
 
 
-def load_model(path: str, experts_implementation: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model with its tokenizer, from a folder or the hub. Raises MiniRLError."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, experts_implementation=experts_implementation
-        )
-    except (OSError, ValueError) as error:
-        raise MiniRLError(f"cannot load a model from {path}: {error}") from None
-    if tokenizer.eos_token_id is None:
-        raise MiniRLError(f"the tokenizer of {path} has no eos_token: it must have one, for responses to end with")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > vocabulary:
-        raise MiniRLError(
-            f"the tokenizer of {path} has {len(tokenizer)} tokens and its model {vocabulary}: a tokenizer must have no "
-            "token that its model does not know"
-        )
-    return model.eval(), tokenizer  # without dropout, in training too: the policy that samples has none
-
-
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """A new model from the keys of a transformers config, its weights drawn by `seed`. Raises MiniRLError."""
     model_config = _transformers_config(config.config, tokenizer)
-    with torch.random.fork_rng([]):
+    with one_message("model.config"), torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             model_config, dtype=torch.float32, experts_implementation=config.experts_implementation
         ).eval()
+    check_model(model, "model.config")
+    return model
 
 
 def _transformers_config(keys: dict, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -122,7 +103,8 @@ def _transformers_config(keys: dict, tokenizer: PreTrainedTokenizerBase) -> PreT
     }
     if "experts_implementation" in keys:
         raise MiniRLError("model.config has experts_implementation: it must be left out, the model table has its own")
-    known = {*config_class().to_dict(), *config_class.attribute_map}
+    with one_message(f"model.config.model_type is {model_type!r}, of which no model can be built"):
+        known = {*config_class().to_dict(), *config_class.attribute_map}
     for key in keys:
         if key in special:
             raise MiniRLError(f"model.config.{key} is {keys[key]!r}: it must be left out, the tokenizer sets it")
@@ -130,10 +112,8 @@ def _transformers_config(keys: dict, tokenizer: PreTrainedTokenizerBase) -> PreT
         guess = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
         if key not in known and guess:
             raise MiniRLError(f"unknown key model.config.{key}: did you mean {guess[0]}?")
-    try:
+    with one_message("model.config"):
         return config_class(**{key: value for key, value in keys.items() if key != "model_type"}, **special)
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise MiniRLError(f"model.config: {error}") from None
 
 
 def pick_device(name: str) -> torch.device:

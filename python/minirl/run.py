@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
@@ -13,28 +16,42 @@ from .advice import RewardAdvice
 from .cold_start import cold_start
 from .config import TrainConfig
 from .config_file import dump_config
+from .context import check_problems
 from .errors import MiniRLError
 from .metrics import MetricsLog
 from .models import computing, make_model
 from .plots import plot_runs
 from .progress import progress
-from .run_dir import RunDir, replacing
+from .run_dir import RunDir, replacing, replacing_folder
 from .sampling import Sampler, held_out_problems, make_sampler
 from .seeds import derive_seed
 from .tasks import make_task
 from .train import Trainer
 
+WRITE_ERRORS = (OSError, SafetensorError)  # of a full disk; safetensors has its own
+
 
 def train(config: TrainConfig, console: Console, *, overwrite: bool = False) -> RunDir:
-    """Train as `config` says. Raises MiniRLError, and what is known to be wrong is told before any work."""
+    """Train as `config` says. Raises MiniRLError; errors that can be known before any work are raised before it.
+
+    Whatever ends the run, its folder gets the weights that the last finished update made.
+    """
     disable_progress_bar()
     config.check()
     run_dir = RunDir(Path(config.run_dir))
-    run_dir.prepare(overwrite)
+    with run_dir.held(overwrite):
+        _train(config, run_dir, console)
+    return run_dir
+
+
+def _train(config: TrainConfig, run_dir: RunDir, console: Console) -> None:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     task = make_task(config.task)
     model, tokenizer = make_model(config)
+    check_problems(config, model, tokenizer, task.train, with_answers=config.cold_start.steps > 0)
+    check_problems(config, model, tokenizer, task.held_out)
+    check_space(run_dir, model)
     sampler = make_sampler(config, model, tokenizer, task)
     run_dir.clear()
     with replacing(run_dir.config) as path:
@@ -47,20 +64,61 @@ def train(config: TrainConfig, console: Console, *, overwrite: bool = False) -> 
         with MetricsLog(run_dir) as log, computing(config):
             run_cold_start(config, model, sampler, log, console)
             run_steps(config, model, sampler, log, console)
-    except MiniRLError as error:
-        # as after the last update: what was learned until then is not lost with an engine
-        save(run_dir, model, tokenizer)
-        raise MiniRLError(f"{error}; {run_dir.model} has the weights of the last finished step") from error
+    except (MiniRLError, OSError) as error:
+        raise MiniRLError(f"{error}; {keep(run_dir, model, tokenizer)}") from error
+    except BaseException as error:
+        error.add_note(keep(run_dir, model, tokenizer))
+        raise
     finally:
         sampler.engine.close()
     save(run_dir, model, tokenizer)
     plot_runs([run_dir], run_dir.curves)
-    return run_dir
+
+
+def check_space(run_dir: RunDir, model: PreTrainedModel) -> None:
+    """Raises MiniRLError unless the weights fit onto the disk that they are to be saved to."""
+    needed = sum(weight.nbytes for weight in model.state_dict().values())
+    free = shutil.disk_usage(run_dir.path).free
+    if needed > free:
+        raise MiniRLError(
+            f"the disk of run_dir {run_dir.path} has {free / 1e6:.0f} MB free: it must have {needed / 1e6:.0f} MB, for "
+            "the weights"
+        )
+
+
+def keep(run_dir: RunDir, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Saves the weights of a run that something has ended, and says where they are."""
+    try:
+        save(run_dir, model, tokenizer)
+    except MiniRLError as error:
+        return str(error)
+    return f"{run_dir.model} has the weights that the last finished update made"
 
 
 def save(run_dir: RunDir, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The model with its tokenizer, as a folder that transformers loads."""
-    with replacing(run_dir.model) as path:
+    """The model with its tokenizer, as a folder that transformers loads.
+
+    Raises MiniRLError if it cannot be written; the weights are then in a folder for temporary files, if that can be.
+    """
+
+    try:
+        _write(run_dir.model, model, tokenizer)
+    except (MiniRLError, *WRITE_ERRORS) as error:
+        other = Path(tempfile.mkdtemp(prefix="minirl-"))
+        try:
+            _write(other / "model", model, tokenizer)
+        except WRITE_ERRORS as second:
+            other.rmdir()
+            raise MiniRLError(
+                f"the weights are lost: {run_dir.model} cannot be written to ({error}), nor can {other} ({second})"
+            ) from error
+        raise MiniRLError(
+            f"{run_dir.model} cannot be written to ({error}): {other / 'model'} has the weights"
+        ) from error
+
+
+def _write(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    with replacing_folder(folder) as path:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
 

@@ -1,19 +1,28 @@
-"""The folder of a run: what is in it, and how it is written."""
+"""The folder of a run: its contents, how they are written, and what may be removed from it."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
+from .config_file import load_config
 from .errors import MiniRLError
+from .paths import home
+
+WRITTEN = ".minirl"  # in a folder that is replaced as a whole: the names of everything that was written into it
+EVENTS = "events.out.tfevents."  # TensorBoard's files begin so
 
 
 class RunDir:
     """Paths of a run. Whole files are written to a temporary name and renamed; metrics.jsonl grows by lines."""
 
     def __init__(self, path: Path):
+        path = Path(home(str(path)))
         self.path = path
         self.config = path / "config.toml"
         self.metrics = path / "metrics.jsonl"
@@ -23,29 +32,56 @@ class RunDir:
         self.vllm_log = path / "vllm.log"
         self.discrepancy = path / "discrepancy.json"
         self.discrepancy_picture = path / "discrepancy.png"
+        self.lock = path / ".minirl.lock"
 
-    def prepare(self, overwrite: bool) -> None:
-        """Make sure that a new run can be written here. Raises MiniRLError; deletes nothing."""
-        # a log alone is what is left of a run whose engine did not start
-        if self.path.is_dir() and any(path != self.vllm_log for path in self.path.iterdir()):
-            if not overwrite:
-                raise MiniRLError(f"run_dir {self.path} is not empty: it must be a new folder, or pass --overwrite")
-            if not self.config.exists():
-                raise MiniRLError(f"run_dir {self.path} holds no config.toml: --overwrite replaces nothing but a run")
+    @contextmanager
+    def held(self, overwrite: bool) -> Iterator[None]:
+        """Keeps every other run out of the folder, which is made if need be; removes nothing of an earlier run.
+
+        Raises MiniRLError if a run cannot be written here. The lock ends with its process, however that ends.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".writable"
-            probe.touch()
-            probe.unlink()
+            lock = _lock(self.lock)
         except OSError as error:
             raise MiniRLError(f"run_dir {self.path} cannot be written to: {error.strerror}") from None
+        if lock is None:
+            raise MiniRLError(f"run_dir {self.path} belongs to a run that has not ended: it must be another folder")
+        try:
+            self._check(overwrite)
+            yield
+        finally:
+            self.lock.unlink(missing_ok=True)
+            lock.close()
+
+    def _check(self, overwrite: bool) -> None:
+        """Raises MiniRLError unless the folder is new, or holds a run that may be replaced."""
+        # a log alone is left by a run whose engine did not start
+        if not set(self.path.iterdir()) - {self.vllm_log, self.lock}:
+            return
+        if not overwrite:
+            raise MiniRLError(f"run_dir {self.path} is not empty: it must be a new folder, or pass --overwrite")
+        for path in (self.config, self.metrics):
+            if not path.is_file():
+                raise MiniRLError(
+                    f"run_dir {self.path} holds no {path.name}: --overwrite replaces nothing but a run, which has one"
+                )
+        load_config(self.config)
+        for path in self._files():
+            if path.is_dir():
+                raise MiniRLError(f"{path} is a folder: it must be moved away, --overwrite replaces a file there")
+        _check_replaceable(self.tensorboard, _events(self.tensorboard))
+        _check_replaceable(self.model, _written(self.model))
 
     def clear(self) -> None:
-        """Delete an earlier run's files."""
-        for path in (self.config, self.metrics, self.curves, self.discrepancy, self.discrepancy_picture):
+        """Delete an earlier run's files, and nothing else."""
+        for path in self._files():
             path.unlink(missing_ok=True)
-        for folder in (self.tensorboard, self.model):
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove(self.tensorboard, _events(self.tensorboard))
+        _remove(self.model, _written(self.model))
+
+    def _files(self) -> tuple[Path, ...]:
+        return self.config, self.metrics, self.curves, self.discrepancy, self.discrepancy_picture
 
     def existing(self) -> RunDir:
         """Itself. Raises MiniRLError unless a run has been written here."""
@@ -53,14 +89,105 @@ class RunDir:
             raise MiniRLError(f"{self.path} is not the folder of a run: it must hold config.toml and metrics.jsonl")
         return self
 
+    def ended(self) -> RunDir:
+        """Itself. Raises MiniRLError unless a run has been written here, with its weights."""
+        if not self.existing().model.is_dir():
+            raise MiniRLError(f"{self.path} holds no model yet: it must be the folder of a run that has ended")
+        return self
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, for a file or a folder that takes its place at the end."""
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    if temporary.is_dir():
-        shutil.rmtree(temporary)  # left by a run that was killed
-    yield temporary
+    """A temporary name beside the file `path`, for a file that takes its place at the end.
+
+    Raises MiniRLError if there is a folder of that name.
+    """
+    path = Path(os.path.realpath(path))  # a link stays a link
     if path.is_dir():
-        shutil.rmtree(path)
-    temporary.replace(path)
+        raise MiniRLError(f"{path} is a folder: it must be the name of a file")
+    temporary = path.with_name(f".minirl.{path.name}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, which takes its place at the end.
+
+    Until then the earlier one is left as it is. Raises MiniRLError if that holds something not written so.
+    """
+    _check_replaceable(path, _written(path))
+    temporary = path.with_name(f".minirl.{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir()
+    try:
+        yield temporary
+        (temporary / WRITTEN).write_text("\n".join(sorted(_names(temporary))) + "\n", encoding="utf-8")
+        _remove(path, _written(path))
+        temporary.replace(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _check_replaceable(folder: Path, written: set[str]) -> None:
+    """Raises MiniRLError if something would be removed with the folder that no run has written."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise MiniRLError(f"{folder} is no folder: it must be moved away, a run replaces nothing but its own folder")
+    foreign = sorted(_names(folder) - written)
+    if foreign:
+        raise MiniRLError(
+            f"{folder} holds {foreign[0]}, which no run has written: it must be moved away, a run replaces nothing but "
+            "its own files"
+        )
+
+
+def _names(folder: Path) -> set[str]:
+    """Everything in it, at any depth."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+def _written(folder: Path) -> set[str]:
+    """What `replacing_folder` has written there."""
+    names = folder / WRITTEN
+    return {WRITTEN, *names.read_text(encoding="utf-8").splitlines()} if names.is_file() else set()
+
+
+def _events(folder: Path) -> set[str]:
+    return {name for name in _names(folder) if name.startswith(EVENTS)}
+
+
+def _remove(folder: Path, names: set[str]) -> None:
+    """These files and folders, the innermost first, and the folder itself."""
+    for path in [*(folder / name for name in sorted(names, reverse=True)), folder]:
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> TextIO | None:
+    """The open file, locked until it is closed or its process ends; none if another process has locked it."""
+    while True:
+        file = path.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            if isinstance(error, BlockingIOError):
+                return None
+            raise
+        if _is_at(file, path):
+            return file
+        file.close()  # the run before has removed it in between
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

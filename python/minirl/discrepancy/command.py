@@ -21,6 +21,7 @@ from minirl_kernels.discrepancy import DiscrepancyReport, compare_engines
 from minirl_kernels.integrations.transformers import enable_log_probs
 
 from ..config import RolloutConfig
+from ..context import check_fits
 from ..errors import MiniRLError
 from ..models import end_token_ids, load_model, make_model, pick_device
 from ..progress import progress
@@ -49,7 +50,7 @@ def discrepancy(name: str, target: Target, options: DiscrepancyOptions, console:
         torch.set_num_threads(config.threads)
     model, tokenizer = make_model(config)
     prompts, source = make_prompts(target, tokenizer, options.prompts, options.responses)
-    _check_context(model, prompts, options.max_new_tokens)
+    check_fits(model, max(map(len, prompts)), options.max_new_tokens, "--max-new-tokens")
     sampling = RolloutConfig(
         quantization=options.mu.quantization,
         temperature=options.temperature,
@@ -60,6 +61,8 @@ def discrepancy(name: str, target: Target, options: DiscrepancyOptions, console:
     ends = end_token_ids(model, tokenizer)
     pi = training_engine(model, options.pi, options.temperature, "pi", records_routing=replay == "R2")
     updated = None if options.updated_model is None else _updated(options, len(tokenizer))
+    if updated is not None:
+        check_fits(updated.model, max(map(len, prompts)), options.max_new_tokens, "--max-new-tokens")
     bounds = _bounds(config.policy_loss)
     if options.mu.engine == "vllm":
         longest = max(map(len, prompts))
@@ -99,17 +102,6 @@ def discrepancy(name: str, target: Target, options: DiscrepancyOptions, console:
     for path in written:
         console.print(f"  {path}")
     return _is_within(report, options, console)
-
-
-def _check_context(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Raises MiniRLError where a response of that many tokens would be longer than the model knows places."""
-    longest = max(map(len, prompts))
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and longest + max_new_tokens > limit:
-        raise MiniRLError(
-            f"--max-new-tokens is {max_new_tokens} and the longest prompt has {longest} tokens: together they must be "
-            f"at most {limit}, the model's max_position_embeddings"
-        )
 
 
 def keep_earlier(paths: Sequence[Path]) -> list[Path]:

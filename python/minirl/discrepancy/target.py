@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import ModelConfig, RolloutConfig, TrainConfig
 from ..config_file import load_config
-from ..errors import MiniRLError
+from ..paths import home
 from ..run_dir import RunDir
 
 
@@ -22,16 +22,15 @@ class Target:
 
 def find_target(name: str) -> Target:
     """name: a config file, the folder of a run, or the folder or hub name of a model. Raises MiniRLError."""
-    path = Path(name)
+    path = Path(home(name))
     if path.suffix == ".toml":
         config = load_config(path)
         config.check()
         return Target(config, Path(), True)
     run = RunDir(path)
     if run.config.is_file():
-        config = load_config(run.existing().config)
-        if not run.model.is_dir():
-            raise MiniRLError(f"{name} holds no model yet: it must be the folder of a run that has ended")
+        config = load_config(run.ended().config)
+        config.check()
         model = replace(config.model, path=str(run.model), config={})
         return Target(replace(config, model=model), path, True)
     config = TrainConfig(model=ModelConfig(path=name), rollout=RolloutConfig(max_new_tokens=64))

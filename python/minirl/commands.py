@@ -1,0 +1,167 @@
+"""The commands of `minirl`: train, eval, discrepancy, plot."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from minirl_kernels.config import Objective
+
+from .config import TrainConfig
+from .config_file import load_config
+from .discrepancy.settings import DiscrepancyOptions, default_options
+from .discrepancy.target import Target, find_target
+from .errors import MiniRLError
+from .paths import home
+
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Run a command. Raises MiniRLError for anything that the user can mend, SystemExit for --help."""
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    commands = {
+        "train": train_command(rest if name == "train" else []),
+        "eval": eval_command,
+        "discrepancy": discrepancy_command(rest if name == "discrepancy" else []),
+        "plot": plot_command,
+    }
+    if name in commands:
+        tyro.cli(commands[name], args=rest, prog=f"minirl {name}")
+    else:
+        description = "Reinforcement learning of language models on minirl_kernels. --version prints its version."
+        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="minirl", description=description)
+
+
+@dataclass(frozen=True)
+class _First:
+    """Options that decide what the others mean."""
+
+    preset: Objective | None = None
+    path: Annotated[str | None, tyro.conf.arg(name="model.path")] = None
+
+
+def train_command(arguments: Sequence[str]) -> Callable[..., None]:
+    """The command `train`, whose options have the values of the config file as their defaults."""
+    default = TrainConfig()
+    if arguments and not arguments[0].startswith("-"):
+        # the preset comes first: the file's [policy_loss] and then the other options change single fields of it
+        first, _ = tyro.cli(_First, args=arguments[1:], add_help=False, return_unknown_args=True)
+        default = load_config(Path(home(arguments[0])), first.preset)
+        if first.path is not None:  # weights are there: they take the place of a model to be built
+            default = replace(default, model=replace(default.model, config={}))
+
+    def command(
+        config_file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")],
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
+        overwrite: bool = False,
+    ) -> None:
+        """Train as a TOML file says. Every key of it is an option here too, which then has the last word.
+
+        Args:
+            config_file: The TOML file; it stands before the options.
+            overwrite: Replace the run that is in run_dir.
+        """
+        if str(config_file) != arguments[0]:
+            raise MiniRLError(f"{arguments[0]} stands before the config file {config_file}: it must stand after it")
+        from .run import train  # here, so that --help and a wrong option need not wait for transformers
+
+        run_dir = train(config, console, overwrite=overwrite)
+        for path, content in (
+            (run_dir.model, "final weights and tokenizer"),
+            (run_dir.curves, "curves"),
+            (run_dir.metrics, "every step"),
+            (run_dir.tensorboard, "the same for TensorBoard"),
+            (run_dir.config, "the whole configuration"),
+        ):
+            console.print(f"  {path}  {content}")
+
+    return command
+
+
+def eval_command(
+    run_dir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR")],
+    k: int | None = None,
+    prompts: int | None = None,
+    seed: int = 0,
+) -> None:
+    """avg@k of a finished run on held-out prompts: the mean reward of k sampled responses to each.
+
+    Args:
+        run_dir: Folder of the run.
+        k: Responses per prompt; the run's eval.k if not given.
+        prompts: Held-out prompts; the run's eval.prompts if not given.
+        seed: Of the samples.
+    """
+    for name, value in (("k", k), ("prompts", prompts)):
+        if value is not None and value < 1:
+            raise MiniRLError(f"--{name} is {value}: it must be at least 1")
+    from .evaluate import evaluate
+    from .run_dir import RunDir
+
+    with console.status("sampling"):
+        result = evaluate(RunDir(run_dir), k=k, prompts=prompts, seed=seed)
+    console.print(
+        f"avg@{result.k} on {result.prompts} held-out prompts: {result.reward:.4f} ± {result.standard_error:.4f}"
+    )
+
+
+def discrepancy_command(arguments: Sequence[str]) -> Callable[..., None]:
+    """The command `discrepancy`, whose options have as their defaults what a run of the target would do."""
+    found = Target(TrainConfig(), Path(), False)
+    if arguments and not arguments[0].startswith("-"):
+        found = find_target(arguments[0])
+    default = default_options(found.config)
+
+    def command(
+        target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
+        options: Annotated[DiscrepancyOptions, tyro.conf.arg(name="")] = default,
+    ) -> None:
+        """How far the inference engine is from the training engine, and where they first part.
+
+        μ samples responses and π scores them, with the same weights. The options' defaults are what the target does.
+
+        Args:
+            target: A config file (.toml), the folder of a run, or a model's folder or hub name; before the options.
+        """
+        if target != arguments[0]:
+            raise MiniRLError(f"{arguments[0]} stands before the target {target}: it must stand after it")
+        from .discrepancy.command import discrepancy  # here, so that --help and a wrong option need not wait for it
+
+        if not discrepancy(target, found, options, console):
+            sys.exit(1)
+
+    return command
+
+
+def plot_command(
+    run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN_DIR...")],
+    /,
+    output: Path | None = None,
+) -> None:
+    """Draw the curves of a run, or of several in one picture.
+
+    Args:
+        run_dirs: Folders of runs.
+        output: The picture, .png, .pdf or .svg; by default curves.png, in the run's folder if there is one run, else in
+            this folder.
+    """
+    from .plots import plot_runs
+    from .run_dir import RunDir
+
+    if not run_dirs:
+        raise MiniRLError("RUN_DIR is missing: there must be at least one folder of a run")
+    if output is not None and output.suffix.lower() not in PICTURES:
+        raise MiniRLError(f"--output is {output}: it must be the name of a picture, ending in {', '.join(PICTURES)}")
+    runs = [RunDir(path).existing() for path in run_dirs]
+    output = (runs[0].curves if len(runs) == 1 else Path("curves.png")) if output is None else Path(home(str(output)))
+    plot_runs(runs, output)
+    console.print(str(output))

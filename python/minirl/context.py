@@ -1,0 +1,88 @@
+"""How many tokens a model can read, and whether prompts and responses fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import TrainConfig
+from .errors import MiniRLError
+from .tasks import Problem
+from .tokenizer import encode_prompt
+
+_EXTENDING = ("linear", "dynamic", "yarn")  # kinds of rotary scaling whose factor multiplies the length
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Most tokens of a sequence, by the model's config; none if it names no such number.
+
+    It is max_position_embeddings (max_seq_len in MPT), or the length that rotary scaling extends it to.
+    """
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    if length is None or length < 1:
+        return None
+    return max([length, *_extended(getattr(text, "rope_parameters", None) or {}, length)])
+
+
+def _extended(rope: dict, length: int) -> Iterable[int]:
+    """The length that each rotary scaling makes of `length`; rope: parameters, or a table of them by kind of layer."""
+    for value in rope.values():
+        if isinstance(value, dict):
+            yield from _extended(value, length)
+    if rope.get("rope_type") in _EXTENDING:
+        yield int(rope["factor"] * rope.get("original_max_position_embeddings", length))
+
+
+def check_fits(model: PreTrainedModel, longest_prompt: int, max_new_tokens: int, option: str) -> None:
+    """Raises MiniRLError unless a prompt and a response of so many tokens fit into the model's context.
+
+    option: the name of max_new_tokens there.
+    """
+    limit = context_length(model.config)
+    if limit is not None:
+        _check_fits(
+            limit, f"the context of this {model.config.model_type} model", longest_prompt, max_new_tokens, option
+        )
+
+
+def _check_fits(limit: int, name: str, longest_prompt: int, max_new_tokens: int, option: str) -> None:
+    together = longest_prompt + max_new_tokens
+    if together > limit:
+        raise MiniRLError(
+            f"{option} is {max_new_tokens} and the longest prompt has {longest_prompt} tokens, together {together}: "
+            f"they must be at most {limit}, {name}"
+        )
+
+
+def check_problems(
+    config: TrainConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    *,
+    with_answers: bool = False,
+) -> None:
+    """Raises MiniRLError unless each problem of a run, with any response to it, fits into the model's context.
+
+    with_answers: each problem must fit with its own answer too, as the cold start reads it.
+    """
+    lengths = [len(encode_prompt(tokenizer, problem.prompt)) for problem in problems]
+    longest, most = max(lengths), config.rollout.max_new_tokens
+    check_fits(model, longest, most, "rollout.max_new_tokens")
+    vllm_limit = config.rollout.vllm.args.get("max_model_len") if config.rollout.engine == "vllm" else None
+    if isinstance(vllm_limit, int):  # vLLM refuses another type itself
+        _check_fits(vllm_limit, "rollout.vllm.args.max_model_len", longest, most, "rollout.max_new_tokens")
+    limit = context_length(model.config)
+    if with_answers and limit is not None:
+        answer_length = cache(lambda answer: len(tokenizer(answer, add_special_tokens=False).input_ids))
+        read = max(
+            length + answer_length(problem.answer) + 1 for length, problem in zip(lengths, problems, strict=True)
+        )
+        if read > limit:
+            raise MiniRLError(
+                f"the longest problem has {read} tokens with its answer and the end of sequence: they must be at most "
+                f"{limit}, the context of this {model.config.model_type} model, or cold_start.steps must be 0"
+            )

@@ -1,0 +1,164 @@
+"""A model and its tokenizer from a folder or the hub: whole, or not at all."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import MiniRLError
+from .paths import home
+
+_UNFIT = "| CONVERSION"  # of weights that transformers puts together from several, such as those of experts
+_VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+
+
+def load_model(path: str, experts_implementation: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model, float32, with its tokenizer, from a folder or the hub.
+
+    Raises MiniRLError, also for weights that are missing, unexpected, of another shape, or not finite.
+    """
+    path = find_model(path)
+    with one_message(f"cannot load a model from {path}"):
+        AutoConfig.from_pretrained(path)
+    tokenizer = _load_tokenizer(path)
+    with one_message(f"cannot load a model from {path}"), _without_report():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            experts_implementation=experts_implementation,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that `found` names each of them
+        )
+    _check_complete(path, found)
+    model.eval()  # without dropout, in training too: the policy that samples has none
+    check_model(model, path)
+    if tokenizer.eos_token_id is None:
+        raise MiniRLError(f"the tokenizer of {path} has no eos_token: it must have one, for responses to end with")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
+        raise MiniRLError(
+            f"the tokenizer of {path} has {len(tokenizer)} tokens and its model {vocabulary}: a tokenizer must have no "
+            "token that its model does not know"
+        )
+    return model, tokenizer
+
+
+def find_model(name: str) -> str:
+    """`name` as a folder that is there, or as a name of the hub, org/name. Raises MiniRLError, and asks no network.
+
+    It means a folder if there is one, if it is written as a path, or if its first part is a folder here.
+    """
+    path = Path(home(name))
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            raise MiniRLError(
+                f"{name} holds a LoRA adapter (adapter_config.json): it must be a whole model, with the adapter merged "
+                "into it (peft's merge_and_unload)"
+            )
+        return str(path)
+    if path.is_file():
+        raise MiniRLError(f"{name} is a file: a model must be the folder that holds config.json")
+    written_as_path = name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") > 1
+    near = _near(path)
+    if written_as_path or near or ("/" in name and Path(path.parts[0]).is_dir()):
+        guess = f"did you mean {near}? " if near else ""
+        raise MiniRLError(f"there is no folder {name}: {guess}it must be the folder of a model, or a hub name")
+    return name
+
+
+def _near(path: Path) -> str | None:
+    """A folder beside `path` whose name is nearly the same."""
+    if not path.parent.is_dir():
+        return None
+    names = [found.name for found in path.parent.iterdir() if found.is_dir()]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
+    return str(path.with_name(close[0])) if close else None
+
+
+def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    is_without = Path(path).is_dir() and not any(any(Path(path).glob(name)) for name in _VOCABULARIES)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:
+        if is_without:
+            raise _no_tokenizer(path) from error
+        with one_message(f"cannot load a tokenizer from {path}"):
+            raise
+    if is_without and tokenizer.vocab_files_names:  # transformers makes an empty one of no files
+        raise _no_tokenizer(path)
+    return tokenizer
+
+
+def _no_tokenizer(path: str) -> MiniRLError:
+    return MiniRLError(f"{path} has no tokenizer: it must hold tokenizer.json, or a vocabulary of another format")
+
+
+@contextmanager
+def one_message(beginning: str) -> Iterator[None]:
+    """Raises MiniRLError for whatever goes wrong inside: damaged files and wrong sizes raise errors of every kind."""
+    try:
+        yield
+    except MiniRLError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        says_little = isinstance(error, (LookupError, ArithmeticError, AssertionError)) or not text
+        kind = f"{type(error).__name__}: " if says_little else ""
+        raise MiniRLError(f"{beginning}: {kind}{text}") from error
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keeps transformers' table of weights that do not fit off the terminal; errors that refer to it have its keys."""
+    reports = []
+
+    def is_other(record: logging.LogRecord) -> bool:
+        is_report = "LOAD REPORT" in record.getMessage()
+        if is_report:
+            reports.append(record.getMessage())
+        return not is_report
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    except RuntimeError as error:
+        unfit = {line.split("|")[0].strip() for report in reports for line in report.splitlines() if _UNFIT in line}
+        if unfit:
+            raise ValueError(f"{_listed(unfit)} cannot be made of the weights that are there") from error
+        raise
+    finally:
+        logger.removeFilter(is_other)
+
+
+def _check_complete(path: str, found: dict) -> None:
+    """Raises MiniRLError for weights that the file lacks, has beside the model's, or has in another shape."""
+    for key, beginning in (("missing_keys", "lacks"), ("unexpected_keys", "has, and its model has not,")):
+        if found[key]:
+            raise MiniRLError(
+                f"{path} {beginning} {_listed(found[key])}: it must have the model's weights, and no others"
+            )
+    if found["mismatched_keys"]:
+        shapes = [f"{name} {list(has)} instead of {list(wanted)}" for name, has, wanted in found["mismatched_keys"]]
+        raise MiniRLError(f"{path} has {_listed(shapes)}: its weights must have the shapes that its config.json says")
+
+
+def _listed(names: list[str] | set[str], most: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@torch.no_grad()
+def check_model(model: PreTrainedModel, name: str) -> None:
+    """Raises MiniRLError if a weight is NaN or infinite, or the model cannot compute. name: of the model."""
+    for key, weight in model.state_dict().items():  # buffers too: some correct a router's choice
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise MiniRLError(f"{key} of {name} is not finite: weights must be numbers")
+    with one_message(f"{name} makes no {type(model).__name__} that computes"):
+        model(torch.zeros(1, 2, dtype=torch.long))  # sizes that do not fit together may fail here first
