@@ -55,7 +55,7 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
     if arguments and not arguments[0].startswith("-"):
         # the preset comes first: the file's [policy_loss] and then the other options change single fields of it
         first, _ = tyro.cli(_First, args=arguments[1:], add_help=False, return_unknown_args=True)
-        default = load_config(Path(home(arguments[0])), first.preset)
+        default = load_config(Path(home(arguments[0], "CONFIG")), first.preset)
         if first.path is not None:  # weights are there: they take the place of a model to be built
             default = replace(default, model=replace(default.model, config={}))
 
@@ -162,6 +162,8 @@ def plot_command(
     if output is not None and output.suffix.lower() not in PICTURES:
         raise MiniRLError(f"--output is {output}: it must be the name of a picture, ending in {', '.join(PICTURES)}")
     runs = [RunDir(path).existing() for path in run_dirs]
-    output = (runs[0].curves if len(runs) == 1 else Path("curves.png")) if output is None else Path(home(str(output)))
+    if output is None:
+        output = runs[0].curves if len(runs) == 1 else Path("curves.png")
+    output = Path(home(str(output), "--output"))
     plot_runs(runs, output)
     console.print(str(output))

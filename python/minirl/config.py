@@ -26,7 +26,7 @@ class ModelConfig:
     """How experts are computed: minirl, or as transformers does (eager, grouped_mm, …); none: its default."""
 
     def __post_init__(self):
-        _expand_home(self, "path")
+        _expand_home(self, "model.path")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class TaskConfig:
     """Share of the problems kept from training, picked by a hash of the problem itself, whatever the seed."""
 
     def __post_init__(self):
-        _expand_home(self, "path")
+        _expand_home(self, "task.path")
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,7 @@ class TrainConfig:
             _require(self, key, lambda value: value > 0, "above 0")
         _require(self, "cold_start.stop_at_reward", lambda value: 0 < value <= 1, "above 0 and at most 1")
         _require(self, "threads", lambda value: value is None or value >= 1, "at least 1, or none")
+        _require(self, "threads", lambda value: value is None or value <= MOST_THREADS, f"at most {MOST_THREADS}")
         _require(self, "rollout.group_size", lambda value: value >= 2, "at least 2, to have a mean to compare with")
         _require(self, "task.max_operand", lambda value: 1 <= value <= 999, "between 1 and 999")
         _require(self, "task.held_out_fraction", lambda value: 0 < value < 1, "between 0 and 1, both excluded")
@@ -214,6 +215,7 @@ class TrainConfig:
             raise MiniRLError("model.path is none with task.kind='jsonl': it must be a model that has a tokenizer")
 
 
+MOST_THREADS = 1024  # OpenMP ends the process where the system has no more
 _AT_LEAST_ONE = (
     "steps",
     "prompts_per_minibatch",
@@ -238,11 +240,12 @@ def _numbers(config: Any, prefix: str = "") -> Iterator[str]:
             yield key
 
 
-def _expand_home(config: Any, name: str) -> None:
-    """A leading ~ in the path that is the field `name` of a frozen dataclass means the home folder."""
+def _expand_home(config: Any, key: str) -> None:
+    """A leading ~ in the path that a frozen dataclass has for `key` means the home folder. Raises MiniRLError."""
+    name = key.rpartition(".")[2]
     value = getattr(config, name)
     if value is not None:
-        object.__setattr__(config, name, home(value))
+        object.__setattr__(config, name, home(value, key))
 
 
 def _require(config: TrainConfig, key: str, holds, must_be: str) -> None:

@@ -69,6 +69,11 @@ def check_problems(
 
     with_answers: each problem must fit with its own answer too, as the cold start reads it.
     """
+    if not problems:
+        raise MiniRLError(
+            f"task.held_out_fraction is {config.task.held_out_fraction}, which leaves no problems on one side: it must "
+            "be another value, or the task must have more problems"
+        )
     lengths = [len(encode_prompt(tokenizer, problem.prompt)) for problem in problems]
     longest, most = max(lengths), config.rollout.max_new_tokens
     check_fits(model, longest, most, "rollout.max_new_tokens")

@@ -9,7 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .errors import MiniRLError
 from .paths import home
@@ -24,8 +31,11 @@ def load_model(path: str, experts_implementation: str | None = None) -> tuple[Pr
     Raises MiniRLError, also for weights that are missing, unexpected, of another shape, or not finite.
     """
     path = find_model(path)
-    with one_message(f"cannot load a model from {path}"):
+    is_folder = Path(path).is_dir()
+    with one_message(f"cannot load a model from {path}" + ("" if is_folder else ", which is no folder here: the hub")):
         AutoConfig.from_pretrained(path)
+        if (Path(path) / "generation_config.json").exists():  # which the model takes for empty if it is damaged
+            GenerationConfig.from_pretrained(path)
     tokenizer = _load_tokenizer(path)
     with one_message(f"cannot load a model from {path}"), _without_report():
         model, found = AutoModelForCausalLM.from_pretrained(
@@ -54,13 +64,16 @@ def find_model(name: str) -> str:
 
     It means a folder if there is one, if it is written as a path, or if its first part is a folder here.
     """
-    path = Path(home(name))
+    path = Path(home(name, "the model's folder"))
     if path.is_dir():
         if (path / "adapter_config.json").is_file():
             raise MiniRLError(
                 f"{name} holds a LoRA adapter (adapter_config.json): it must be a whole model, with the adapter merged "
                 "into it (peft's merge_and_unload)"
             )
+        if not (path / "config.json").is_file():
+            guess = f"did you mean {path / 'model'}? " if (path / "model" / "config.json").is_file() else ""
+            raise MiniRLError(f"cannot load a model from {name}: {guess}it must hold config.json")
         return str(path)
     if path.is_file():
         raise MiniRLError(f"{name} is a file: a model must be the folder that holds config.json")
@@ -160,5 +173,11 @@ def check_model(model: PreTrainedModel, name: str) -> None:
     for key, weight in model.state_dict().items():  # buffers too: some correct a router's choice
         if weight.is_floating_point() and not weight.isfinite().all():
             raise MiniRLError(f"{key} of {name} is not finite: weights must be numbers")
+    # sizes that do not fit together may fail in the first forward, or in the first that reads a cache
+    probe = GenerationConfig(
+        do_sample=False, max_new_tokens=2, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+    )
     with one_message(f"{name} makes no {type(model).__name__} that computes"):
-        model(torch.zeros(1, 2, dtype=torch.long))  # sizes that do not fit together may fail here first
+        logits = model.generate(torch.zeros(1, 2, dtype=torch.long), generation_config=probe).logits
+    if any(one.isnan().any() for one in logits):
+        raise MiniRLError(f"{name} makes a {type(model).__name__} whose logits are NaN: they must be numbers")

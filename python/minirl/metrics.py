@@ -35,11 +35,28 @@ class MetricsLog:
 
 
 def read_metrics(path: Path, phase: str) -> list[dict[str, Any]]:
-    """The lines of one phase. Raises MiniRLError that names the line if one is not JSON."""
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    """The lines of one phase. Raises MiniRLError that names the line if one is not as `MetricsLog` writes it."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MiniRLError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise MiniRLError(f"{path}, line {number}: not valid JSON: {error}") from None
-    return [line for line in lines if line["phase"] == phase]
+            found.append(_parse(line))
+        except ValueError as error:
+            raise MiniRLError(f"{path}, line {number}: {error}") from None
+    return [line for line in found if line["phase"] == phase]
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    if not isinstance(line, dict) or not {"phase", "step"} <= set(line):
+        raise ValueError(f"{text[:60]} must be an object with phase and step")
+    for name, value in line.items():
+        if name != "phase" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"{name} is {value!r}: it must be a number")
+    return line

@@ -89,7 +89,8 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
 
 def _transformers_config(keys: dict, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
     model_type = keys.get("model_type")
-    if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    is_known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
+    if not is_known or CONFIG_MAPPING[model_type] not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise MiniRLError(
             f"model.config.model_type is {model_type!r}: it must be a causal language model of transformers, such as "
             "'qwen3_moe'"

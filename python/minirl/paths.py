@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from .errors import MiniRLError
 
 
-def home(path: str) -> str:
-    """`path` with a leading ~ or ~user replaced by that home folder. Raises MiniRLError where there is none."""
+def home(path: str, name: str) -> str:
+    """`path` with a leading ~ or ~user replaced by that home folder.
+
+    Raises MiniRLError if it is empty, or there is no such user. name: of the option that it is.
+    """
     expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        raise MiniRLError(f"{path} begins with {Path(path).parts[0]}: it must name a home folder, or begin with ./")
+    if not expanded or expanded.startswith("~"):
+        raise MiniRLError(f"{name} is {path!r}: it must be a path, and ~ in it a home folder that there is")
     return expanded

@@ -22,7 +22,7 @@ class RunDir:
     """Paths of a run. Whole files are written to a temporary name and renamed; metrics.jsonl grows by lines."""
 
     def __init__(self, path: Path):
-        path = Path(home(str(path)))
+        path = Path(home(str(path), "the folder of a run"))
         self.path = path
         self.config = path / "config.toml"
         self.metrics = path / "metrics.jsonl"
@@ -66,7 +66,10 @@ class RunDir:
                 raise MiniRLError(
                     f"run_dir {self.path} holds no {path.name}: --overwrite replaces nothing but a run, which has one"
                 )
-        load_config(self.config)
+        try:
+            load_config(self.config)
+        except MiniRLError as error:
+            raise MiniRLError(f"run_dir {self.path} holds no run, which --overwrite could replace: {error}") from None
         for path in self._files():
             if path.is_dir():
                 raise MiniRLError(f"{path} is a folder: it must be moved away, --overwrite replaces a file there")

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..config import TrainConfig, VLLMConfig
 from ..errors import MiniRLError
+from ..paths import home
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,12 @@ class DiscrepancyOptions:
     """End with status 1 if fail_metric is above this, or is not a number."""
     fail_metric: Literal["kl_k3", "kl_full", "abs_log_d_max"] = "kl_k3"
     """KL(μ‖π_old) by k3, or over the whole vocabulary, or the largest |log π_old − log μ|; in nats."""
+
+    def __post_init__(self):
+        for name in ("prompts", "output"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, Path(home(str(value), f"--{name}")))
 
     def check(self) -> None:
         """Raises MiniRLError, naming the option, for a value that makes no sense."""

@@ -22,7 +22,7 @@ class Target:
 
 def find_target(name: str) -> Target:
     """name: a config file, the folder of a run, or the folder or hub name of a model. Raises MiniRLError."""
-    path = Path(home(name))
+    path = Path(home(name, "TARGET"))
     if path.suffix == ".toml":
         config = load_config(path)
         config.check()
