@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
@@ -81,8 +82,8 @@ def check_space(run_dir: RunDir, model: PreTrainedModel) -> None:
     free = shutil.disk_usage(run_dir.path).free
     if needed > free:
         raise MiniRLError(
-            f"the disk of run_dir {run_dir.path} has {free / 1e6:.0f} MB free: it must have {needed / 1e6:.0f} MB, for "
-            "the weights"
+            f"the disk of run_dir {run_dir.path} has {decimal(free)} free: it must have {decimal(needed)}, for the "
+            "weights"
         )
 
 

@@ -1,13 +1,16 @@
 """Runs that take no time, and the trainers of them."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 from minirl.config_file import dump_config
 from minirl.models import make_model
+from minirl.run import train
 from minirl.sampling import make_sampler
 from minirl.tasks import make_task
 from minirl.train import Trainer
+from rich.console import Console
 from tiny_run import tiny_run
 
 
@@ -28,6 +31,20 @@ def make_trainer():
         return Trainer(config, model, sampler)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The folder of a run that has ended, which no test may change."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(tiny_run(folder), Console(quiet=True))
+    return folder
+
+
+@pytest.fixture
+def run_folder(finished_run, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(finished_run, tmp_path / "run")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import fails
 from minirl.cli import main
 from minirl.config import ColdStartConfig, ModelConfig, TaskConfig
 from minirl.config_file import load_config
@@ -18,15 +19,6 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 def metrics_of(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if not name.startswith("seconds_")} for line in lines]
-
-
-def fails(capsys, *arguments) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return " ".join(error.replace("│", " ").split())
 
 
 @pytest.fixture
