@@ -1,5 +1,7 @@
 """Kernels for training language models by reinforcement learning: MiniRL's policy loss, fused."""
 
+import importlib.metadata
+
 from .batch_invariant import batch_invariant_mode
 from .config import PolicyLossConfig
 from .moe import RoutedExperts, moe_layer_indices, record_routing, replay_routing
@@ -52,3 +54,13 @@ __all__ = [
     "sum",
     "token_logprobs",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """__version__, of the installed distribution; read when asked, since a checkout need not be installed."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return importlib.metadata.version("minirl-kernels")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise AttributeError("minirl_kernels has no __version__: it is not installed") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ from transformers import (
 from .errors import MiniRLError
 from .paths import home
 
+_MASK = re.compile(r"\.(attn|attention)\.(bias|masked_bias|causal_mask)$")  # earlier transformers saved causal masks
 _UNFIT = "| CONVERSION"  # of weights that transformers puts together from several, such as those of experts
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
@@ -45,6 +47,7 @@ def load_model(path: str, experts_implementation: str | None = None) -> tuple[Pr
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that `found` names each of them
         )
+    found["unexpected_keys"] = {key for key in found["unexpected_keys"] if not _MASK.search(key)}
     _check_complete(path, found)
     model.eval()  # without dropout, in training too: the policy that samples has none
     check_model(model, path)

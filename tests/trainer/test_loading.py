@@ -11,7 +11,7 @@ from minirl.errors import MiniRLError
 from minirl.loading import find_model, load_model
 from safetensors.torch import load_file, save_file
 from tiny_run import TINY_MODEL
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPTJConfig, Qwen3MoeConfig
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
@@ -143,6 +143,18 @@ def test_tied_weights_and_buffers_that_are_not_saved_are_not_missing(finished_ru
             part.save_pretrained(tmp_path / config.model_type)
         loaded, _ = load_model(str(tmp_path / config.model_type))
         assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_causal_masks_that_earlier_versions_saved_are_not_unexpected(finished_run, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(finished_run / "model")
+    config = GPTJConfig(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
+    for part in (AutoModelForCausalLM.from_config(config), tokenizer):
+        part.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    masks = {"bias": torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(), "masked_bias": torch.tensor(-1e9)}
+    tensors |= {f"transformer.h.0.attn.{name}": mask for name, mask in masks.items()}
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize(
