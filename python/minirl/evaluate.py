@@ -9,8 +9,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from .config_file import load_config
 from .context import check_problems
-from .loading import load_model
-from .models import computing, make_batch_invariant, pick_device
+from .loading import check_computes, load_model
+from .models import autocast, computing, make_batch_invariant, pick_device
 from .run_dir import RunDir
 from .sampling import held_out_problems, make_sampler
 from .seeds import derive_seed
@@ -38,9 +38,12 @@ def evaluate(run_dir: RunDir, *, k: int | None = None, prompts: int | None = Non
     model, tokenizer = load_model(str(run_dir.model), config.model.experts_implementation)
     if config.batch_invariant:
         make_batch_invariant(model)
+    model = model.to(pick_device(config.device))
+    with computing(config), autocast(model.device, config.dtype):
+        check_computes(model, str(run_dir.model))
     problems = held_out_problems(config, task, prompts or config.eval.prompts)
     check_problems(config, model, tokenizer, problems)
-    sampler = make_sampler(config, model.to(pick_device(config.device)), tokenizer, task)
+    sampler = make_sampler(config, model, tokenizer, task)
     k = k or config.eval.k
     try:
         with computing(config):

@@ -6,7 +6,7 @@ import difflib
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ def load_model(path: str, experts_implementation: str | None = None) -> tuple[Pr
     found["unexpected_keys"] = {key for key in found["unexpected_keys"] if not _MASK.search(key)}
     _check_complete(path, found)
     model.eval()  # without dropout, in training too: the policy that samples has none
-    check_model(model, path)
+    check_finite(model, path)
     if tokenizer.eos_token_id is None:
         raise MiniRLError(f"the tokenizer of {path} has no eos_token: it must have one, for responses to end with")
     vocabulary = model.get_input_embeddings().num_embeddings
@@ -170,17 +170,26 @@ def _listed(names: list[str] | set[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-@torch.no_grad()
-def check_model(model: PreTrainedModel, name: str) -> None:
-    """Raises MiniRLError if a weight is NaN or infinite, or the model cannot compute. name: of the model."""
+def check_finite(model: PreTrainedModel, name: str) -> None:
+    """Raises MiniRLError if a weight is NaN or infinite. name: of the model."""
     for key, weight in model.state_dict().items():  # buffers too: some correct a router's choice
         if weight.is_floating_point() and not weight.isfinite().all():
             raise MiniRLError(f"{key} of {name} is not finite: weights must be numbers")
+
+
+def does_compute(name: str, model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Raises MiniRLError for whatever goes wrong inside, where the model computes."""
+    return one_message(f"{name} makes no {type(model).__name__} that computes")
+
+
+def check_computes(model: PreTrainedModel, name: str) -> None:
+    """Raises MiniRLError unless the model decodes two tokens from logits that are numbers. name: of the model."""
     # sizes that do not fit together may fail in the first forward, or in the first that reads a cache
     probe = GenerationConfig(
         do_sample=False, max_new_tokens=2, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
-    with one_message(f"{name} makes no {type(model).__name__} that computes"):
-        logits = model.generate(torch.zeros(1, 2, dtype=torch.long), generation_config=probe).logits
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with does_compute(name, model):
+        logits = model.generate(ids, generation_config=probe).logits
     if any(one.isnan().any() for one in logits):
         raise MiniRLError(f"{name} makes a {type(model).__name__} whose logits are NaN: they must be numbers")

@@ -21,7 +21,7 @@ from minirl_kernels.integrations.transformers import enable_log_probs
 
 from .config import ModelConfig, TrainConfig
 from .errors import MiniRLError
-from .loading import check_model, load_model, one_message
+from .loading import check_computes, check_finite, does_compute, load_model, one_message
 from .seeds import derive_seed
 from .tasks import ArithmeticTask
 from .tokenizer import character_tokenizer
@@ -47,10 +47,14 @@ def make_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         )
     if config.batch_invariant:
         make_batch_invariant(model)
-    try:
-        model = enable_log_probs(model.to(pick_device(config.device)))
-    except (TypeError, ValueError) as error:
-        raise MiniRLError(f"this model cannot be trained: {error}") from None
+    name = config.model.path or "model.config"
+    with does_compute(name, model):
+        try:
+            model = enable_log_probs(model.to(pick_device(config.device)))
+        except (TypeError, ValueError) as error:
+            raise MiniRLError(f"this model cannot be trained: {error}") from None
+    with computing(config), autocast(model.device, config.dtype):
+        check_computes(model, name)
     if config.routing_replay != "disabled":
         try:
             with record_routing(model):
@@ -83,7 +87,7 @@ def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: i
         model = AutoModelForCausalLM.from_config(
             model_config, dtype=torch.float32, experts_implementation=config.experts_implementation
         ).eval()
-    check_model(model, "model.config")
+    check_finite(model, "model.config")
     return model
 
 

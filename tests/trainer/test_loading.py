@@ -105,7 +105,6 @@ def split(folder) -> None:
         (lambda folder: cut(folder / "tokenizer.json", 10), "cannot load a tokenizer from"),
         (lambda folder: cut(folder / "tokenizer_config.json", 0), "cannot load a tokenizer from"),
         (lambda folder: cut(folder / "generation_config.json", 10), "is not a valid JSON file"),
-        (lambda folder: change_json(folder / "config.json", num_experts_per_tok=20), "selected index k out of range"),
         (lambda folder: change_json(folder / "config.json", vocab_size=30), "[15, 32] instead of [30, 32]"),
         (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds a LoRA adapter"),
     ],
@@ -117,6 +116,15 @@ def test_files_that_are_damaged(folder, damage, message):
     assert message in str(error.value)
     assert str(folder) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_that_cannot_compute(run_folder, config_file, tmp_path, capsys):
+    change_json(run_folder / "model" / "config.json", num_experts_per_tok=20)
+    message = f"{run_folder / 'model'} makes no Qwen3MoeForCausalLM that computes: selected index k out of range"
+    assert message in fails(capsys, "eval", run_folder)
+    assert message in fails(capsys, "discrepancy", run_folder)
+    train = ("train", config_file(), "--run-dir", tmp_path / "next", "--model.path", run_folder / "model")
+    assert message in fails(capsys, *train)
 
 
 def cut(path, length) -> None:
