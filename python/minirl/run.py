@@ -79,7 +79,8 @@ def _train(config: TrainConfig, run_dir: RunDir, console: Console) -> None:
 def check_space(run_dir: RunDir, model: PreTrainedModel) -> None:
     """Raises MiniRLError unless the weights fit onto the disk that they are to be saved to."""
     needed = sum(weight.nbytes for weight in model.state_dict().values())
-    free = shutil.disk_usage(run_dir.path).free
+    replaced = sum(path.stat().st_size for path in run_dir.model.rglob("*"))
+    free = shutil.disk_usage(run_dir.path).free + replaced
     if needed > free:
         raise MiniRLError(
             f"the disk of run_dir {run_dir.path} has {decimal(free)} free: it must have {decimal(needed)}, for the "
