@@ -84,7 +84,10 @@ def find_model(name: str) -> str:
     near = _near(path)
     if written_as_path or near or ("/" in name and Path(path.parts[0]).is_dir()):
         guess = f"did you mean {near}? " if near else ""
-        raise MiniRLError(f"there is no folder {name}: {guess}it must be the folder of a model, or a hub name")
+        raise MiniRLError(
+            f"cannot load a model from {name}: there is no such folder, {guess}it must be a model's folder or a name "
+            "of the hub"
+        )
     return name
 
 

@@ -168,13 +168,22 @@ def test_causal_masks_that_earlier_versions_saved_are_not_unexpected(finished_ru
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("runs/mathematics/modle", "there is no folder runs/mathematics/modle: did you mean runs/mathematics/model?"),
-        ("runs/mathematic", "there is no folder runs/mathematic: did you mean runs/mathematics?"),
-        ("runs/x", "there is no folder runs/x: it must be the folder of a model, or a hub name"),
-        ("./Qwen3-0.6B", "there is no folder ./Qwen3-0.6B"),
-        ("elsewhere/Qwen3/model", "there is no folder elsewhere/Qwen3/model"),
-        ("Qwen3/", "there is no folder Qwen3/"),
-        ("my-modle", "there is no folder my-modle: did you mean my-model?"),
+        (
+            "runs/mathematics/modle",
+            "there is no such folder, did you mean runs/mathematics/model?",
+        ),
+        (
+            "runs/mathematic",
+            "cannot load a model from runs/mathematic: there is no such folder, did you mean runs/mathematics?",
+        ),
+        (
+            "runs/x",
+            "from runs/x: there is no such folder, it must be a model's folder or a name of the hub",
+        ),
+        ("./Qwen3-0.6B", "cannot load a model from ./Qwen3-0.6B: there is no such folder"),
+        ("elsewhere/Qwen3/model", "cannot load a model from elsewhere/Qwen3/model: there is no such folder"),
+        ("Qwen3/", "cannot load a model from Qwen3/: there is no such folder"),
+        ("my-modle", "cannot load a model from my-modle: there is no such folder, did you mean my-model?"),
         ("runs/mathematics", "cannot load a model from runs/mathematics: did you mean runs/mathematics/model?"),
         ("my-model/config.json", "my-model/config.json is a file: a model must be the folder that holds config.json"),
     ],

@@ -53,7 +53,7 @@ def test_sizes_that_make_no_model(config_file, capsys, keys, message):
         ("--task.max-operand 1 --task.held-out-fraction 1e-9", "task.held_out_fraction is 1e-09, which leaves no"),
         ("--run-dir ''", "run_dir is '': it must be a path"),
         ("--run-dir config.toml", "run_dir config.toml cannot be written to: File exists"),
-        ("--model.path ./nowhere", "there is no folder ./nowhere"),
+        ("--model.path ./nowhere", "cannot load a model from ./nowhere: there is no such folder"),
         ("--steps many", "--steps"),
         ("--optimizer.betas 1", "--optimizer.betas"),
     ],
