@@ -84,7 +84,9 @@ class RunDir:
         _remove(self.model, _written(self.model))
 
     def _files(self) -> tuple[Path, ...]:
-        return self.config, self.metrics, self.curves, self.discrepancy, self.discrepancy_picture
+        reports = (self.discrepancy, self.discrepancy_picture)
+        earlier = [path for report in reports for path in self.path.glob(f"{report.stem}-[0-9]*{report.suffix}")]
+        return self.config, self.metrics, self.curves, *reports, *earlier
 
     def existing(self) -> RunDir:
         """Itself. Raises MiniRLError unless a run has been written here."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from command import fails
 from minirl.cli import main
 from minirl.config import ModelConfig, TaskConfig, VLLMConfig
 from minirl.discrepancy import engines
@@ -36,15 +37,6 @@ def run(tmp_path, monkeypatch, capsys):
         return json.loads((tmp_path / "discrepancy.json").read_text()), capsys.readouterr().out
 
     return call
-
-
-def fails(capsys, *arguments) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return " ".join(error.replace("│", " ").split())
 
 
 def keys_of(value) -> object:

@@ -78,6 +78,14 @@ def test_overwrite_leaves_other_files_of_the_folder(run_folder, config_file):
     assert len(list((run_folder / "tensorboard").iterdir())) == 1  # the events of the run before are gone
 
 
+def test_overwrite_removes_every_report_of_the_run_before(run_folder, config_file):
+    names = ["discrepancy.json", "discrepancy.png", "discrepancy-1.json", "discrepancy-12.png"]
+    for name in names:
+        (run_folder / name).write_text("of the run before")
+    main(["train", str(config_file()), "--overwrite", "--steps", "1", "--cold-start.steps", "0"])
+    assert not [name for name in names if (run_folder / name).exists()]
+
+
 @pytest.mark.parametrize("name", ["model/notes.md", "model/adapters/weights", "tensorboard/notes.md"])
 def test_overwrite_refuses_to_remove_foreign_files(run_folder, config_file, capsys, name):
     path = run_folder / name

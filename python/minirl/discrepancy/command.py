@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from minirl_kernels import PolicyLossConfig
