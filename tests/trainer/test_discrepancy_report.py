@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from command import fails
 from minirl.cli import main
 from minirl.discrepancy.show import describe
 from minirl.models import make_model
@@ -99,16 +100,13 @@ def test_what_is_refused_before_anything_is_sampled(gpt2, capsys, tmp_path, monk
     (tmp_path / "file").write_text("")
 
     def said(*options):
-        with pytest.raises(SystemExit) as stopped:
-            main(["discrepancy", str(gpt2), *map(str, options)])
-        assert stopped.value.code == 2
-        return " ".join(capsys.readouterr().err.split())
+        return fails(capsys, "discrepancy", gpt2, *options)
 
     (tmp_path / "prompts.txt").write_text("1+1=\n")
     prompts = ("--prompts", tmp_path / "prompts.txt")
     assert (
-        "--max-new-tokens is 61 and the longest prompt has 4 tokens: together they must be at most 64, "
-        "the model's max_position_embeddings"
+        "--max-new-tokens is 61 and the longest prompt has 4 tokens, together 65: they must be at most 64, "
+        "the context of this gpt2 model"
     ) in said(*prompts, "--max-new-tokens", 61)
     assert "file/folder cannot be written to: Not a directory" in said(*SHORT, "--output", "file/folder")
     assert f"--seed is {2**63}: it must be a number of 64 bits" in said("--seed", 2**63)
