@@ -14,13 +14,13 @@ from contextlib import contextmanager
 
 import torch
 
+from ..uncompiled import hold_uncompiled, release_uncompiled
 from . import overrides
 
 _KEY = "minirl_kernels.batch_invariant"
 _lock = threading.Lock()
 _holders = 0  # contexts, and threads or the process that enabled the mode: the overrides stay until there is none
 _everywhere = False
-_stance_before = None
 
 
 def is_batch_invariant() -> bool:
@@ -105,18 +105,18 @@ def _refuse_compilation() -> None:
 
 
 def _hold() -> None:
-    global _holders, _stance_before
+    global _holders
     with _lock:
         if _holders == 0:
             overrides.install(is_batch_invariant)
-            _stance_before = torch.compiler.set_stance("force_eager")
+            hold_uncompiled()
         _holders += 1
 
 
 def _release() -> None:
-    global _holders, _stance_before
+    global _holders
     with _lock:
         _holders -= 1
         if _holders == 0:
-            _stance_before.__exit__(None, None, None)
+            release_uncompiled()
             overrides.uninstall()

@@ -101,10 +101,11 @@ class RoutingComparison:
 
     @contextmanager
     def _recording(self, engine: str, model: nn.Module) -> Iterator[None]:
+        found = {router.name: router for router in routers(model)}
         chosen = self._chosen[engine] = {name: [] for name in self._names}
 
         def after(forward: Forward, name: str, _, output: tuple[Tensor, ...]) -> None:
-            chosen[name].append(forward.per_token(output[2], len(forward.tokens)))
+            chosen[name].append(forward.per_token(found[name].experts(output), len(forward.tokens)))
 
         with watched(model, names=self._names, after=after):
             yield

@@ -1,26 +1,22 @@
 """record_routing and replay_routing: a model's routers choose by moe_routing, whose choice is noted or prescribed.
 
-Both go through a forward hook on each router, which puts moe_routing's weights and experts in place of the router's
-own. A recompute of gradient checkpointing runs inside a backward; autograd's sequence numbers, which it gives to the
-nodes of a graph as they are made, say which forward it belongs to.
+Both go through a forward hook on each router (hooks.py), which puts moe_routing's weights and experts in place of the
+router's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.moe_routing import Routing, moe_routing
+from .hooks import hooked
 from .routed_experts import RoutedExperts, compact_dtype
 from .routers import Router, routers
-
-# which context each router is in, by name
-_ACTIVE: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -34,7 +30,9 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
     Raises ValueError that names the module where a router cannot be replayed; RuntimeError where routers are in
     another of these contexts, a forward leaves a router out, or a recompute comes after the context has ended.
     """
-    with _routed("record_routing", RoutingRecord(routers(model))) as record:
+    found = routers(model)
+    record = RoutingRecord(found)
+    with hooked("record_routing", model, found, record):
         yield record
 
 
@@ -51,7 +49,9 @@ def replay_routing(model: nn.Module, routed_experts: RoutedExperts, *, check: bo
     """
     if not isinstance(routed_experts, RoutedExperts):
         raise TypeError(f"routed_experts is a {type(routed_experts).__name__}: it must be RoutedExperts")
-    with _routed("replay_routing", RoutingReplay(routers(model), routed_experts, check)) as replay:
+    found = routers(model)
+    replay = RoutingReplay(found, routed_experts, check)
+    with hooked("replay_routing", model, found, replay):
         yield replay
 
 
@@ -100,9 +100,9 @@ class RoutingRecord:
             self.forwards.append([None] * len(self._routers))
         self.forwards[-1][index] = routing.experts.to(compact_dtype(self._routers[index].num_experts))
 
-    def _route(self, index: int, logits: Tensor, is_recompute: bool) -> Routing:
-        router = self._routers[index]
-        routing = moe_routing(logits, router.top_k, **router.options())
+    def route(self, index: int, logits: Tensor, options: dict[str, Any], *, is_recompute: bool) -> Routing:
+        """As hooks.Context has it."""
+        routing = moe_routing(logits, self._routers[index].top_k, **options)
         if not is_recompute:
             self._note(index, routing)
         return routing
@@ -149,7 +149,8 @@ class RoutingReplay:
         device = self._routings[0].mass.device
         return torch.stack([getattr(routing, field).to(device) for routing in self._routings], 1)
 
-    def _route(self, index: int, logits: Tensor, is_recompute: bool) -> Routing:
+    def route(self, index: int, logits: Tensor, options: dict[str, Any], *, is_recompute: bool) -> Routing:
+        """As hooks.Context has it."""
         router = self._routers[index]
         if not is_recompute and self._routings[index] is not None:
             raise RuntimeError(
@@ -159,93 +160,11 @@ class RoutingReplay:
         if len(ids) != len(logits):
             raise ValueError(f"routed_experts has {len(ids)} tokens: {router.name} was given {len(logits)}")
         ids, valid = ids.to(logits.device), valid.to(logits.device)
-        routing = moe_routing(
-            logits, router.top_k, routed_experts=ids, valid=valid, check=self._check, **router.options()
-        )
+        routing = moe_routing(logits, router.top_k, routed_experts=ids, valid=valid, check=self._check, **options)
         if not is_recompute:
             # the others would keep the graph, and 16 K bytes of each token
             self._routings[index] = routing._replace(weights=None, experts=None, natural_experts=None)
         return routing
-
-
-class _Hooks:
-    """The hooks of one context on the model's routers, and their count of forwards and recomputes."""
-
-    def __init__(self, name: str, found: list[Router], context: RoutingRecord | RoutingReplay):
-        self._name, self._routers, self._context = name, found, context
-        self._ran = [False] * len(found)
-        self._pending = [0] * len(found)  # forwards that a checkpoint may yet compute again
-        self._start, self._end = torch.autograd._get_sequence_nr(), None
-        self._handles = [
-            router.module.register_forward_hook(partial(self._after, index)) for index, router in enumerate(found)
-        ]
-
-    def end(self, *, failed: bool) -> None:
-        """Take the hooks off, but for those of routers whose recompute may come after its context."""
-        self._end = torch.autograd._get_sequence_nr()
-        for pending, handle in zip(self._pending, self._handles, strict=True):
-            if failed or pending <= 0 or self._start == self._end:
-                handle.remove()
-        left_out = [router.name for router, ran in zip(self._routers, self._ran, strict=True) if not ran]
-        if not failed and any(self._ran) and left_out:
-            raise RuntimeError(
-                f"{self._name}: the forward left out {left_out[0]}: every router must be called as a module"
-            )
-
-    def _after(self, index: int, module: nn.Module, _, output: tuple[Tensor, ...]):
-        node = _node_in_backward()
-        is_recompute = node is not None
-        if self._end is not None:
-            if is_recompute and self._start <= node < self._end:
-                raise RuntimeError(
-                    f"{self._routers[index].name} is computed again by gradient checkpointing after its {self._name} "
-                    "has ended, and would route otherwise: run the backward inside it"
-                )
-            return None
-        if is_recompute and node < self._start:
-            raise RuntimeError(
-                f"{self._routers[index].name} is computed again inside a {self._name} that its forward was not in: "
-                "run that backward outside"
-            )
-        if is_recompute:
-            self._pending[index] -= 1
-        elif _may_be_checkpointed():
-            self._pending[index] += 1
-        logits, weights, _ = output
-        routing = self._context._route(index, logits, is_recompute)
-        self._ran[index] = True
-        return logits, routing.weights.to(weights.dtype), routing.experts
-
-
-@contextmanager
-def _routed(name, context):
-    found = context._routers
-    for router in found:
-        if router.module in _ACTIVE:
-            raise RuntimeError(f"{router.name} is inside {_ACTIVE[router.module]} already: {name} must not be nested")
-    hooks = _Hooks(name, found, context)
-    _ACTIVE.update((router.module, name) for router in found)
-    failed = True
-    try:
-        yield context
-        failed = False
-    finally:
-        for router in found:
-            _ACTIVE.pop(router.module, None)
-        hooks.end(failed=failed)
-
-
-def _node_in_backward() -> int | None:
-    """The sequence number of the node that a running backward is at, -1 between nodes; None where none is running."""
-    if torch._C._current_graph_task_id() == -1:
-        return None
-    node = torch._C._current_autograd_node()
-    return -1 if node is None else node._sequence_nr()
-
-
-def _may_be_checkpointed() -> bool:
-    """The two kinds of checkpointing run a forward without gradients, or with hooks that let go of saved tensors."""
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 def _check_uniform(found: list[Router]) -> None:

@@ -1,0 +1,216 @@
+"""The hooks of one context on a model: its routers' choices are made by the context, in the thread that entered it.
+
+torch.compile leaves hooks out of code that it made before them. Compiled functions run uncompiled inside a context, and
+a forward that ends without its routers having run raises. A recompute of gradient checkpointing runs inside a
+backward; autograd's sequence numbers, which it gives to the nodes of a graph as they are made, say which forward it
+belongs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.moe_routing import Routing
+from ..uncompiled import hold_uncompiled, release_uncompiled
+from .routers import Router
+
+# the contexts of a thread; autograd's threads have those of the thread that called backward
+_KEY = "minirl_kernels.routing"
+
+
+class Context(Protocol):
+    """Says where the tokens of router `index` go; options are the keyword arguments of moe_routing."""
+
+    def route(self, index: int, logits: Tensor, options: dict, *, is_recompute: bool) -> Routing: ...
+
+
+@contextmanager
+def hooked(name: str, model: nn.Module, found: list[Router], context: Context) -> Iterator[None]:
+    """Route by `context` within. Raises RuntimeError where it cannot: see record_routing."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"{name} is entered inside a compiled function: it must be around the call of it")
+    for other in _of_this_thread():
+        other.refuse_nesting(name, found)
+    hold_uncompiled()
+    try:
+        hooks = _Hooks(name, model, found, context)
+        _set_of_this_thread((*_of_this_thread(), hooks))
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            _set_of_this_thread(tuple(one for one in _of_this_thread() if one is not hooks))
+            hooks.end(failed=failed)
+    finally:
+        release_uncompiled()
+
+
+class _Running(NamedTuple):
+    """A forward of a module around routers."""
+
+    runs_before: list[int]
+    keeps_graph: bool
+
+
+class _Hooks:
+    def __init__(self, name: str, model: nn.Module, found: list[Router], context: Context):
+        self._name, self._routers, self._context = name, found, context
+        self._runs = [0] * len(found)
+        self._pending = [0] * len(found)  # forwards that a checkpoint may yet compute again
+        self._running: dict[str, _Running] = {}  # by path
+        self._in_another_thread = False
+        self._start, self._end = torch.autograd._get_sequence_nr(), None
+        self._handles = [
+            [module.register_forward_hook(partial(self._after, index)) for module in router.modules]
+            for index, router in enumerate(found)
+        ]
+        self._around = _modules_around(model, found)
+        self._around_handles = [
+            handle
+            for path, (module, inner) in self._around.items()
+            for handle in (
+                module.register_forward_pre_hook(partial(self._begin_forward, path)),
+                module.register_forward_hook(partial(self._end_forward, path, inner)),
+            )
+        ]
+
+    def refuse_nesting(self, name: str, found: list[Router]) -> None:
+        mine = {module for router in self._routers for module in router.modules}
+        for router in found:
+            if not mine.isdisjoint(router.modules):
+                raise RuntimeError(f"{router.name} is inside {self._name} already: {name} must not be nested")
+
+    def end(self, *, failed: bool) -> None:
+        """Take the hooks off, but for those of routers whose recompute may come after its context."""
+        self._end = torch.autograd._get_sequence_nr()
+        for handle in self._around_handles:
+            handle.remove()
+        compiled = next((path for path, (module, _) in self._around.items() if _is_compiled(module)), None)
+        refused = compiled is not None and not failed and any(pending > 0 for pending in self._pending)
+        for pending, handles in zip(self._pending, self._handles, strict=True):
+            if failed or refused or pending <= 0:
+                for handle in handles:
+                    handle.remove()
+        if failed:
+            return
+        if refused:
+            raise RuntimeError(
+                f"{self._name} ends before the backward of a forward under gradient checkpointing, whose recompute "
+                f"would run the compiled {compiled or 'model'} with other routes: run the backward inside it"
+            )
+        if any(self._runs):
+            self._check_all_ran(range(len(self._routers)), [0] * len(self._routers))
+        elif self._in_another_thread:
+            raise RuntimeError(f"{self._name}: the model ran in another thread only: enter it in that thread")
+
+    def _check_all_ran(self, inner, before: list[int]) -> None:
+        for index in inner:
+            if self._runs[index] == before[index]:
+                raise RuntimeError(
+                    f"{self._name}: the forward left out {self._routers[index].name}: every router must be called as a "
+                    "module, and not from a graph that was captured or exported before"
+                )
+
+    def _begin_forward(self, path: str, *_) -> None:
+        if not self._is_active():
+            return
+        self._running[path] = _Running(list(self._runs), torch.is_grad_enabled() or _inside_autograd_function())
+
+    def _end_forward(self, path: str, inner: list[int], *_) -> None:
+        if self._is_active():
+            self._check_all_ran(inner, self._running.pop(path).runs_before)
+
+    def _outermost(self, router: Router) -> _Running:
+        return next(self._running[path] for path in _paths(router) if path in self._running)
+
+    def _is_active(self) -> bool:
+        if any(one is self for one in _of_this_thread()):
+            return True
+        self._in_another_thread = True
+        return False
+
+    def _after(self, index: int, module: nn.Module, inputs: tuple, output):
+        router = self._routers[index]
+        if torch.compiler.is_compiling():
+            if self._end is None:
+                raise RuntimeError(f"{router.name} is traced inside {self._name}: trace or export the model outside")
+            return None
+        node = _node_in_backward()
+        is_recompute = node is not None
+        if self._end is not None:
+            if is_recompute and self._start <= node < self._end:
+                raise RuntimeError(
+                    f"{router.name} is computed again by gradient checkpointing after its {self._name} "
+                    "has ended, and would route otherwise: run the backward inside it"
+                )
+            return None
+        if not self._is_active():
+            return None
+        if is_recompute and node < self._start:
+            raise RuntimeError(
+                f"{router.name} is computed again inside a {self._name} that its forward was not in: "
+                "run that backward outside"
+            )
+        if is_recompute:
+            self._pending[index] -= 1
+        elif self._outermost(router).keeps_graph and _may_be_checkpointed():
+            self._pending[index] += 1
+        options = router.options(module, inputs)
+        routing = self._context.route(index, router.logits(output), options, is_recompute=is_recompute)
+        self._runs[index] += 1
+        return router.replaced(output, routing)
+
+
+def _of_this_thread() -> tuple[_Hooks, ...]:
+    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else ()
+
+
+def _set_of_this_thread(contexts: tuple[_Hooks, ...]) -> None:
+    torch._C._stash_obj_in_tls(_KEY, contexts)
+
+
+def _modules_around(model: nn.Module, found: list[Router]) -> dict[str, tuple[nn.Module, list[int]]]:
+    """By path, each module that is a router or that a router is inside, with the indices of the routers."""
+    modules = dict(model.named_modules())
+    around: dict[str, tuple[nn.Module, list[int]]] = {}
+    for index, router in enumerate(found):
+        for path in _paths(router):
+            around.setdefault(path, (modules[path], []))[1].append(index)
+    return around
+
+
+def _paths(router: Router) -> list[str]:
+    """Of the router and the modules around it, outermost first."""
+    parts = router.name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts) + 1)]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return module._compiled_call_impl is not None or "_orig_mod" in module._modules
+
+
+def _node_in_backward() -> int | None:
+    """The sequence number of the node that a running backward is at, -1 between nodes; None where none is running."""
+    if torch._C._current_graph_task_id() == -1:
+        return None
+    node = torch._C._current_autograd_node()
+    return -1 if node is None else node._sequence_nr()
+
+
+def _may_be_checkpointed() -> bool:
+    """The two kinds of checkpointing run a forward in an autograd.Function, or with hooks that drop saved tensors."""
+    if torch.is_grad_enabled():
+        return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return _inside_autograd_function()
+
+
+def _inside_autograd_function() -> bool:
+    """Such a forward has forward-mode gradients off, too, which no_grad leaves on and inference_mode does not."""
+    return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()
