@@ -46,25 +46,69 @@ CONFIGS = {
     },
     "Glm4Moe": {**DEEPSEEK, "head_dim": 8},
 }
+# whose routers have another form, or more to them; tests of experts and attention have no use for these models
+OTHER_ROUTERS = {
+    "Afmoe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "num_shared_experts": 1,
+        "num_dense_layers": 1,
+        "head_dim": 8,
+        "layer_types": ["full_attention"] * 3,
+    },
+    "DeepseekV2": {
+        **DEEPSEEK,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    "Ernie4_5_Moe": {
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_intermediate_size": 16,
+        "moe_layer_start_index": 1,
+        "moe_num_shared_experts": 1,
+    },
+    "HYV3": {"num_experts": 8, "num_experts_per_tok": 2, "head_dim": 8, "moe_intermediate_size": 16},
+    "HunYuanMoEV1": {"num_experts": 8, "moe_topk": 2, "head_dim": 8, "moe_intermediate_size": 16},
+    "Llama4": {"num_local_experts": 8, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 48},
+    "MiniMaxM2": {"num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 8},
+}
 
 
 def tiny(name, *, seed=0, **changes):
     """`<name>ForCausalLM` in float32, in training mode, with drop-out nowhere."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{name}Config")(**{**COMMON, **CONFIGS[name], **changes})
-    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    config = getattr(transformers, "Llama4TextConfig" if name == "Llama4" else f"{name}Config")
+    changes = {**COMMON, **(CONFIGS | OTHER_ROUTERS)[name], **changes}
+    model = getattr(transformers, f"{name}ForCausalLM")(config(**changes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for module in gates(model):
-            module.weight.copy_(torch.randn(module.weight.shape, generator=generator) / 3)
-            if hasattr(module, "e_score_correction_bias"):
-                bias = module.e_score_correction_bias
+        for weight in gate_weights(model):
+            weight.copy_(torch.randn(weight.shape, generator=generator) / 3)
+        for name, bias in (*model.named_parameters(), *model.named_buffers()):
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
                 bias.copy_(torch.randn(bias.shape, generator=generator) / 10)
     return model.train()
 
 
 def gates(model):
-    return [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+    suffixes = ("topkrouter", "tokenchoicerouter", "llama4router", "v1gate")
+    return [module for module in model.modules() if type(module).__name__.lower().endswith(suffixes)]
+
+
+def gate_weights(model):
+    """[E, H] of each router, which may hold it in a linear layer of its own."""
+    return [
+        next(weight for weight in gate.parameters() if weight.shape[0] == gate.num_experts) for gate in gates(model)
+    ]
 
 
 def token_ids(batch=2, length=9, seed=0):

@@ -23,7 +23,9 @@ def natural(model, rollouts):
     """(the training engine's own experts, whether a token is far from a tie in each layer [B, L, layers])."""
     found = routers(model)
     logits = []
-    handles = [router.module.register_forward_hook(lambda module, args, out: logits.append(out[0])) for router in found]
+    handles = [
+        router.modules[0].register_forward_hook(lambda module, args, out: logits.append(out[0])) for router in found
+    ]
     with record_routing(model) as record:
         model(rollouts.token_ids, attention_mask=rollouts.attention_mask)
     for handle in handles:
@@ -71,7 +73,8 @@ def test_new_weights_and_old_requests(make_model, make_engine):
     engine.generate(shared, 2, seed=0)
     with torch.no_grad():
         for router in routers(model):
-            router.module.weight.copy_(router.module.weight.flip(0))
+            weight = router.modules[0].weight
+            weight.copy_(weight.flip(0))
     engine.update_weights(model)
     assert_as_trained(model, engine.generate(shared, 2, seed=0))
 
