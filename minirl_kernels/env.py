@@ -11,7 +11,7 @@ import torch
 
 from minirl_kernels import backends
 
-DISTRIBUTIONS = ("minirl-kernels", "torch", "triton", "transformers", "numpy")
+DISTRIBUTIONS = ("minirl-kernels", "torch", "triton", "transformers", "accelerate", "peft", "numpy")
 
 
 def environment() -> dict:

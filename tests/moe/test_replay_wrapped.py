@@ -9,7 +9,8 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import torch.distributed as dist
 from tiny_moe import gate_weights, gates, tiny, token_ids
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from minirl_kernels import RoutedExperts, record_routing, replay_routing
@@ -134,3 +135,23 @@ def test_a_sharded_model(shards_gates):
     with torch.no_grad(), replay_routing(model, routed):
         assert torch.equal(model(ids).logits, logits)
     assert torch.equal(recorded(model, ids), recorded(plain, ids))
+
+
+@pytest.mark.parametrize("wrapper", [DistributedDataParallel, FullyShardedDataParallel])
+@pytest.mark.usefixtures("process_group")
+def test_a_model_in_a_wrapper(wrapper):
+    """Handed in with the wrapper and without it; FSDP1 around each layer too."""
+    plain, model, ids = tiny("Qwen3Moe"), tiny("Qwen3Moe"), token_ids()
+    routed = random_experts(plain, ids.numel())
+    expected = recorded(plain, ids)
+    options = {"device_id": torch.device("cpu"), "use_orig_params": True}
+    if wrapper is FullyShardedDataParallel:
+        for number, layer in enumerate(model.model.layers):
+            model.model.layers[number] = wrapper(layer, **options)
+    wrapped = wrapper(model, **(options if wrapper is FullyShardedDataParallel else {}))
+    with replay_routing(plain, routed):
+        logits = plain(ids).logits
+    for handed in (wrapped, model):
+        with replay_routing(handed, routed):
+            assert torch.equal(wrapped(ids).logits, logits)
+    assert torch.equal(recorded(wrapped, ids), expected)

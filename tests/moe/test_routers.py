@@ -1,7 +1,6 @@
 """moe_routing computes what transformers' own routers do, class by class, and refuses those that it does not know."""
 
 import importlib
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +27,7 @@ WHERE = {
     for name in _KINDS
     if f"\nclass {name}(" in path.read_text()
 }
-IS_OLDEST = version("transformers").startswith(OLDEST_TRANSFORMERS)
+IS_OLDEST = transformers.__version__.startswith(OLDEST_TRANSFORMERS)
 # return their parts in another order there
 OTHERWISE_IN_THE_OLDEST = {
     "AriaTextTopKRouter",
@@ -135,10 +134,11 @@ def test_a_router_that_returns_another_form_is_named(change, returned):
 
 def test_a_transformers_whose_routers_return_probabilities(monkeypatch):
     """They are softmaxes already, and a second one would change the model's logits."""
-    monkeypatch.setattr("minirl_kernels.versions.version", lambda _: "5.5.4")
+    model = tiny("Qwen3Moe")
+    monkeypatch.setattr("transformers.__version__", "5.5.4")
     with (
         pytest.raises(ImportError, match=rf"^transformers is 5\.5\.4: it must be {OLDEST_TRANSFORMERS} or later"),
-        record_routing(tiny("Qwen3Moe")),
+        record_routing(model),
     ):
         pass
 

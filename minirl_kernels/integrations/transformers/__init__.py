@@ -5,11 +5,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from ...versions import require_transformers
 from .attention import attention_forward, attention_mask
 from .experts import experts_forward
 from .log_probs import enable_log_probs
 
 __all__ = ["enable_log_probs"]
+
+require_transformers()
 
 ALL_EXPERTS_FUNCTIONS.register("minirl", experts_forward)
 AttentionInterface.register("minirl", attention_forward)
