@@ -27,8 +27,12 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
         lower id), so that a replay of the record under the same weights gives the same bits; transformers' own
         routers differ from it by roundings.
     Several forwards may run inside (`generate`, say); a recompute of gradient checkpointing is not noted again.
-    Raises ValueError that names the module where a router cannot be replayed; RuntimeError where routers are in
-    another of these contexts, a forward leaves a router out, or a recompute comes after the context has ended.
+    Holds for the thread that enters it. Functions that were compiled by torch.compile, whose code has no hooks, run
+    uncompiled while a context is open in any thread.
+    Raises ValueError that names the module where a router cannot be replayed, TypeError where it returns another form;
+    ImportError for a transformers older than 5.18; RuntimeError inside a compiled function, where routers are in
+    another of these contexts, where a forward leaves a router out or the model runs in another thread only, and where
+    a recompute comes after the context has ended, or would come of compiled code.
     """
     found = routers(model)
     record = RoutingRecord(found)
