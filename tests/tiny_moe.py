@@ -3,6 +3,11 @@
 import torch
 import transformers
 
+from minirl_kernels.versions import OLDEST_TRANSFORMERS
+
+# whose models are fewer
+IS_OLDEST = transformers.__version__.startswith(OLDEST_TRANSFORMERS)
+
 COMMON = {
     "vocab_size": 64,
     "hidden_size": 32,

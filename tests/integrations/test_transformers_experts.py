@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from linear_head import assert_matrices_as_exact
-from tiny_moe import CONFIGS, gates, tiny, token_ids
+from tiny_moe import CONFIGS, IS_OLDEST, gates, tiny, token_ids
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -113,6 +113,7 @@ def calls(monkeypatch):
     return seen
 
 
+@pytest.mark.skipif(IS_OLDEST, reason="some came with later releases")
 def test_all_that_are_refused_are_in_transformers():
     assert REFUSED.keys() <= WHERE.keys()
     assert len(WHERE) > 60

@@ -12,7 +12,7 @@ from torch import nn
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import transformers
-from tiny_moe import CONFIGS, tiny
+from tiny_moe import CONFIGS, IS_OLDEST, tiny
 
 from minirl_kernels import moe_layer_indices, moe_routing, record_routing
 from minirl_kernels.moe.routers import _KINDS, Router, routers
@@ -27,7 +27,6 @@ WHERE = {
     for name in _KINDS
     if f"\nclass {name}(" in path.read_text()
 }
-IS_OLDEST = transformers.__version__.startswith(OLDEST_TRANSFORMERS)
 # return their parts in another order there
 OTHERWISE_IN_THE_OLDEST = {
     "AriaTextTopKRouter",
