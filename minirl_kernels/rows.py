@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -10,8 +11,10 @@ def moved_last(x: Tensor, dim: int) -> Tensor:
 
 
 def moved_back(x: Tensor, dim: int) -> Tensor:
-    """What moved_last has made of a tensor, undone."""
-    return x if dim in (-1, x.dim() - 1) else x.movedim(-1, dim)
+    """The inverse of moved_last, for a result: contiguous, as torch's own results are."""
+    if dim in (-1, x.dim() - 1):
+        return x
+    return x.movedim(-1, dim).clone(memory_format=torch.contiguous_format)  # a dimension of size 1 keeps no odd stride
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class _Listener(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        before = overrides.calls()
+        before = overrides.calls(func._schema.name)
         out = func(*args, **kwargs)
         dtypes = {
             str(value.dtype).removeprefix("torch.")
@@ -55,7 +55,7 @@ class _Listener(TorchDispatchMode):
             if isinstance(value, Tensor) and value.is_floating_point()
         }
         name = f"{func._schema.name} ({', '.join(sorted(dtypes))})"
-        if overrides.calls() > before:
+        if overrides.calls(func._schema.name) > before:
             self._found.covered[name] += 1
         elif dtypes and func.namespace != "minirl_kernels" and not is_invariant(func, args, kwargs):
             self._found.not_covered[name] += 1

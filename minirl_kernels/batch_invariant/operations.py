@@ -1,6 +1,7 @@
 """The operations of aten that become ours: by their overloads, in the arguments that torch calls them with.
 
-Each takes what the operation takes, and returns NotImplemented for what stays torch's. They run below autograd.
+Each takes the arguments of the operation and returns a new tensor. It returns NotImplemented for every call that is not
+exactly one that ours computes: torch then computes it, or raises its own error. All but linear run below autograd.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..checks import FLOAT_DTYPES
 from ..ops.matmul import aten as products
 from .known import EXACT_POWERS
 
-# Overloads that return a new tensor, by name: those that write it into a given one, and into the first argument.
+# Overloads that return a new tensor, by name: the overloads that write it into a given one, or into the first argument.
 _SOFTMAXES = {
     "_softmax": ("_softmax.out",),
     "_log_softmax": ("_log_softmax.out",),
@@ -37,7 +38,7 @@ _ELEMENTWISE = {
     "softplus": ("softplus.out",),
     "softplus_backward": ("softplus_backward.grad_input",),
 }
-_PRODUCTS = {
+PRODUCTS = {
     "mm": ("mm.out",),
     "bmm": ("bmm.out",),
     "addmm": ("addmm.out", "addmm_"),
@@ -49,99 +50,110 @@ _PRODUCTS = {
 }
 
 
+# how many dimensions the factors have
+_FACTORS = {
+    "mm": (2, 2),
+    "bmm": (3, 3),
+    "addmm": (2, 2),
+    "baddbmm": (3, 3),
+    "mv": (2, 1),
+    "addmv": (2, 1),
+    "dot": (1, 1),
+}
+
+
 def operations(key: str) -> Iterator[tuple[str, Callable]]:
-    """(overload, what computes it) for a dispatch key, "CPU" or "CUDA"."""
+    """(overload, function that computes its result) for a dispatch key, "CPU" or "CUDA"."""
     folder = {"CPU": "cpu", "CUDA": "triton_kernel"}[key]
 
     def kernels(op: str):
         return importlib.import_module(f"..ops.{op}.{folder}", __package__)
 
+    def with_others(names: dict[str, tuple[str, ...]], make: Callable[[str], Callable]):
+        for name, others in names.items():
+            function = make(name)
+            for overload in (name, *others):
+                yield overload, function
+
     matmul, softmax, mean = kernels("matmul"), kernels("softmax"), kernels("mean")
-    for name, others in _PRODUCTS.items():
-        function = partial(_product, products.OPERATORS[name], matmul)
-        yield name, function
-        for other in others:
-            yield other, partial(_product_in_place if other.endswith("_") else _product_into, function)
-    for name, others in _SOFTMAXES.items():
-        function = _softmax_backward if name.endswith("_data") else _softmax
-        yield from _with_others(name, others, partial(function, softmax, "log" in name))
-    for name, others in _REDUCTIONS.items():
-        yield from _with_others(name, others, partial(_reduction, mean, name.startswith("mean")))
+    yield from with_others(
+        PRODUCTS, lambda name: partial(_product, products.OPERATORS[name], _FACTORS.get(name), matmul)
+    )
+    yield from with_others(
+        _SOFTMAXES,
+        lambda name: partial(_softmax_backward if name.endswith("_data") else _softmax, softmax, "log" in name),
+    )
+    yield from with_others(_REDUCTIONS, lambda name: partial(_reduction, mean, name.startswith("mean")))
     if key == "CUDA":  # on a CPU torch makes rms_norm of the operations above and below
         yield "_fused_rms_norm", partial(rms_norm, kernels("rms_norm"))
         yield "_fused_rms_norm_backward", partial(rms_norm_backward, kernels("rms_norm"))
     if key == "CPU":  # on a GPU one code computes every element
         elementwise = kernels("elementwise")
-        for name, others in _ELEMENTWISE.items():
-            yield from _with_others(name, others, getattr(elementwise, name))
-        powers = ("pow.Tensor_Scalar_out", "pow_.Scalar")
-        yield from _with_others("pow.Tensor_Scalar", powers, partial(_power, elementwise))
+        yield from with_others(_ELEMENTWISE, lambda name: partial(_elementwise, getattr(elementwise, name)))
+        powers = {"pow.Tensor_Scalar": ("pow.Tensor_Scalar_out", "pow_.Scalar")}
+        yield from with_others(powers, lambda name: partial(_power, elementwise))
 
 
-def _with_others(name: str, others: tuple[str, ...], function: Callable) -> Iterator[tuple[str, Callable]]:
-    yield name, function
-    for other in others:
-        in_place = other.partition(".")[0].endswith("_")
-        yield other, partial(_in_place if in_place else _into, function)
-
-
-def _into(function: Callable, *args, **kwargs) -> Tensor:
-    """The argument for the result is the last keyword, by whatever name it goes."""
-    name = next(name for name in ("out", "grad_input") if name in kwargs)
-    target = kwargs.pop(name)
-    result = function(*args, **kwargs)
-    if result is NotImplemented:
-        return result
-    if target.shape != result.shape:
-        target.resize_(result.shape)
-    return target.copy_(result)
-
-
-def _in_place(function: Callable, target: Tensor, *args, **kwargs) -> Tensor:
-    result = function(target, *args, **kwargs)
-    return result if result is NotImplemented else target.copy_(result)
-
-
-def _product(function: Callable, kernels, first: Tensor, *args, **kwargs) -> Tensor:
-    # torch has its own words for operands of two dtypes
-    if any(isinstance(value, Tensor) and value.dtype not in (first.dtype, torch.int32) for value in args):
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The composite above autograd: torch rounds before it adds the bias where x is no matrix and not contiguous."""
+    if bias is None or x.dim() in (0, 2) or weight.dim() != 2 or bias.dim() != 1 or x.shape[-1] != weight.shape[1]:
         return NotImplemented
-    return function(kernels, first, *args, **kwargs)
+    rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
+    return torch.addmm(bias, rows, weight.t()).view(*x.shape[:-1], len(weight))
 
 
-def _product_into(function: Callable, *args, out: Tensor, **kwargs) -> Tensor:
-    a, b = args[-2:]
-    shape = (*a.shape[:-1], *b.shape[max(a.dim() - 1, 1) :])
-    if out.dtype != a.dtype:
+def _product(function: Callable, dims, kernels, first: Tensor, *args, out: Tensor | None = None, **kwargs) -> Tensor:
+    if any(isinstance(x, Tensor) and x.dtype not in (first.dtype, torch.int32) for x in args):
         return NotImplemented
-    if out.shape != shape:
-        out.resize_(shape)
-    return function(*args, out=out, **kwargs)
-
-
-def _product_in_place(function: Callable, target: Tensor, *args, **kwargs) -> Tensor:
-    return function(target, *args, out=target, **kwargs)
+    if dims is not None:
+        a, b = args if len(args) == 2 else (first, *args)
+        if (a.dim(), b.dim()) != dims:
+            return NotImplemented
+    if out is not None:
+        kwargs["out"] = out
+    try:
+        return function(kernels, first, *args, **kwargs)
+    except (TypeError, ValueError):  # out of the contract of our products
+        return NotImplemented
 
 
 def _softmax(kernels, log: bool, x: Tensor, dim: int, half_to_float: bool) -> Tensor:
-    if x.dim() == 0:
+    if not -x.dim() <= dim < x.dim() or (half_to_float and not _is_half_on_gpu(x)):
         return NotImplemented
     return kernels.forward(x, dim, log, torch.float32 if half_to_float else x.dtype)
 
 
 def _softmax_backward(kernels, log: bool, grad: Tensor, output: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    if output.dim() == 0 or grad.dtype != output.dtype:
+    if not -output.dim() <= dim < output.dim() or grad.dtype != output.dtype or grad.shape != output.shape:
+        return NotImplemented
+    if dtype != grad.dtype and not (grad.is_cuda and grad.dtype == torch.float32):
         return NotImplemented
     return kernels.backward(grad, output, dim, log, dtype)
 
 
+def _is_half_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype != torch.float32
+
+
+def _elementwise(function: Callable, x: Tensor, *args, **kwargs) -> Tensor:
+    if args and isinstance(args[0], Tensor) and (args[0].shape != x.shape or args[0].dtype != x.dtype):
+        return NotImplemented  # a gradient of another shape or dtype
+    if any(isinstance(value, complex) for value in args) or kwargs.get("approximate", "none") not in ("none", "tanh"):
+        return NotImplemented
+    return function(x, *args, **kwargs)
+
+
 def _power(kernels, x: Tensor, exponent: float) -> Tensor:
-    return NotImplemented if exponent in EXACT_POWERS else kernels.pow(x, exponent)
+    if isinstance(exponent, complex) or exponent in EXACT_POWERS:
+        return NotImplemented
+    return kernels.pow(x, exponent)
 
 
 def rms_norm(kernels, x: Tensor, normalized_shape, weight: Tensor | None, eps: float | None):
     # torch has its own words for several dimensions, for weights of another dtype, and for no eps
     if len(normalized_shape) != 1 or eps is None or (weight is not None and weight.dtype != x.dtype):
+        return NotImplemented
+    if not x.dim() or x.shape[-1] != normalized_shape[0] or (weight is not None and weight.shape != x.shape[-1:]):
         return NotImplemented
     return kernels.forward(x, weight, eps)
 
@@ -156,4 +168,8 @@ def rms_norm_backward(kernels, grad: Tensor, x: Tensor, normalized_shape, rstd: 
 def _reduction(kernels, divide: bool, x: Tensor, dim=None, keepdim: bool = False, *, dtype=None) -> Tensor:
     if dtype is not None and dtype not in FLOAT_DTYPES:
         return NotImplemented
+    if dim:
+        count = x.dim() or 1
+        if not all(-count <= d < count for d in dim) or len({d % count for d in dim}) < len(dim):
+            return NotImplemented
     return kernels.forward(x, dim, keepdim, dtype, divide)

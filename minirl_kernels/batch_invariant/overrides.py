@@ -5,37 +5,40 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..checks import FLOAT_DTYPES
-from .operations import operations
+from .operations import PRODUCTS, linear, operations
 
 _library: torch.library.Library | None = None
 
 
 class _Calls(threading.local):
     count = 0
+    last = ""
 
 
 _calls = _Calls()
 
 
-def calls() -> int:
-    """How many operations of this thread have run as ours."""
-    return _calls.count
+def calls(name: str) -> int:
+    """How many operations of this thread have run as ours, if the last of them was `name`, such as "aten::mm"."""
+    return _calls.count if _calls.last == name else 0
 
 
 def install(is_wanted: Callable[[], bool]) -> None:
     """Override, for all threads; a call in a thread that does not want ours stays torch's."""
     global _library
     _library = torch.library.Library("aten", "IMPL")
-    for key in ("CPU", "CUDA") if torch.version.cuda or torch.version.hip else ("CPU",):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is overridden
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is overridden
+        for key in ("CPU", "CUDA") if torch.version.cuda or torch.version.hip else ("CPU",):
             for name, ours in operations(key):
                 _override(name, key, ours, is_wanted)
+        _override("linear", "CompositeImplicitAutograd", linear, is_wanted)
 
 
 def uninstall() -> None:
@@ -45,14 +48,60 @@ def uninstall() -> None:
 
 
 def _override(name: str, key: str, ours: Callable[..., Tensor], is_wanted: Callable[[], bool]) -> None:
-    call_stock = torch.library.get_kernel(f"aten::{name}", key).call_boxed
+    # a composite has one kernel for all devices
+    stock_key = "CPU" if key == "CompositeImplicitAutograd" else key
+    call_stock = torch.library.get_kernel(f"aten::{name}", stock_key).call_boxed
+    base, _, overload = name.partition(".")
+    full_name = f"aten::{base}"
+    if base.endswith("_") or overload.endswith(("out", "grad_input")):
+        given = "grad_input" if overload == "grad_input" else "out" if overload else None
+        writes = partial(_written, ours, base.removesuffix("_") in PRODUCTS, None if base.endswith("_") else given)
+    else:
+        writes = None
 
     def kernel(keys, *args, **kwargs):
         if is_wanted() and args[0].dtype in FLOAT_DTYPES:
-            out = ours(*args, **kwargs)
+            out = ours(*args, **kwargs) if writes is None else writes(partial(call_stock, keys), *args, **kwargs)
             if out is not NotImplemented:
                 _calls.count += 1
+                _calls.last = full_name
                 return out
         return call_stock(keys, *args, **kwargs)
 
     _library.impl(name, kernel, key, with_keyset=True)
+
+
+def _written(ours: Callable, is_product: bool, given: str | None, stock: Callable, *args, **kwargs) -> Tensor:
+    """The result of ours in memory that there is: the argument `given`, or the first one where that is None."""
+    target = args[0] if given is None else kwargs[given]
+    others = args[1:] if given is None else args
+    own = {name: value for name, value in kwargs.items() if name != given}
+    if not _elements_apart(target):
+        return NotImplemented  # one element is written several times: by torch, in its order, if it does not refuse
+    shares = any(isinstance(x, Tensor) and _share_memory(x, target) for x in others)
+    if is_product and not shares:
+        result = ours(*args, **own, out=target)
+        if result is not NotImplemented:
+            return result
+    result = ours(*args, **own)
+    if result is NotImplemented or result.dtype != target.dtype:
+        return NotImplemented
+    if shares or target.shape != result.shape:
+        stock(*args, **kwargs)  # warns, resizes or raises
+    return target.copy_(result)
+
+
+def _elements_apart(x: Tensor) -> bool:
+    """Whether no two elements can share memory, as far as sorted strides tell."""
+    if x.is_contiguous():
+        return True
+    extent = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride < extent:
+            return False
+        extent += stride * (size - 1)
+    return True
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()

@@ -62,7 +62,7 @@ def softplus_backward(grad: Tensor, x: Tensor, beta: float, threshold: float) ->
 
 def run(function: str, x: Tensor, grad: Tensor | None = None, a: float = 0.0, b: float = 0.0) -> Tensor:
     """f(x), or grad * f'(x) where there is a grad; a and b are the function's numbers, if it has any."""
-    out = torch.empty_like(x)  # dense, its dimensions in the order of x's
+    out = place_for(x) if grad is None else place_for_gradient(grad, x)
     x = _in_memory_as(out, x)
     if grad is not None:
         grad = _in_memory_as(out, grad)
@@ -77,6 +77,19 @@ def run(function: str, x: Tensor, grad: Tensor | None = None, a: float = 0.0, b:
         b,
     )
     return out
+
+
+def place_for(x: Tensor) -> Tensor:
+    """Dense, its dimensions in the order of x's."""
+    return x.new_empty(x.shape) if x.is_contiguous() else torch.empty_like(x)
+
+
+def place_for_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """torch lays the result of two tensors out by both."""
+    if grad.stride() == x.stride() or (grad.is_contiguous() and x.is_contiguous()):
+        return place_for(x)
+    like = (torch.empty_strided(y.shape, y.stride(), dtype=x.dtype, device="meta") for y in (grad, x))
+    return x.new_empty_strided(x.shape, torch.add(*like).stride())
 
 
 def _in_memory_as(out: Tensor, values: Tensor) -> Tensor:

@@ -35,7 +35,10 @@ def dot_product(kernels, x: Tensor, y: Tensor, *, out: Tensor | None = None) -> 
     """dot: the sum of x y."""
     if x.shape != y.shape or x.dim() != 1:
         raise ValueError(f"tensor has shape {tuple(y.shape)}: it must be that of self, {tuple(x.shape)}, one dimension")
-    out = x.new_empty(()) if out is None else out
+    if out is None:
+        out = x.new_empty(())
+    elif out.dim():
+        raise ValueError(f"out has shape {tuple(out.shape)}: it must be ()")
     _multiply(kernels, out.view(1, 1), x[None], y[:, None])
     return out
 
