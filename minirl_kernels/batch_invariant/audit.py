@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -17,7 +19,7 @@ from .known import is_invariant
 
 @dataclass
 class Audit:
-    """Calls of operations that computed with floating point tensors, by name and dtype, such as "aten::mm"."""
+    """Calls of operations on floating point tensors, by name and dtype, such as "aten::mm (float32)"."""
 
     covered: Counter[str] = field(default_factory=Counter)
     """Those that ran as ours."""
@@ -36,8 +38,42 @@ def audit() -> Iterator[Audit]:
     Yields an `Audit`. An operation that nobody has looked at counts as not covered.
     """
     found = Audit()
-    with _Listener(found):
+    with _Composites(found), _Listener(found):
         yield found
+
+
+def _named(name: str, values) -> str | None:
+    """With the dtypes of the floating point tensors in `values`; None where there are none."""
+    tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor) and value.is_floating_point())
+    dtypes = {str(value.dtype).removeprefix("torch.") for value in tensors}
+    return f"{name} ({', '.join(sorted(dtypes))})" if dtypes else None
+
+
+class _Composites(TorchFunctionMode):
+    """Of functions that are made of covered operations, and choose their order by the sizes."""
+
+    def __init__(self, found: Audit):
+        super().__init__()
+        self._found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = _CHOOSE_BY_SIZE.get(func)
+        if func is torch.einsum and _einsum_chooses(args):
+            name = "torch.einsum"
+        listed = name and _named(name, (args, kwargs))
+        if listed:
+            self._found.not_covered[listed] += 1
+        return func(*args, **kwargs)
+
+
+_CHOOSE_BY_SIZE = {torch.linalg.multi_dot: "torch.linalg.multi_dot", torch.chain_matmul: "torch.chain_matmul"}
+
+
+def _einsum_chooses(args: tuple) -> bool:
+    """Without opt_einsum its operands are multiplied from the left to the right."""
+    operands = sum(isinstance(value, Tensor) for value in tree_leaves(args))
+    return operands > 2 and torch.backends.opt_einsum.is_available() and torch.backends.opt_einsum.enabled
 
 
 class _Listener(TorchDispatchMode):
@@ -49,14 +85,11 @@ class _Listener(TorchDispatchMode):
         kwargs = kwargs or {}
         before = overrides.calls(func._schema.name)
         out = func(*args, **kwargs)
-        dtypes = {
-            str(value.dtype).removeprefix("torch.")
-            for value in tree_leaves((args, kwargs, out))
-            if isinstance(value, Tensor) and value.is_floating_point()
-        }
-        name = f"{func._schema.name} ({', '.join(sorted(dtypes))})"
+        name = _named(func._schema.name, (args, kwargs, out))
+        if name is None:
+            return out
         if overrides.calls(func._schema.name) > before:
             self._found.covered[name] += 1
-        elif dtypes and func.namespace != "minirl_kernels" and not is_invariant(func, args, kwargs):
+        elif func.namespace != "minirl_kernels" and not is_invariant(func, args, kwargs):
             self._found.not_covered[name] += 1
         return out
