@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,17 +29,23 @@ class Audit:
 
     def __str__(self) -> str:
         lines = [f"{name}: {count}" for name, count in sorted(self.not_covered.items())]
-        return "not covered, and perhaps not invariant:\n  " + "\n  ".join(lines) if lines else "all is covered"
+        if not lines:
+            return (
+                "every operation is covered; check_batch_invariant(model) tells whether a model sums over tokens itself"
+            )
+        return "not covered, and perhaps not invariant:\n  " + "\n  ".join(lines)
 
 
 @contextmanager
-def audit() -> Iterator[Audit]:
+def audit(each: Callable[[OpOverload, tuple, bool], None] | None = None) -> Iterator[Audit]:
     """Notes every operation of torch that this thread runs within; slow. Most useful inside batch_invariant_mode.
 
-    Yields an `Audit`. An operation that nobody has looked at counts as not covered.
+    each: called after each operation that counts, with it, its positional arguments, and whether it is covered.
+    Yields an `Audit`. An operation that nobody has looked at counts as not covered. Operations are looked at one by
+    one: a sum over tokens has other bits with another number of tokens, covered or not.
     """
     found = Audit()
-    with _Composites(found), _Listener(found):
+    with _Composites(found), _Listener(found, each):
         yield found
 
 
@@ -77,9 +84,9 @@ def _einsum_chooses(args: tuple) -> bool:
 
 
 class _Listener(TorchDispatchMode):
-    def __init__(self, found: Audit):
+    def __init__(self, found: Audit, each: Callable | None):
         super().__init__()
-        self._found = found
+        self._found, self._each = found, each
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -88,8 +95,13 @@ class _Listener(TorchDispatchMode):
         name = _named(func._schema.name, (args, kwargs, out))
         if name is None:
             return out
-        if overrides.calls(func._schema.name) > before:
+        is_covered = overrides.calls(func._schema.name) > before
+        if is_covered:
             self._found.covered[name] += 1
         elif func.namespace != "minirl_kernels" and not is_invariant(func, args, kwargs):
             self._found.not_covered[name] += 1
+        else:
+            return out
+        if self._each is not None:
+            self._each(func, args, is_covered)
         return out

@@ -60,7 +60,7 @@ _POINTWISE = _aten(
     "exp expm1 floor fmod frac hardshrink hardsigmoid hardsigmoid_backward hardswish hardswish_backward hardtanh "
     "hardtanh_backward huber_loss_backward hypot i0 kl_div leaky_relu leaky_relu_backward lerp lgamma log log10 log1p "
     "log2 log_sigmoid_backward log_sigmoid_forward logit_backward masked_fill mse_loss_backward mul nan_to_num neg "
-    "nextafter positive reciprocal relu remainder round sigmoid_backward sign sin sinc smooth_l1_loss_backward "
+    "nextafter polar positive reciprocal relu remainder round sigmoid_backward sign sin sinc smooth_l1_loss_backward "
     "softshrink sqrt square tan tanh tanh_backward threshold threshold_backward trunc where xlogy"
 )
 

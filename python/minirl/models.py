@@ -17,7 +17,7 @@ from transformers import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from minirl_kernels import batch_invariant_mode, record_routing
-from minirl_kernels.integrations.transformers import enable_log_probs
+from minirl_kernels.integrations.transformers import check_batch_invariant, enable_log_probs
 
 from .config import ModelConfig, TrainConfig
 from .errors import MiniRLError
@@ -65,11 +65,15 @@ def make_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
 
 
 def make_batch_invariant(model: PreTrainedModel) -> None:
-    """Give it our attention and experts, which batch_invariant_mode does not reach. Raises MiniRLError."""
+    """Give it our attention and experts, which batch_invariant_mode does not reach, and try it on a few tokens.
+
+    Raises MiniRLError that names the module which is not batch-invariant.
+    """
     try:
         model.set_attn_implementation("minirl")
         if has_experts(model):
             model.set_experts_implementation("minirl")
+        check_batch_invariant(model)
     except ValueError as error:
         raise MiniRLError(f"a {type(model).__name__} cannot be batch-invariant: {error}") from None
 

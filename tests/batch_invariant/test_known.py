@@ -40,6 +40,7 @@ TERNARY = {
     "log_sigmoid_backward": lambda x, y, z: aten.log_sigmoid_backward(x, y, aten.log_sigmoid_forward(y)[1]),
     "masked_fill": lambda x, y, z: aten.masked_fill(x, y > z, 0.5),
     "mse_loss_backward": lambda x, y, z: aten.mse_loss_backward(x, y, z, 0),
+    "polar": lambda x, y, z: torch.view_as_real(aten.polar(x.float(), y.float())),
     "pow": lambda x, y, z: torch.stack([aten.pow(x.abs() + 0.1, e) for e in (-2, -1, 0, 0.5, 1, 2, 3)], -1),
     "smooth_l1_loss_backward": lambda x, y, z: aten.smooth_l1_loss_backward(x, y, z, 0, 1.0),
     "sub": lambda x, y, z: aten.sub(x, y, alpha=-1),

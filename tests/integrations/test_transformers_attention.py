@@ -257,7 +257,7 @@ def test_a_row_of_padding_alone(case):
 
 
 def test_a_window_that_no_sequence_fills(case):
-    """Is none; one that is shorter is refused, where the mask is made or where it is used."""
+    """Is none; a shorter one is refused where it is used: some models make a mask that no layer of theirs uses."""
     from transformers.masking_utils import create_sliding_window_causal_mask
 
     q, k, v = (torch.cat([item[i] for item in case.items])[None] for i in range(3))
@@ -270,7 +270,7 @@ def test_a_window_that_no_sequence_fills(case):
         attend(q, k, v, mask, sliding_window=8)
     windowed.sliding_window = 8
     with pytest.raises(ValueError, match=r"^attn_implementation is 'minirl': .* \(a window, a chunk, an image\)$"):
-        create_sliding_window_causal_mask(windowed, embeddings, None, None, position_ids=positions)
+        attend(q, k, v, create_sliding_window_causal_mask(windowed, embeddings, None, None, position_ids=positions))
 
 
 def test_compiled_packed_sequences(case):
@@ -292,7 +292,8 @@ def test_compiled_packed_sequences(case):
 def test_registered_with_its_masks():
     assert ALL_ATTENTION_FUNCTIONS["minirl"] is attention_forward
     assert "minirl" in ALL_MASK_ATTENTION_FUNCTIONS
-    assert minirl_kernels.integrations.transformers.__all__ == ["enable_log_probs"]
+    public = ["check_batch_invariant", "enable_log_probs", "packing_leak", "refuse_packed"]
+    assert minirl_kernels.integrations.transformers.__all__ == public
 
 
 QKV = [torch.zeros(1, 3, heads, 8).transpose(1, 2) for heads in (4, 2, 2)]
@@ -331,14 +332,16 @@ def test_masks_that_are_refused():
         create_causal_mask(config(), embeddings, torch.tensor([[1, 0, 1, 1]]), None)
     with pytest.raises(ValueError, match="a mask function of its own"):
         create_causal_mask(config(), embeddings, None, None, or_mask_function=lambda b, h, q, k: q == k)
+    seen = torch.tensor([[-1, 0, 0, -1]])
+    mask = create_causal_mask(config(), embeddings, None, None, block_sequence_ids=seen)
     with pytest.raises(ValueError, match=r"sees others than those before it"):
-        create_causal_mask(config(), embeddings, None, None, block_sequence_ids=torch.tensor([[-1, 0, 0, -1]]))
+        attention_forward(Attention(), *QKV, mask)
     with pytest.raises(ValueError, match="None with 1 queries and 3 keys"):
         attention_forward(Attention(), QKV[0][:, :, :1], *QKV[1:], None)
     bidirectional = config()
     bidirectional.is_causal = False
     with pytest.raises(ValueError, match=r"sees others than those before it"):
-        create_causal_mask(bidirectional, embeddings, None, None)
+        attention_forward(Attention(), *QKV, create_causal_mask(bidirectional, embeddings, None, None))
 
 
 def test_a_model_that_asks_for_more_says_so():

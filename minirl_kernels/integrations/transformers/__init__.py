@@ -7,10 +7,12 @@ from transformers.modeling_utils import AttentionInterface
 
 from ...versions import require_transformers
 from .attention import attention_forward, attention_mask
+from .batch_invariance import check_batch_invariant
 from .experts import experts_forward
 from .log_probs import enable_log_probs
+from .packing import packing_leak, refuse_packed
 
-__all__ = ["enable_log_probs"]
+__all__ = ["check_batch_invariant", "enable_log_probs", "packing_leak", "refuse_packed"]
 
 require_transformers()
 

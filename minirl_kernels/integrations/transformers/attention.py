@@ -8,7 +8,7 @@ mask of four dimensions as it is (`generate` makes that of a static cache before
 
 What a function of indices masks is found by asking it of each token: whether it sees the next, the one before, the
 first of its sequence and the last of the sequence before. So sequences that position_ids pack are found, and a window
-that is shorter than a sequence is refused.
+that is shorter than a sequence is refused: by the layer that has it, as models also make masks that no layer uses.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers.masking_utils import causal_mask_function
 
 from ...library import register
 from ...ops.attention import attention_over_spans, packed_spans
+from .packing import refuse_packed_kinds
 
 # keyword: what it asks for
 _REFUSED = {
@@ -31,6 +32,8 @@ _REFUSED = {
     "head_mask": "a mask of heads",
     "cache": "a paged cache",
 }
+
+_SEES_OTHERS = "a token sees others than those before it in its sequence (a window, a chunk, an image)"
 
 
 def attention_forward(
@@ -53,6 +56,8 @@ def attention_forward(
     Returns ([B, L, Hq, Dv], None). A query that is padding gives 0.
     Raises ValueError that names what the module asks for and the attention does not compute.
     """
+    if attention_mask is not None and attention_mask.dtype == torch.int64 and attention_mask.shape[-1] == 0:
+        _refuse(_SEES_OTHERS)
     asked = [said for name, said in _REFUSED.items() if kwargs.get(name) is not None]
     if dropout:
         asked.append(f"dropout, of {dropout}")
@@ -63,6 +68,7 @@ def attention_forward(
     if asked:
         _refuse(f"{type(module).__name__} asks for {', '.join(asked)}")
     if kwargs.get("cu_seq_lens_q") is not None:
+        refuse_packed_kinds(getattr(module, "config", None))
         spans = packed_spans(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], query.shape[2], key.shape[2])
     else:
         spans = _spans_of(attention_mask, query, key)
@@ -86,7 +92,8 @@ def attention_mask(
     """The spans of a forward, in the signature that the mask functions of transformers share.
 
     attention_mask: [B, columns seen so far], True for tokens; those of a row lie beside each other.
-    Returns int64 [1, 1, N, 5]. Raises ValueError that names what is masked otherwise.
+    Returns int64 [1, 1, N, 5], or what attention_forward refuses where a token sees others than those before it.
+    Raises ValueError that names what else is masked.
     """
     if kv_offset:
         _refuse("a cache has dropped the keys before a sliding window")
@@ -106,6 +113,8 @@ def attention_mask(
         spans = torch.stack([batch, queries_from, queries, first, (end - first).clamp(min=0)], 1)
     else:
         spans = _sequences(mask_function, first, end, q_offset, q_length)
+        if len(spans) > batch_size and not torch.compiler.is_compiling():
+            refuse_packed_kinds(kwargs.get("config"))
     return spans[None, None]
 
 
@@ -176,9 +185,10 @@ def _sequences(mask_function, first: Tensor, end: Tensor, q_offset, q_length: in
     good &= ~is_token | sees(begin, is_token)
     has_other = is_token & (begin > first[:, None])
     good &= ~has_other | ~sees(begin - 1, has_other)
-    begin = _checked(
-        good.flatten(), begin, "a token sees others than those before it in its sequence (a window, a chunk, an image)"
-    )
+    if torch.compiler.is_compiling():
+        begin = _checked(good.flatten(), begin, _SEES_OTHERS)
+    elif not bool(good.all()):
+        return good.new_empty(0, 0, dtype=torch.int64)
     # a span begins with a sequence, or with what this forward has of it
     place = torch.arange(q_length, device=device).expand(batch_size, -1)
     starts = is_token & (begins | (place == 0) | ~is_token.roll(1, 1))
