@@ -94,9 +94,9 @@ def operations(key: str) -> Iterator[tuple[str, Callable]]:
         yield from with_others(powers, lambda name: partial(_power, elementwise))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The composite above autograd: torch rounds before it adds the bias where x is no matrix and not contiguous."""
-    if bias is None or x.dim() in (0, 2) or weight.dim() != 2 or bias.dim() != 1 or x.shape[-1] != weight.shape[1]:
+    if x.dim() == 0 or weight.dim() != 2 or bias.dim() != 1 or x.shape[-1] != weight.shape[1]:
         return NotImplemented
     rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
     return torch.addmm(bias, rows, weight.t()).view(*x.shape[:-1], len(weight))
@@ -136,9 +136,13 @@ def _is_half_on_gpu(x: Tensor) -> bool:
 
 
 def _elementwise(function: Callable, x: Tensor, *args, **kwargs) -> Tensor:
-    if args and isinstance(args[0], Tensor) and (args[0].shape != x.shape or args[0].dtype != x.dtype):
-        return NotImplemented  # a gradient of another shape or dtype
-    if any(isinstance(value, complex) for value in args) or kwargs.get("approximate", "none") not in ("none", "tanh"):
+    if args:
+        grad, x_of_grad = x, args[0]
+        if isinstance(x_of_grad, Tensor) and (x_of_grad.shape != grad.shape or x_of_grad.dtype != grad.dtype):
+            return NotImplemented
+        if complex in map(type, args):
+            return NotImplemented
+    if kwargs and kwargs.get("approximate", "none") not in ("none", "tanh"):
         return NotImplemented
     return function(x, *args, **kwargs)
 

@@ -38,7 +38,7 @@ def install(is_wanted: Callable[[], bool]) -> None:
         for key in ("CPU", "CUDA") if torch.version.cuda or torch.version.hip else ("CPU",):
             for name, ours in operations(key):
                 _override(name, key, ours, is_wanted)
-        _override("linear", "CompositeImplicitAutograd", linear, is_wanted)
+        _override_linear(is_wanted)
 
 
 def uninstall() -> None:
@@ -48,9 +48,7 @@ def uninstall() -> None:
 
 
 def _override(name: str, key: str, ours: Callable[..., Tensor], is_wanted: Callable[[], bool]) -> None:
-    # a composite has one kernel for all devices
-    stock_key = "CPU" if key == "CompositeImplicitAutograd" else key
-    call_stock = torch.library.get_kernel(f"aten::{name}", stock_key).call_boxed
+    call_stock = torch.library.get_kernel(f"aten::{name}", key).call_boxed
     base, _, overload = name.partition(".")
     full_name = f"aten::{base}"
     if base.endswith("_") or overload.endswith(("out", "grad_input")):
@@ -69,6 +67,21 @@ def _override(name: str, key: str, ours: Callable[..., Tensor], is_wanted: Calla
         return call_stock(keys, *args, **kwargs)
 
     _library.impl(name, kernel, key, with_keyset=True)
+
+
+def _override_linear(is_wanted: Callable[[], bool]) -> None:
+    call_stock = torch.library.get_kernel("aten::linear", "CPU").call_boxed  # a composite: one kernel for all devices
+
+    def kernel(keys, x, weight, bias=None):
+        if bias is not None and x.dim() != 2 and is_wanted() and x.dtype in FLOAT_DTYPES:
+            out = linear(x, weight, bias)
+            if out is not NotImplemented:
+                _calls.count += 1
+                _calls.last = "aten::linear"
+                return out
+        return call_stock(keys, x, weight, bias)
+
+    _library.impl("linear", kernel, "CompositeImplicitAutograd", with_keyset=True)
 
 
 def _written(ours: Callable, is_product: bool, given: str | None, stock: Callable, *args, **kwargs) -> Tensor:

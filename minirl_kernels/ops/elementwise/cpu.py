@@ -81,7 +81,8 @@ def run(function: str, x: Tensor, grad: Tensor | None = None, a: float = 0.0, b:
 
 def place_for(x: Tensor) -> Tensor:
     """Dense, its dimensions in the order of x's."""
-    return x.new_empty(x.shape) if x.is_contiguous() else torch.empty_like(x)
+    dense = torch.contiguous_format if x.is_contiguous() else torch.preserve_format
+    return torch.empty_like(x, memory_format=dense)
 
 
 def place_for_gradient(grad: Tensor, x: Tensor) -> Tensor:
