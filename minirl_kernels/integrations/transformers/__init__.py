@@ -9,10 +9,10 @@ from ...versions import require_transformers
 from .attention import attention_forward, attention_mask
 from .batch_invariance import check_batch_invariant
 from .experts import experts_forward
-from .log_probs import enable_log_probs
+from .log_probs import disable_log_probs, enable_log_probs
 from .packing import packing_leak, refuse_packed
 
-__all__ = ["check_batch_invariant", "enable_log_probs", "packing_leak", "refuse_packed"]
+__all__ = ["check_batch_invariant", "disable_log_probs", "enable_log_probs", "packing_leak", "refuse_packed"]
 
 require_transformers()
 

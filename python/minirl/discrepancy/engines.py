@@ -15,6 +15,7 @@ from minirl_kernels import RoutedExperts, batch_invariant_mode, record_routing, 
 from minirl_kernels.discrepancy import Rescored, Scores
 from minirl_kernels.discrepancy.engines import GeneratingEngine, TokenIds
 from minirl_kernels.integrations.transformers.e4m3 import E4M3Copy
+from minirl_kernels.integrations.transformers.log_probs import after_head
 from minirl_kernels.moe.replay import RoutingRecord
 from minirl_kernels.ops.matmul.op import float32_linear
 
@@ -134,7 +135,7 @@ class TrainingEngine:
             hidden, weight = (tensor.to(getattr(torch, self._dtype)) for tensor in (hidden, head.weight))
         else:
             weight = head.weight
-        scale, softcap = head.tap.logit_scale, head.tap.logit_softcap
+        scale, softcap = after_head(self.model)
         logits = float32_linear(hidden, weight, head.bias) * scale
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)

@@ -1,0 +1,177 @@
+"""The hooks that give a model's call its keywords and its output their fields, whatever `forward` is by then.
+
+They are on every module that a caller may call: the model, and the wrappers around it. The outermost module that a call
+goes through takes the keywords, the innermost makes the fields: its weights are whole there, and wrappers outside see
+what a loss is made of. The last hook of each module puts float32 back that FSDP2 has cast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ....batch_invariant import is_batch_invariant
+from ....ops.fused_linear_policy_loss import fused_linear_policy_loss
+from ....ops.linear_token_logprobs import linear_token_logprobs
+from .after_head import AfterHead
+from .calls import Call, current_call, set_call
+from .head import is_taken, linear_of
+from .output import restored, with_fields
+from .positions import Positions
+
+_KEYWORDS = ("token_ids", "temperature", "policy_loss")
+_REPLACED = "the output embeddings were replaced after enable_log_probs: it must be called again"
+
+
+class LogProbsHooks:
+    """The hooks of one model; copied and pickled with it. It holds no state of a call."""
+
+    def __init__(self, model: PreTrainedModel, after: AfterHead):
+        self.model, self.after = model, after
+        self._positions = Positions(model)
+        # a handle also keeps torch from using its number again in a process that has loaded the model
+        self._handles: list[RemovableHandle] = []
+
+    def add_to(self, path: list[nn.Module]) -> None:
+        """path: every module that may be called, from the outermost to the model itself."""
+        for module in path:
+            self._handles += [
+                module.register_forward_pre_hook(self._take, prepend=True, with_kwargs=True),
+                module.register_forward_hook(self._make, prepend=True),
+                module.register_forward_hook(self._close, always_call=True),
+            ]
+        decoder = self.model.base_model
+        if decoder is not self.model:
+            self._handles.append(decoder.register_forward_pre_hook(_refuse_keywords, with_kwargs=True))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _take(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        given = {name: kwargs[name] for name in _KEYWORDS if kwargs.get(name) is not None}
+        kwargs = {name: value for name, value in kwargs.items() if name not in _KEYWORDS}
+        call = current_call()
+        if call is not None and call.owner is module:  # it was interrupted, so that no hook could close it
+            set_call(call.outer)
+        if "token_ids" in given:
+            if kwargs.get("labels") is not None:
+                raise ValueError(
+                    "labels is given with token_ids: it must be None, there are no logits to compare it with"
+                )
+            _check_float32(given)
+            head = self.model.get_output_embeddings()
+            set_call(Call(head, owner=module, arguments=given))
+            kwargs["return_dict"] = True
+        elif given:
+            name = next(iter(given))
+            raise ValueError(f"{name} is given without token_ids: it must come with the ids that are scored")
+        elif is_batch_invariant() and not is_taken(self.model.get_output_embeddings()):
+            raise ValueError(_REPLACED)
+        if _is_sharded(module):
+            self._close_last(module)
+        call = current_call()
+        # the model itself, or a tuner of PEFT around it, which may pass its hooks by
+        if self._has(call) and self.model in (module, getattr(module, "model", None)):
+            kwargs = self._positions.add_to(self.model, args, kwargs)
+        return args, kwargs
+
+    def _make(self, module: nn.Module, args: tuple, output: ModelOutput) -> ModelOutput | None:
+        call = current_call()
+        if not self._has(call) or call.new is not None:
+            return None
+        if call.hidden is None:
+            if not is_taken(call.head):
+                raise ValueError(_REPLACED)
+            raise ValueError("the model's forward does not call its output embeddings: no logits are made of them")
+        call.new = self._fields(call)
+        return with_fields(output, call.new)
+
+    def _close(self, module: nn.Module, args: tuple, output: ModelOutput | None) -> ModelOutput | None:
+        call = current_call()
+        if not self._has(call):
+            return None
+        if call.owner is module:
+            set_call(call.outer)
+        return restored(output, call.new)
+
+    def _has(self, call: Call | None) -> bool:
+        return call is not None and call.arguments is not None and call.head is self.model.get_output_embeddings()
+
+    def _fields(self, call: Call) -> dict[str, Any]:
+        hidden, weight, bias = linear_of(call.head, call.hidden)
+        if type(weight.data) is not Tensor:
+            raise TypeError(
+                f"the weight of the output embeddings is a {type(weight.data).__name__}: it must be a plain tensor "
+                "inside the model's forward (shard the head with the whole model, not by itself)"
+            )
+        arguments = {
+            "hidden": hidden,
+            "weight": weight,
+            "bias": bias,
+            "token_ids": _moved(call.arguments["token_ids"], hidden),
+            "temperature": _moved(call.arguments.get("temperature", 1.0), hidden),
+            "logit_scale": self.after.scale,
+            "logit_softcap": self.after.softcap,
+        }
+        policy_loss = call.arguments.get("policy_loss")
+        if policy_loss is None:
+            log_probs, entropy = linear_token_logprobs(**arguments, with_entropy=True)
+            return {"log_probs": log_probs, "entropy": entropy}
+        result = fused_linear_policy_loss(
+            **arguments, **{name: _moved(value, hidden) for name, value in policy_loss.items()}
+        )
+        return {"loss": result.loss, "log_probs": result.log_probs, "entropy": result.entropy, "policy_loss": result}
+
+    @torch._dynamo.disable  # a compiled forward of FSDP2 is one of parts: its own hooks are not compiled either
+    def _close_last(self, module: nn.Module) -> None:
+        """Behind a hook of FSDP2 that came later."""
+        hooks = module._forward_hooks
+        mine = [number for number, hook in hooks.items() if hook == self._close]
+        if mine and next(reversed(hooks)) != mine[0]:
+            hooks.move_to_end(mine[0])
+
+
+def hooks_of(module: nn.Module) -> list[LogProbsHooks]:
+    """What enable_log_probs has left on a module."""
+    owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+    return [owner for owner in owners if isinstance(owner, LogProbsHooks)]
+
+
+def _refuse_keywords(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """On the decoder, which gets the keywords of a forward that is called by itself, past the hooks."""
+    given = [name for name in _KEYWORDS if kwargs.get(name) is not None]
+    if given:
+        raise TypeError(
+            f"{given[0]} was given to a forward itself, where nothing takes it: call the model, model(…), rather than "
+            "model.forward(…), and enable_log_probs again if a wrapper around it came later"
+        )
+
+
+def _check_float32(given: dict[str, Any]) -> None:
+    values = {"temperature": given.get("temperature"), **given.get("policy_loss", {})}
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"{name} has dtype {value.dtype}: it must be float32 (FSDP casts what a model is given: call "
+                "enable_log_probs again with the model that it wrapped)"
+            )
+
+
+def _moved(value: Any, hidden: Tensor) -> Any:
+    """Wrappers move what a model is given to its device; these never got it."""
+    return value.to(hidden.device) if isinstance(value, Tensor) else value
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
