@@ -30,15 +30,25 @@ def ask_what_follows(called: nn.Module, model: PreTrainedModel, head: nn.Module)
     """called: what to call, `model` or the sharded root around it. Raises ValueError if f is of another kind."""
     name, device = type(model).__name__, next(head.parameters()).device
     probes = torch.tensor(_PROBES, dtype=torch.float64, device=device)
-    call = Call(head, stand_in=probes[None, :, None].expand(1, -1, head.out_features).contiguous())
+    stand_in = probes[None, :, None].expand(1, -1, head.out_features).contiguous()
+    outputs = []
+    # behind the head's hooks of FSDP2 and in front of the model's, either of which may cast
+    handles = [
+        head.register_forward_hook(lambda module, args, output: stand_in),
+        called.register_forward_hook(lambda module, args, output: outputs.append(output), prepend=True),
+    ]
+    call = Call(head)
     set_call(call)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # there may be dropout on the way
-            output = called(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False, return_dict=True)
+            called(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False, return_dict=True)
     finally:
         set_call(call.outer)
+        for handle in handles:
+            handle.remove()
     if call.hidden is None:
         raise ValueError("the model's forward does not call its output embeddings: no logits are made of them")
+    (output,) = outputs
     if output.logits.requires_grad:
         raise ValueError(f"{name} scales its logits by a parameter: that must be a number")
     values = output.logits.double()

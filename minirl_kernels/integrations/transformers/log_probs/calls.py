@@ -5,37 +5,34 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 class Call:
     """One forward in which a head keeps its input.
 
-    head: the module that keeps it, out of the way of every other head. stand_in: its output; None for an empty tensor.
-    owner: the module whose hooks took `arguments`. new: the fields that the output got.
+    head: the module that keeps it; other heads are left alone. owner: the module whose hooks took `arguments`.
+    new: the fields that the output got.
+    autocast_dtype, grad_enabled: what the head is called in; a forward may set its own (that of accelerate does).
     """
 
-    def __init__(
-        self,
-        head: nn.Module,
-        *,
-        stand_in: Tensor | None = None,
-        owner: nn.Module | None = None,
-        arguments: dict[str, Any] | None = None,
-    ):
-        self.head, self.stand_in = head, stand_in
-        self.owner, self.arguments = owner, arguments
+    def __init__(self, head: nn.Module, owner: nn.Module | None = None, arguments: dict[str, Any] | None = None):
+        self.head, self.owner, self.arguments = head, owner, arguments
         self.hidden: Tensor | None = None
+        self.autocast_dtype: torch.dtype | None = None
+        self.grad_enabled = True
         self.new: dict[str, Any] | None = None
         self.outer = current_call()
 
     def keep(self, hidden: Tensor) -> Tensor:
-        """The output of the head, which is not computed."""
+        """The output of the head, which is not computed: an empty tensor."""
         if self.hidden is not None:
             raise ValueError("the model calls its output embeddings more than once in a forward: it must be once")
         self.hidden = hidden
-        if self.stand_in is not None:
-            return self.stand_in
+        self.grad_enabled = torch.is_grad_enabled()
+        device = hidden.device.type
+        self.autocast_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return hidden.new_empty(0, *hidden.shape[1:-1], self.head.out_features)
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from .after_head import AfterHead, ask_what_follows
 from .head import check_head, is_taken, leave_head, take_head
-from .hooks import LogProbsHooks, hooks_of
+from .hooks import LogProbsHooks, hooks_of, is_sharded
 
 
 def enable_log_probs(model: nn.Module) -> nn.Module:
@@ -45,9 +45,15 @@ def enable_log_probs(model: nn.Module) -> nn.Module:
         check_head(head, name)  # adapters may have come
         after = found[0].after
     else:
+        if any(_is_fsdp1(module) for module in path):  # a forward without its backward would lose the next gradients
+            raise ValueError(
+                f"model is a {name} in FullyShardedDataParallel: enable_log_probs must come before it, and again after"
+            )
         take_head(head, name)
         try:
-            after = ask_what_follows(_root_of(path), causal_lm, head)
+            # the outermost module whose weights are shards gathers them
+            root = next((module for module in path if is_sharded(module)), causal_lm)
+            after = ask_what_follows(root, causal_lm, head)
         except BaseException:
             leave_head(head)
             raise
@@ -88,7 +94,7 @@ def _path_of(model: nn.Module) -> list[nn.Module]:
 def _inside(module: nn.Module) -> nn.Module | None:
     if isinstance(module, torch._dynamo.OptimizedModule):
         return module._orig_mod
-    if isinstance(module, _data_parallel()):
+    if isinstance(module, DistributedDataParallel) or _is_fsdp1(module):
         return module.module
     if hasattr(module, "get_base_model"):  # a PEFT model: of a tuner, or of a model with a longer prompt
         return module.base_model
@@ -97,17 +103,9 @@ def _inside(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def _root_of(path: list[nn.Module]) -> nn.Module:
-    """What to call, so that weights that are sharded are gathered."""
-    from .hooks import _is_sharded
-
-    sharded = [module for module in path if _is_sharded(module) or type(module) in _data_parallel()[1:]]
-    return sharded[0] if sharded else path[-1]
-
-
-def _data_parallel() -> tuple[type[nn.Module], ...]:
+def _is_fsdp1(module: nn.Module) -> bool:
     if not torch.distributed.is_available():
-        return (DistributedDataParallel,)
+        return False
     from torch.distributed.fsdp import FullyShardedDataParallel
 
-    return (DistributedDataParallel, FullyShardedDataParallel)
+    return isinstance(module, FullyShardedDataParallel)

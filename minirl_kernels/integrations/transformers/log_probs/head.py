@@ -17,7 +17,7 @@ from .calls import current_call
 
 
 def take_head(head: nn.Module, model_name: str) -> None:
-    """Give a head the forward below. Raises TypeError for a kind that is unknown, ValueError for one without weights."""
+    """Give a head the forward below. Raises TypeError for an unknown kind, ValueError for meta weights."""
     check_head(head, model_name)
     if "forward" in vars(head):
         raise TypeError(
@@ -50,8 +50,8 @@ def check_head(head: nn.Module, model_name: str) -> None:
                 _check_variants(linear, linear.lora_A)
     except TypeError as error:
         raise TypeError(
-            f"the output embeddings of {model_name} are a {type(head).__name__}: they must be an nn.Linear with its own "
-            f"forward, or LoRA or modules_to_save of PEFT around one ({error})"
+            f"the output embeddings of {model_name} are a {type(head).__name__}: they must be an nn.Linear with its "
+            f"own forward, or LoRA or modules_to_save of PEFT around one ({error})"
         ) from None
 
 
@@ -82,6 +82,11 @@ def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor |
     return torch.cat(hiddens, -1), torch.cat(weights, -1), bias
 
 
+def gives_float32() -> bool:
+    """Whether a head gives logits that are not rounded. What torch.compile traces runs uncompiled in the mode."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and is_batch_invariant()
+
+
 def _head_forward(head: nn.Module, input: Tensor, *args, **kwargs) -> Tensor:
     call = current_call()
     asked = [name for name, value in kwargs.items() if value is not None]
@@ -89,7 +94,7 @@ def _head_forward(head: nn.Module, input: Tensor, *args, **kwargs) -> Tensor:
         if asked:
             raise ValueError(f"{asked[0]} is given with token_ids: it must be None, all rows have one head")
         return call.keep(input)
-    if is_batch_invariant() and not torch.is_grad_enabled() and not asked:
+    if not asked and gives_float32():
         # a token is then sampled from the very numbers that its log-probability in training is made of
         return float32_linear(*linear_of(head, input))
     return type(head).forward(head, input, *args, **kwargs)

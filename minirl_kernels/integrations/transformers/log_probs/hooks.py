@@ -15,12 +15,11 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ....batch_invariant import is_batch_invariant
 from ....ops.fused_linear_policy_loss import fused_linear_policy_loss
 from ....ops.linear_token_logprobs import linear_token_logprobs
 from .after_head import AfterHead
 from .calls import Call, current_call, set_call
-from .head import is_taken, linear_of
+from .head import gives_float32, is_taken, linear_of
 from .output import restored, with_fields
 from .positions import Positions
 
@@ -72,9 +71,9 @@ class LogProbsHooks:
         elif given:
             name = next(iter(given))
             raise ValueError(f"{name} is given without token_ids: it must come with the ids that are scored")
-        elif is_batch_invariant() and not is_taken(self.model.get_output_embeddings()):
+        elif gives_float32() and not is_taken(self.model.get_output_embeddings()):
             raise ValueError(_REPLACED)
-        if _is_sharded(module):
+        if is_sharded(module):
             self._close_last(module)
         call = current_call()
         # the model itself, or a tuner of PEFT around it, which may pass its hooks by
@@ -90,7 +89,9 @@ class LogProbsHooks:
             if not is_taken(call.head):
                 raise ValueError(_REPLACED)
             raise ValueError("the model's forward does not call its output embeddings: no logits are made of them")
-        call.new = self._fields(call)
+        device, dtype = call.hidden.device.type, call.autocast_dtype
+        with torch.set_grad_enabled(call.grad_enabled), torch.autocast(device, dtype, enabled=dtype is not None):
+            call.new = self._fields(call)
         return with_fields(output, call.new)
 
     def _close(self, module: nn.Module, args: tuple, output: ModelOutput | None) -> ModelOutput | None:
@@ -169,7 +170,8 @@ def _moved(value: Any, hidden: Tensor) -> Any:
     return value.to(hidden.device) if isinstance(value, Tensor) else value
 
 
-def _is_sharded(module: nn.Module) -> bool:
+def is_sharded(module: nn.Module) -> bool:
+    """By FSDP2."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule

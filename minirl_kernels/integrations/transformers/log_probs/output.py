@@ -1,4 +1,4 @@
-"""The output of a model with the fields of log-probabilities: wrappers rebuild an output from the fields it declares."""
+"""The output of a model with declared fields of log-probabilities: wrappers rebuild an output from its fields."""
 
 from __future__ import annotations
 
@@ -41,5 +41,7 @@ def _output_class(base: type[ModelOutput]) -> type[ModelOutput]:
         fields = [(name, kind | None, None) for name, kind in _FIELDS.items()]
         # the class has no name to be imported by: a pickle holds the model's own class instead
         namespace = {"__reduce__": lambda self: (_rebuilt, (base, dict(self)))}
-        _CLASSES[base] = dataclasses.make_dataclass(f"{base.__name__}WithLogProbs", fields, bases=(base,), namespace=namespace)
+        _CLASSES[base] = dataclasses.make_dataclass(
+            f"{base.__name__}WithLogProbs", fields, bases=(base,), namespace=namespace
+        )
     return _CLASSES[base]
