@@ -29,6 +29,7 @@ FAMILIES = {
     "gpt_oss": EXPERTS,
     "gpt2": {"n_embd": 32, "n_head": 2, "n_layer": 2},  # tied embeddings
     "phi": {},  # a bias
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gemma2": {"final_logit_softcapping": 2.0},
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 3.0},  # a divisor

@@ -1,6 +1,6 @@
 """The head of a model: which kinds are known, and its product as one matrix, whatever adapters it has.
 
-A LoRA head is a wider matrix: with hidden states h and adapters of scale s, logits = [h, s h A^T] [W, B]^T + bias.
+A LoRA head is a wider matrix: with hidden states h and adapters of scale s, logits = [h, h A^T] [W, s B]^T + bias.
 W + s B A is never formed, since its rounding to 16 bits would swallow small updates.
 """
 
@@ -70,12 +70,14 @@ def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor |
         return hidden, base.weight, base.bias
     active = [name for name in head.active_adapters if name in head.lora_A]
     _check_variants(head, active)
-    hiddens, weights, bias = [hidden], [base.weight], base.bias
+    device, dtype = hidden.device.type, base.weight.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)  # before they are joined, so that no wider copy is made
+    hiddens, weights, bias = [hidden.to(dtype)], [base.weight.to(dtype)], base.bias
     for name in active:
         lora_a, lora_b, scale = head.lora_A[name], head.lora_B[name], head.scaling[name]
-        low_rank = lora_a(head.lora_dropout[name](hidden.to(lora_a.weight.dtype))) * scale
-        hiddens.append(low_rank.to(hidden.dtype))
-        weights.append(lora_b.weight.to(base.weight.dtype))
+        hiddens.append(lora_a(head.lora_dropout[name](hidden.to(lora_a.weight.dtype))).to(dtype))
+        weights.append((lora_b.weight.float() * scale).to(dtype))
         if lora_b.bias is not None:
             added = lora_b.bias.float() * scale
             bias = added if bias is None else bias.float() + added

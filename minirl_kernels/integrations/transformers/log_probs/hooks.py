@@ -124,7 +124,8 @@ class LogProbsHooks:
         policy_loss = call.arguments.get("policy_loss")
         if policy_loss is None:
             log_probs, entropy = linear_token_logprobs(**arguments, with_entropy=True)
-            return {"log_probs": log_probs, "entropy": entropy}
+            # FSDP2 hooks onto them, and an operation in place would drop its hook from a view
+            return {"log_probs": log_probs.clone(), "entropy": entropy.clone()}
         result = fused_linear_policy_loss(
             **arguments, **{name: _moved(value, hidden) for name, value in policy_loss.items()}
         )
