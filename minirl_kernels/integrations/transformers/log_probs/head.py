@@ -70,14 +70,14 @@ def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor |
         return hidden, base.weight, base.bias
     active = [name for name in head.active_adapters if name in head.lora_A]
     _check_variants(head, active)
-    device, dtype = hidden.device.type, base.weight.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)  # before they are joined, so that no wider copy is made
-    hiddens, weights, bias = [hidden.to(dtype)], [base.weight.to(dtype)], base.bias
+    hidden_dtype, weight_dtype = hidden.dtype, base.weight.dtype
+    if torch.is_autocast_enabled(hidden.device.type):  # before they are joined, so that no wider copy is made
+        hidden_dtype = weight_dtype = torch.get_autocast_dtype(hidden.device.type)
+    hiddens, weights, bias = [hidden.to(hidden_dtype)], [base.weight.to(weight_dtype)], base.bias
     for name in active:
         lora_a, lora_b, scale = head.lora_A[name], head.lora_B[name], head.scaling[name]
-        hiddens.append(lora_a(head.lora_dropout[name](hidden.to(lora_a.weight.dtype))).to(dtype))
-        weights.append((lora_b.weight.float() * scale).to(dtype))
+        hiddens.append(lora_a(head.lora_dropout[name](hidden.to(lora_a.weight.dtype))).to(hidden_dtype))
+        weights.append((lora_b.weight.float() * scale).to(weight_dtype))
         if lora_b.bias is not None:
             added = lora_b.bias.float() * scale
             bias = added if bias is None else bias.float() + added
