@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_families import exists, tiny_family
 
-from minirl_kernels.integrations.transformers import packing_leak, refuse_packed
+from minirl_kernels.integrations.transformers import enable_log_probs, packing_leak, refuse_packed
 
 POSITIONS = torch.cat([torch.arange(6), torch.arange(7)])[None]
 APART = """
@@ -116,3 +116,21 @@ def test_weights_must_be_there():
         model = tiny_family("qwen3")
     with pytest.raises(ValueError, match="on the meta device"):
         packing_leak(model)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_scored_sequences_must_not_be_packed_where_they_mix(compiles):
+    leaky, apart = enable_log_probs(tiny_family("qwen3_next")), enable_log_probs(tiny_family("qwen3"))
+    ids = torch.arange(3, 16)[None]
+
+    def score(model, **inputs):
+        call = torch.compile(model, backend="aot_eager") if compiles else model
+        with torch.no_grad():
+            return call(ids, token_ids=ids, use_cache=False, **inputs).log_probs
+
+    for inputs in ({"position_ids": POSITIONS}, {"cu_seq_lens_q": torch.tensor([0, 6, 13], dtype=torch.int32)}):
+        with pytest.raises(ValueError, match=r"linear_attn \(Qwen3NextGatedDeltaNet\) lets a sequence change"):
+            score(leaky, **inputs)
+    assert torch.equal(score(leaky, position_ids=torch.arange(13)[None]), score(leaky))
+    alone = apart(ids[:, 6:], token_ids=ids[:, 6:]).log_probs
+    torch.testing.assert_close(score(apart, position_ids=POSITIONS)[:, 6:], alone, rtol=1e-5, atol=1e-6)

@@ -292,7 +292,7 @@ def test_compiled_packed_sequences(case):
 def test_registered_with_its_masks():
     assert ALL_ATTENTION_FUNCTIONS["minirl"] is attention_forward
     assert "minirl" in ALL_MASK_ATTENTION_FUNCTIONS
-    public = ["check_batch_invariant", "enable_log_probs", "packing_leak", "refuse_packed"]
+    public = ["check_batch_invariant", "disable_log_probs", "enable_log_probs", "packing_leak", "refuse_packed"]
     assert minirl_kernels.integrations.transformers.__all__ == public
 
 

@@ -19,22 +19,25 @@ _KNOWN = "_minirl_packing"
 _APART = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "mlp", "moe"}
 
 
-def refuse_packed(model: PreTrainedModel, position_ids: Tensor | None, cu_seq_lens: Tensor | None = None) -> None:
+def refuse_packed(
+    model: PreTrainedModel, position_ids: Tensor | None, cu_seq_lens: Tensor | None = None
+) -> Tensor | None:
     """Raises ValueError that names the module where the input is packed and `model` would let sequences mix.
 
     position_ids: [B, L], which pack where they go down; cu_seq_lens: those of flash attention, which always pack.
+    Returns position_ids, to be used from there on: torch.compile drops a check whose result nobody uses.
     The model is asked in the first call, and once for each attention implementation: `packing_leak` says how.
     """
     if position_ids is None and cu_seq_lens is None:
-        return
+        return None
     known = model.__dict__.get(_KNOWN, {})
     implementation = model.config._attn_implementation
     reason = known[implementation] if implementation in known else packing_leak(model)
     if reason is None:
-        return
+        return position_ids
     if cu_seq_lens is not None:
         raise ValueError(_message(reason))
-    _refuse_restarts(position_ids, reason)
+    return _refuse_restarts(position_ids, reason)
 
 
 def refuse_packed_kinds(config: PreTrainedConfig | None) -> None:
@@ -61,6 +64,11 @@ def packing_leak(model: PreTrainedModel) -> str | None:
     reason = _leak(model)
     model.__dict__.setdefault(_KNOWN, {})[model.config._attn_implementation] = reason
     return reason
+
+
+def forget_packing(model: nn.Module) -> None:
+    """Drop the answer that `packing_leak` has left on a model."""
+    model.__dict__.pop(_KNOWN, None)
 
 
 @torch.inference_mode(False)

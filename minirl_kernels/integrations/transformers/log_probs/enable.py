@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from ..packing import forget_packing, packing_leak
 from .after_head import AfterHead, ask_what_follows
 from .head import check_head, is_taken, leave_head, take_head
 from .hooks import LogProbsHooks, hooks_of, is_sharded
@@ -33,8 +34,12 @@ def enable_log_probs(model: nn.Module) -> nn.Module:
     Whatever replaces model.forward later is called. Call this again where a wrapper came later (PEFT, FSDP), or other
     output embeddings (resize_token_embeddings); that changes nothing else. `disable_log_probs` takes it back.
 
-    One token is sent through the model to see what it does to its logits. Raises TypeError or ValueError that says
-    what is unknown: another kind of head (DoRA, quantised), or more done to logits than a positive scale and a softcap.
+    A call with token_ids and packed sequences (position_ids that restart, cu_seq_lens_q; no attention_mask) raises
+    ValueError where the model lets sequences mix, as convolutions and recurrences do; see `packing_leak`.
+
+    Some tokens are sent through the model, to see what it does to its logits and to packed sequences. Raises TypeError
+    or ValueError that says what is unknown: another kind of head (DoRA, quantised), or more done to logits than a
+    positive scale and a softcap.
     """
     path = _path_of(model)
     causal_lm = path[-1]
@@ -49,11 +54,12 @@ def enable_log_probs(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f"model is a {name} in FullyShardedDataParallel: enable_log_probs must come before it, and again after"
             )
+        root = next((module for module in path if is_sharded(module)), None)  # the outermost gathers the shards
+        if root is None:
+            packing_leak(causal_lm)  # asked here: a compiled forward could not
         take_head(head, name)
         try:
-            # the outermost module whose weights are shards gathers them
-            root = next((module for module in path if is_sharded(module)), causal_lm)
-            after = ask_what_follows(root, causal_lm, head)
+            after = ask_what_follows(root or causal_lm, causal_lm, head)
         except BaseException:
             leave_head(head)
             raise
@@ -69,6 +75,7 @@ def disable_log_probs(model: nn.Module) -> nn.Module:
         for hooks in hooks_of(module):
             hooks.remove()
         leave_head(module)
+        forget_packing(module)
     return model
 
 

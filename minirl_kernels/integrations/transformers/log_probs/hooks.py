@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from ....ops.fused_linear_policy_loss import fused_linear_policy_loss
 from ....ops.linear_token_logprobs import linear_token_logprobs
+from ..packing import refuse_packed
 from .after_head import AfterHead
 from .calls import Call, current_call, set_call
 from .head import gives_float32, is_taken, linear_of
@@ -65,6 +66,8 @@ class LogProbsHooks:
                     "labels is given with token_ids: it must be None, there are no logits to compare it with"
                 )
             _check_float32(given)
+            if kwargs.get("attention_mask") is None and not is_sharded(self.model):  # a probe would gather the shards
+                kwargs |= self._unpacked(kwargs)
             head = self.model.get_output_embeddings()
             set_call(Call(head, owner=module, arguments=given))
             kwargs["return_dict"] = True
@@ -80,6 +83,11 @@ class LogProbsHooks:
         if self._has(call) and self.model in (module, getattr(module, "model", None)):
             kwargs = self._positions.add_to(self.model, args, kwargs)
         return args, kwargs
+
+    def _unpacked(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keywords that may pack sequences, checked."""
+        position_ids = refuse_packed(self.model, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"))
+        return {} if position_ids is None else {"position_ids": position_ids}
 
     def _make(self, module: nn.Module, args: tuple, output: ModelOutput) -> ModelOutput | None:
         call = current_call()
