@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from documents import DOCS, README, blocks, commands
 from minirl import cli
+from minirl import commands as cli_commands
 from minirl.config import TrainConfig
 from minirl.config_file import load_config
 from minirl.discrepancy.target import Target
@@ -46,7 +47,7 @@ def test_bash_blocks_are_calls_of_the_report(path):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_options_of_the_report_are_known(command, monkeypatch):
     given = []
-    monkeypatch.setattr(cli, "find_target", lambda name: Target(TrainConfig(), Path(), False))
+    monkeypatch.setattr(cli_commands, "find_target", lambda name: Target(TrainConfig(), Path(), False))
     monkeypatch.setattr(
         "minirl.discrepancy.command.discrepancy", lambda name, found, options, console: given.append(options) or True
     )

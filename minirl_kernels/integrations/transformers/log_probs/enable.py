@@ -55,10 +55,10 @@ def enable_log_probs(model: nn.Module) -> nn.Module:
                 f"model is a {name} in FullyShardedDataParallel: enable_log_probs must come before it, and again after"
             )
         root = next((module for module in path if is_sharded(module)), None)  # the outermost gathers the shards
-        if root is None:
-            packing_leak(causal_lm)  # asked here: a compiled forward could not
         take_head(head, name)
         try:
+            if root is None:
+                packing_leak(causal_lm)  # asked here: a compiled forward could not
             after = ask_what_follows(root or causal_lm, causal_lm, head)
         except BaseException:
             leave_head(head)
