@@ -13,7 +13,11 @@ if not torch.cuda.is_available():
 
 
 def pytest_configure(config):
-    """Workers of pytest-xdist, which start after this, share the cores: threads that share one wait for each other."""
+    """One thread, unless a test asks for more: the error of an eager sum, which many a bar is, depends on how many.
+
+    Workers of pytest-xdist, which start after this, share the cores: threads that share one wait for each other.
+    """
+    torch.set_num_threads(1)
     if config.getoption("numprocesses", None):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 

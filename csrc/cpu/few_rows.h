@@ -68,7 +68,7 @@ MINIRL_INLINE void multiply_square(const uint32_t* a, const Ints (&words)[kLanes
             multiply_add(Word{}, a[j * kRows + i], (NativeFloat)words[Word::place(j)].part[part], sum[i].part[part]);
 }
 
-// One chunk's share: `columns` point to its first terms. No more than sixteen at a time, as memory is fetched ahead
+// One link's share: `columns` point to its first terms. No more than sixteen at a time, as memory is fetched ahead
 // along few columns only.
 template <class Word, int kRows, class T>
 MINIRL_INLINE void multiply_columns(const uint32_t* a, const T* const (&columns)[kLanes], int64_t terms,
@@ -110,17 +110,25 @@ MINIRL_INLINE void store_result(const Block<T>& block, int64_t row, int64_t colu
 template <int kRows, class T>
 static void multiply_turned(const Block<T>& block, uint32_t* scratch) {
   typedef typename WordOf<T>::type Word;
+  constexpr int64_t kLink = Word::kLinkWords * Word::kTerms;
   pack_few_rows<kRows>(block, scratch);
   for (int64_t n = 0; n < block.columns; n += kLanes) {
     Floats total[kRows];
+    for (int i = 0; i < kRows; ++i) total[i] = splat(0.f);
     for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
-      const T* columns[kLanes];
-      // beyond the last column there is the last one again
-      for (int64_t i = 0; i < kLanes; ++i) columns[i] = block.b.at(least(n + i, block.columns - 1), k);
+      const int64_t end = least(block.depth, k + Word::kChunk);
       Floats sum[kRows];
       for (int i = 0; i < kRows; ++i) sum[i] = splat(0.f);
-      multiply_columns<Word>(scratch + Word::words(k) * kRows, columns, least(block.depth - k, Word::kChunk), sum);
-      for (int i = 0; i < kRows; ++i) total[i] = k > 0 ? total[i] + sum[i] : sum[i];
+      for (int64_t begin = k; begin < end; begin += kLink) {
+        const T* columns[kLanes];
+        // beyond the last column there is the last one again
+        for (int64_t i = 0; i < kLanes; ++i) columns[i] = block.b.at(least(n + i, block.columns - 1), begin);
+        Floats link[kRows];
+        for (int i = 0; i < kRows; ++i) link[i] = splat(0.f);
+        multiply_columns<Word>(scratch + Word::words(begin) * kRows, columns, least(end - begin, kLink), link);
+        for (int i = 0; i < kRows; ++i) sum[i] = sum[i] + link[i];
+      }
+      for (int i = 0; i < kRows; ++i) total[i] = total[i] + sum[i];
     }
     for (int64_t i = 0; i < kRows; ++i) store_result(block, i, n, total[i]);
   }
@@ -147,16 +155,19 @@ static void multiply_across(const Block<T>& block, uint32_t* scratch) {
   typedef typename WordOf<T>::type Word;
   pack_few_rows<kRows>(block, scratch);
   const int64_t width = whole_lanes(block.columns);
-  float* const sums = (float*)(scratch + Word::words(block.depth) * kRows + kLanes);
+  float* const links = (float*)(scratch + Word::words(block.depth) * kRows + kLanes);
+  float* const sums = links + kRows * width;  // of the chunk's links before
   for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
     const int64_t terms = least(block.depth - k, Word::kChunk), words = Word::words(terms);
     const bool is_last = k + terms == block.depth;
     for (int64_t word = 0; word < words; word += kWordsAtOnce) {
       const uint32_t* const a = scratch + (Word::words(k) + word) * kRows;
       const int64_t count = least(words - word, kWordsAtOnce);
+      const bool begins = word % Word::kLinkWords == 0;
+      const bool ends = (word + count) % Word::kLinkWords == 0 || word + count == words;
       for (int64_t n = 0; n < block.columns; n += kLanes) {
         Floats sum[kRows];
-        for (int i = 0; i < kRows; ++i) sum[i] = word > 0 ? load(sums + i * width + n) : splat(0.f);
+        for (int i = 0; i < kRows; ++i) sum[i] = begins ? splat(0.f) : load(links + i * width + n);
         for (int64_t j = 0; j < count; ++j) {
           const Ints right = load_across<Word>(block.b, n, block.columns - n, k, terms, word + j);
           for (int i = 0; i < kRows; ++i)
@@ -164,7 +175,10 @@ static void multiply_across(const Block<T>& block, uint32_t* scratch) {
               sum[i].part[part] =
                   multiply_add(Word{}, a[j * kRows + i], (NativeFloat)right.part[part], sum[i].part[part]);
         }
-        for (int i = 0; i < kRows; ++i) store(sums + i * width + n, sum[i]);
+        for (int i = 0; i < kRows; ++i) {
+          if (ends) sum[i] = (word < Word::kLinkWords ? splat(0.f) : load(sums + i * width + n)) + sum[i];
+          store((ends ? sums : links) + i * width + n, sum[i]);
+        }
       }
     }
     for (int64_t n = 0; n < block.columns; n += kLanes)
@@ -195,7 +209,7 @@ MINIRL_INLINE bool is_for_few_rows(const Block<T>& block) {
 // Words of scratch that it needs.
 template <class T>
 MINIRL_INLINE int64_t scratch_words_few_rows(int64_t columns, int64_t depth) {
-  return (WordOf<T>::type::words(depth) + whole_lanes(columns)) * kFewRows + kLanes;
+  return (WordOf<T>::type::words(depth) + 2 * whole_lanes(columns)) * kFewRows + kLanes;
 }
 template <class T, int kRows = kFewRows>
 MINIRL_INLINE void multiply_few_rows_unpacked(const Block<T>& block, uint32_t* scratch) {

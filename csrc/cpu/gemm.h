@@ -1,8 +1,9 @@
 // The matmul that several ops share: a block of float32 output from packed panels of both operands.
 //
-// Every output is a sum, in order, of chains of fused multiply-adds over kChunk terms of the reduced dimension. So its
-// bits depend on that dimension and the dtype alone: not on its place, on the rows beside it, or on the threads; and
-// they are the same wherever there is a fused multiply-add. bfloat16 is reduced in pairs, the second of a pair first,
+// Every output is a sum, in order, over chunks of kChunk terms of the reduced dimension. A chunk is a sum, in order, of
+// chains of fused multiply-adds over kLinkWords words. So the bits of an output depend on that dimension and the dtype
+// alone: not on its place, on the rows beside it, or on the threads; and they are the same wherever there is a fused
+// multiply-add. bfloat16 is reduced in pairs, the second of a pair first,
 // which is what the instruction for it does (that one takes subnormals as 0); where there are tiles (tiles.h), by their
 // own order, whose bits no other table has.
 #pragma once
@@ -81,14 +82,20 @@ static void multiply_panels(const uint32_t* a, const uint32_t* b, int64_t words,
   // what is added to comes from memory while the chunk is summed
   for (int i = 0; i < kRows; ++i)
     for (int64_t j = 0; j < kPanelColumns; j += 16) __builtin_prefetch(place.sums + i * place.stride + j, 1);
-  for (int64_t k = 0; k < words; ++k) {
-    const NativeFloat left = *(const UnalignedFloat*)(b + k * kPanelColumns);
-    const NativeFloat right = *(const UnalignedFloat*)(b + k * kPanelColumns + kNative);
+  for (int64_t begin = 0; begin < words; begin += Word::kLinkWords) {
+    NativeFloat link[kRows][2] = {};
+    for (int64_t k = begin; k < least(words, begin + Word::kLinkWords); ++k) {
+      const NativeFloat left = *(const UnalignedFloat*)(b + k * kPanelColumns);
+      const NativeFloat right = *(const UnalignedFloat*)(b + k * kPanelColumns + kNative);
 #pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-      sum[i][0] = multiply_add(Word{}, a[k * kRegisterRows + i], left, sum[i][0]);
-      sum[i][1] = multiply_add(Word{}, a[k * kRegisterRows + i], right, sum[i][1]);
+      for (int i = 0; i < kRows; ++i) {
+        link[i][0] = multiply_add(Word{}, a[k * kRegisterRows + i], left, link[i][0]);
+        link[i][1] = multiply_add(Word{}, a[k * kRegisterRows + i], right, link[i][1]);
+      }
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+      for (int half = 0; half < 2; ++half) sum[i][half] = sum[i][half] + link[i][half];
   }
   if (place.rounded && !place.add && columns == kPanelColumns && kPanelColumns >= kLanes)
     return round_panel<T, kRows>(place, sum);

@@ -16,24 +16,24 @@ constexpr int kPanelColumns = 2 * kNative;
 constexpr int64_t kStrip = 32;
 
 // What a packed word of 32 bits holds: `kTerms` terms of the reduced dimension, in place `place(k)` of a chunk. Panels
-// of rows have kRows of them.
+// of rows have kRows of them. A chunk is summed in links of kLinkWords: short chains of float32 products lose less.
 template <class T>
 struct FloatWord {
   static constexpr int kTerms = 1, kRows = kRegisterRows;
-  static constexpr int64_t kChunk = 256;
+  static constexpr int64_t kChunk = 256, kLinkWords = 64;
   static int64_t place(int64_t k) { return k; }
   static int64_t words(int64_t terms) { return terms; }
 };
 template <>
 struct FloatWord<BFloat16> {
   static constexpr int kTerms = 1, kRows = kRegisterRows;
-  static constexpr int64_t kChunk = 512;
+  static constexpr int64_t kChunk = 512, kLinkWords = kChunk;
   static int64_t place(int64_t k) { return k ^ 1; }
   static int64_t words(int64_t terms) { return (terms + 1) & ~int64_t{1}; }
 };
 struct PairWord {
   static constexpr int kTerms = 2, kRows = kRegisterRows;
-  static constexpr int64_t kChunk = 512;
+  static constexpr int64_t kChunk = 512, kLinkWords = kChunk / kTerms;
   static int64_t place(int64_t k) { return k; }
   static int64_t words(int64_t terms) { return (terms + 1) / 2; }
 };
