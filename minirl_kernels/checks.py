@@ -97,6 +97,45 @@ def per_token_float(name: str, value, shape: torch.Size, device: torch.device) -
     return value.detach().float()
 
 
+def always_looks(device: torch.device, backend: str) -> bool:
+    """Whether a call looks at the values in its arguments unasked: where the CPU computes, nothing waits for that."""
+    return device.type == "cpu" and backend != "triton"
+
+
+def check_finite(name: str, values: Tensor, mask: Tensor, offsets: Tensor) -> Tensor:
+    """A copy of `values`; raises ValueError where one inside the mask is NaN or infinite. Waits for the device.
+
+    values, mask: one per token, [B, L] or [T]. offsets: [B + 1], where responses begin and end, rows flat.
+    """
+    return _finite_per_token(values, mask, offsets, name)
+
+
+def _check_finite(values, mask, offsets, name):
+    bad = mask & ~values.isfinite()
+    if bool(bad.any()):
+        row = bad.flatten().nonzero()[0].item()
+        raise ValueError(
+            f"{name} is {values.flatten()[row].item()} at {place_of_token(row, offsets)}: "
+            "it must be finite where the loss mask is 1"
+        )
+    return values.clone(memory_format=torch.contiguous_format)
+
+
+# an op, so that torch.compile need not trace its branches; what it returns is used, so that it is not dropped either
+_finite_per_token = register(
+    "finite_per_token(Tensor values, Tensor mask, Tensor offsets, str name) -> Tensor",
+    _check_finite,
+    lambda values, *_: torch.empty_like(values, memory_format=torch.contiguous_format),
+    waits=True,
+)
+
+
+def place_of_token(row: int, offsets: Tensor) -> str:
+    """A flat row as its place in its response; offsets [B + 1], rows flat."""
+    response = torch.searchsorted(offsets[1:], torch.full_like(offsets[0], row), right=True).item()
+    return f"token {row - offsets[response].item()} of response {response}"
+
+
 def per_token_temperature(temperature, shape: torch.Size, device: torch.device) -> Tensor:
     """A float or a per-token tensor, as a float32 tensor of `shape` (a float costs no memory: its strides are 0)."""
     if isinstance(temperature, Tensor):
@@ -109,15 +148,18 @@ def per_token_temperature(temperature, shape: torch.Size, device: torch.device) 
     return torch.ones((), dtype=torch.float32, device=device).mul(temperature).expand(shape)
 
 
-def check_contents(token_ids: Tensor, vocab_size: int, temperature: Tensor) -> Tensor:
+def check_contents(token_ids: Tensor, vocab_size: int | Tensor, temperature: Tensor) -> Tensor:
     """The checks that cost a host sync: ids in range, temperatures above 0, of the tokens that are not ignored.
 
     Returns a copy of token_ids.
     """
+    if not isinstance(vocab_size, Tensor):
+        vocab_size = torch.full((), vocab_size, dtype=torch.int64)
     return _checked_token_ids(token_ids, vocab_size, temperature)
 
 
 def _check_contents(token_ids, vocab_size, temperature):
+    vocab_size = vocab_size.item()
     kept = token_ids != IGNORE_INDEX
     bad = kept & ((token_ids < 0) | (token_ids >= vocab_size))
     if bool(bad.any()):
@@ -130,7 +172,7 @@ def _check_contents(token_ids, vocab_size, temperature):
 
 # an op, so that torch.compile need not trace its branches; what it returns is used, so that it is not dropped either
 _checked_token_ids = register(
-    "checked_token_ids(Tensor token_ids, SymInt vocab_size, Tensor temperature) -> Tensor",
+    "checked_token_ids(Tensor token_ids, Tensor vocab_size, Tensor temperature) -> Tensor",
     _check_contents,
     lambda token_ids, *_: torch.empty_like(token_ids),
     waits=True,

@@ -1,10 +1,11 @@
-"""Two gloo processes with half of the vocabulary each, against one with all of it. Run by the tests of the losses."""
+"""Two gloo processes with a part of the vocabulary each, against one with all of it. Run by the tests of the losses."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from linear_head import random_head
@@ -12,6 +13,8 @@ from linear_head import random_head
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss, linear_token_logprobs
 
 RANKS = 2
+# equal halves, those of torch.chunk, and a rank without a part
+SHARDS = [(17, 17), (31, 30), (34, 0)]
 
 
 def run(call: str, backend: str = "cpu") -> None:
@@ -22,35 +25,53 @@ def run(call: str, backend: str = "cpu") -> None:
 def _check_rank(rank: int, call: str, backend: str, store: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
-    hidden, weight, token_ids, bias = random_head(12, 9, 34, with_bias=True)
-    token_ids[5] = -100
-    part = slice(17 * rank, 17 * (rank + 1))
-    # a shard of padding alone: no token is there, and nothing has a probability
-    padding, ids_beyond = bias.clone(), torch.where(token_ids < 0, token_ids, 17 + token_ids % 17)
-    padding[:17] = -torch.inf
-    for case, bias, ids in [(case, bias, token_ids) for case in CASES[call]] + [(CASES[call][0], padding, ids_beyond)]:
+    for sizes in SHARDS:
+        _check_split(rank, call, backend, sizes)
+    dist.destroy_process_group()
+
+
+def _check_split(rank: int, call: str, backend: str, sizes: tuple[int, int]) -> None:
+    vocab_size, first = sum(sizes), sizes[0]
+    hidden, weight, token_ids, bias = random_head(12, 9, vocab_size, with_bias=True)
+    # the first and the last id of each shard
+    token_ids[:5] = torch.tensor([0, max(first - 1, 0), first % vocab_size, vocab_size - 1, -100])
+    part = slice(0, first) if rank == 0 else slice(first, vocab_size)
+    variants = [(case, bias, token_ids) for case in CASES[call]] + [(CASES[call][0], bias, token_ids.int())]
+    if all(sizes):
+        # a shard of padding alone: no token is there, and nothing has a probability
+        padding = bias.clone()
+        padding[:first] = -torch.inf
+        beyond = torch.where(token_ids < 0, token_ids, first + token_ids % sizes[1])
+        variants.append((CASES[call][0], padding, beyond))
+    for case, bias, ids in variants:
         whole = case(hidden, weight, bias, ids, None, backend)
         ours = case(hidden, weight[part], bias[part], ids, dist.group.WORLD, backend)
         *values, grad_weight, grad_bias = whole
         for actual, expected in zip(ours, (*values, grad_weight[part], grad_bias[part]), strict=True):
             torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
-    if backend == "triton":
-        _check_an_id_that_no_shard_has(hidden, weight[part], token_ids)
-    dist.destroy_process_group()
+    for bad in (vocab_size, -1):
+        _check_an_id_that_no_shard_has(hidden, weight[part], token_ids, bad, vocab_size, backend)
 
 
-def _check_an_id_that_no_shard_has(hidden, weight, token_ids):
-    for bad in (34, -1):
-        leaf, ids = hidden.clone().requires_grad_(), token_ids.clone()
-        ids[3] = bad
-        outs = linear_token_logprobs(
-            leaf, weight, ids, process_group=dist.group.WORLD, with_entropy=True, backend="triton"
+def _check_an_id_that_no_shard_has(hidden, weight, token_ids, bad, vocab_size, backend):
+    leaf, ids = hidden.clone().requires_grad_(), token_ids.clone()
+    ids[3] = bad
+
+    def log_probs():
+        return linear_token_logprobs(
+            leaf, weight, ids, process_group=dist.group.WORLD, with_entropy=True, backend=backend
         )
-        (grad,) = torch.autograd.grad(sum(outs).sum(), leaf)
-        for values in (*outs, grad):
-            assert values[3].isnan().all()
-            assert values[:3].isfinite().all()
-            assert values[4:].isfinite().all()
+
+    if backend == "cpu":
+        with pytest.raises(ValueError, match=rf"^token_ids has the id {bad} at row 3: .*in \[0, {vocab_size}\)"):
+            log_probs()
+        return
+    outs = log_probs()
+    (grad,) = torch.autograd.grad(sum(outs).sum(), leaf)
+    for values in (*outs, grad):
+        assert values[3].isnan().all()
+        assert values[:3].isfinite().all()
+        assert values[4:].isfinite().all()
 
 
 def _log_probs(options):

@@ -36,7 +36,6 @@ def forward_backward(
     Rows of ignored ids are not computed; rows that cannot have a gradient are left out of its matmuls.
     """
     num_rows, vocab_size, entropy_coef = hidden.shape[0], weight.shape[0], objective[-1]
-    kernels.head.check_ids(token_ids, vocab_size)
     counts = token_ids != IGNORE_INDEX
     can_have_gradient = counts
     if ref_log_probs is None and entropy_coef == 0:

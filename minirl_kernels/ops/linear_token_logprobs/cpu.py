@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...backends import native
-from ...checks import IGNORE_INDEX, token_id_message
 from ...native_matmul import matmul_into
 from ..token_logprobs import cpu as token_logprobs
 
@@ -19,13 +18,6 @@ def rows_per_tile(num_rows: int, weight: Tensor) -> int:
     most = max(TILE_BYTES // (4 * weight.shape[0]), MIN_ROWS)
     tiles = max(-(-num_rows // most), 1)
     return -(-num_rows // tiles)
-
-
-def check_ids(token_ids: Tensor, vocab_size: int) -> None:
-    """Before any tile: the kernels that look at a tile's ids would count its rows from the tile."""
-    bad = (token_ids != IGNORE_INDEX) & ((token_ids < 0) | (token_ids >= vocab_size))
-    if bool(bad.any()):
-        raise ValueError(token_id_message(bad.nonzero()[0].item(), token_ids, vocab_size))
 
 
 def logits_into(tile: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float) -> None:

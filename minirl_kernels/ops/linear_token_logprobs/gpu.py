@@ -34,10 +34,6 @@ def rows_per_tile(num_rows: int, weight: Tensor) -> int:
     return min(-(-num_rows // (tiles * ROW_BLOCK)) * ROW_BLOCK, num_rows)
 
 
-def check_ids(token_ids: Tensor, vocab_size: int) -> None:
-    """The kernels give NaN for an id out of range: to raise, the host would have to wait."""
-
-
 def logits_into(tile: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float) -> None:
     matmul_into(tile, hidden, weight.T)
 

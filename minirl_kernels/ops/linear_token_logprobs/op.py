@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...backends import resolve
 from ...checks import (
+    always_looks,
     check_contents,
     check_device,
     check_float_matrix,
@@ -57,8 +58,9 @@ def linear_token_logprobs(
         range raises ValueError on the CPU, gives NaN on the GPU, and raises there too with check=True.
     temperature: divides the logits; above 0, a number or one float per token. logit_scale: multiplies them, above 0.
     logit_softcap: c of c * tanh(logits / c), above 0, after the scale and before the temperature; None means none.
-    process_group: weight (and bias) is this rank's of equal shards of the vocabulary, in the order of the ranks;
-        hidden, token_ids and the incoming gradient are the same on all. The gradient of hidden is their sum.
+    process_group: weight (and bias) is this rank's shard of the vocabulary, [0, H] if it has none; shards are in the
+        order of the ranks and of any sizes. hidden, token_ids and the incoming gradient are the same on all. The
+        gradient of hidden is their sum.
     Returns log_probs, or (log_probs, entropy), of token_ids' shape, float32, nats, differentiable. On a GPU the host
     waits once in the forward and once in the backward, for the number of rows that count.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
@@ -90,20 +92,19 @@ class Head(NamedTuple):
     shard: Shard | None
 
     @property
-    def vocab_size(self) -> int:
-        return self.weight.shape[0] * (self.shard.world_size if self.shard else 1)
+    def vocab_size(self) -> int | Tensor:
+        return self.shard.vocab_size if self.shard else self.weight.shape[0]
 
     def logits(self) -> Tensor:
         return linear_logits(self.hidden, self.weight, self.bias, self.softcap)
 
     def check_contents(self, token_ids: Tensor, check: bool, backend: str) -> Tensor:
-        """token_ids, looked at where the caller asked or the kernels cannot; a shard does not see what others have."""
+        """token_ids, looked at with the temperature where the caller asked, and always on the CPU."""
         if self.shard and backend == "reference":
             raise ValueError(
                 "process_group is given with backend='reference': it must be None, or the backend 'cpu' or 'triton'"
             )
-        on_cpu = self.hidden.device.type == "cpu"
-        if check or (self.shard and backend == "cpu") or (on_cpu and backend == "reference"):
+        if check or always_looks(self.hidden.device, backend):
             return check_contents(token_ids, self.vocab_size, self.temperature)
         return token_ids
 
@@ -119,7 +120,7 @@ def prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, lo
     check_float_matrix("weight", weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: it must be [V, {hidden.shape[-1]}], H of hidden")
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and process_group is None:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: its vocabulary must not be empty")
     if weight.dtype != hidden.dtype:
         raise TypeError(f"weight has dtype {weight.dtype}: it must be that of hidden, {hidden.dtype}")
@@ -142,7 +143,7 @@ def prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, lo
         bias,
         temperature if logit_scale == 1 else temperature / logit_scale,
         0.0 if logit_softcap is None else logit_softcap / logit_scale,
-        None if process_group is None else Shard(process_group, weight.shape[0]),
+        None if process_group is None else Shard(process_group, weight.shape[0], hidden.device),
     )
 
 
@@ -188,8 +189,12 @@ def linear_stats(hidden, weight, bias, token_ids, temperature, softcap, with_ent
     arguments = (hidden, weight, None if bias is None else bias.float())
     if shard is None:
         return linear_token_logprobs_forward(*arguments, token_ids, temperature, softcap, with_entropy, backend)
-    _, local_ids = shard.local_ids(token_ids)
-    stats = linear_token_logprobs_forward(*arguments, local_ids, temperature, softcap, with_entropy, backend)
+    if shard.size:
+        _, local_ids = shard.local_ids(token_ids)
+        stats = linear_token_logprobs_forward(*arguments, local_ids, temperature, softcap, with_entropy, backend)
+    else:
+        nothing, nowhere = torch.zeros_like(temperature), torch.full_like(temperature, -torch.inf)
+        stats = nothing, nothing if with_entropy else nothing.new_empty(0), nowhere, nowhere
     return shard.combine(*stats, token_ids, temperature)
 
 
@@ -198,6 +203,9 @@ def linear_gradients(
     shard, backend
 ):  # fmt: skip
     """(d hidden, d weight, d bias): what linear_stats gave, and the gradients by log_probs and entropy."""
+    if shard is not None and not shard.size:
+        grad_hidden, *others = (grad.zero_() for grad in gradients_fake(hidden, weight, *needs))
+        return shard.sum(grad_hidden) if needs[0] else grad_hidden, *others
     if shard is not None:
         token_ids = shard.ids_or_elsewhere(token_ids)
     grad_hidden, *others = linear_token_logprobs_backward(

@@ -18,12 +18,18 @@ ELSEWHERE = -1  # what the kernels take for an id that counts and is in another 
 
 
 class Shard:
-    """This rank's part of the vocabulary: equal parts, in the order of the ranks."""
+    """This rank's part of the vocabulary: parts of any sizes, in the order of the ranks. One collective to learn them.
 
-    def __init__(self, group: dist.ProcessGroup, size: int):
+    first, vocab_size: int64 tensors of one number, so that no host waits for the collective.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device):
         self.group, self.size = group, size
-        self.world_size = dist.get_world_size(group)
-        self.first = dist.get_rank(group) * size
+        rank = dist.get_rank(group)
+        sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=device)
+        sizes[rank] = size
+        dist.all_reduce(sizes, group=group)
+        self.first, self.vocab_size = sizes[:rank].sum(), sizes.sum()
 
     def local_ids(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(whose token is in this shard, ids for the forward: any logit will do for the others)."""
@@ -61,7 +67,7 @@ class Shard:
         log_total = total.log()
         ignored = token_ids == IGNORE_INDEX
         # an id that no shard has
-        invalid = ~ignored & ((token_ids < 0) | (token_ids >= self.size * self.world_size))
+        invalid = ~ignored & ((token_ids < 0) | (token_ids >= self.vocab_size))
         log_prob, log_sum, mean = (
             values.masked_fill(ignored, 0.0).masked_fill(invalid, torch.nan).float()
             for values in (target - log_total, log_total, weighted / total)

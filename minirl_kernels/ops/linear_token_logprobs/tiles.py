@@ -4,7 +4,7 @@ A tile is some hundreds or thousands of rows by the vocabulary, in float32: matm
 puts the gradient of the logits where they were (16-bit gradients fill the first half of each row), and two matmuls
 from that.
 
-`kernels` is a backend's module (cpu.py, gpu.py), which gives check_ids, rows_per_tile, logits_into, matmul_into, and
+`kernels` is a backend's module (cpu.py, gpu.py), which gives rows_per_tile, logits_into, matmul_into, and
 forward_of_tile and backward_of_tile, which are token_logprobs on the rows of a tile.
 """
 
@@ -99,7 +99,6 @@ class Gradients:
 
 def forward(kernels, hidden, weight, bias, token_ids, temperature, softcap, with_entropy) -> tuple[Tensor, ...]:
     """(log_probs, entropy or empty, shift, log_sum), [T]; rows of ignored ids are not computed."""
-    kernels.check_ids(token_ids, weight.shape[0])
     outputs = [torch.zeros_like(temperature) for _ in range(4)]
     index, hidden, token_ids, temperature = counted_rows(token_ids != IGNORE_INDEX, hidden, token_ids, temperature)
     results = temperature.new_empty(4, len(token_ids))

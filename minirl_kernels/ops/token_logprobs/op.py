@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...backends import resolve
-from ...checks import check_contents, check_float_matrix, check_token_ids, per_token_temperature
+from ...checks import always_looks, check_contents, check_float_matrix, check_token_ids, per_token_temperature
 from ...library import register
 from .reference import token_logprobs_reference
 
@@ -47,7 +47,7 @@ def token_logprobs(
     check_token_ids(token_ids, logits.shape[:-1], logits.device)
     temperature = per_token_temperature(temperature, token_ids.shape, logits.device)
     backend = resolve(backend, logits.device, op="token_logprobs", supported=_BACKENDS)
-    if check or (backend == "reference" and logits.device.type == "cpu"):
+    if check or always_looks(logits.device, backend):
         token_ids = check_contents(token_ids, logits.shape[-1], temperature)
     if backend == "reference":
         log_probs, entropy = token_logprobs_reference(logits, token_ids, temperature)
