@@ -62,11 +62,12 @@ void token_logprobs_backward(MINIRL_LOGITS_PARAMETERS, Address shift, Address lo
   run_rows(args.logits, MINIRL_PICK(minirl::token_logprobs_backward, minirl::TokenLogprobsBackward), args);
 }
 
+// The loss of every row and the gradient of its logits; or, if `only_overflow`, what fused_policy_loss_overflow writes.
 int64_t fused_policy_loss(MINIRL_LOGITS_PARAMETERS, Address old_log_probs, Address behaviour_log_probs,
                           Address ref_log_probs, Address advantages, Address weights, const std::string& objective,
-                          bool clip, float ratio_low, float ratio_high, float threshold, float kl_coef,
+                          bool clip, double ratio_low, double ratio_high, double threshold, double kl_coef,
                           const std::string& kl_estimator, float entropy_coef, Address log_probs, Address entropy,
-                          Address token_loss, Address token_grad, MINIRL_GRADIENT_PARAMETERS) {
+                          Address token_loss, Address token_grad, MINIRL_GRADIENT_PARAMETERS, bool only_overflow) {
   using minirl::KLEstimator;
   using minirl::Objective;
   const auto kind = choice<Objective>("objective", objective,
@@ -90,7 +91,9 @@ int64_t fused_policy_loss(MINIRL_LOGITS_PARAMETERS, Address old_log_probs, Addre
                                         pointer<float>(token_grad),
                                         MINIRL_GRADIENT};
   const int64_t bad_row = first_bad_row(args.logits);
-  if (bad_row < 0) run_rows(args.logits, MINIRL_PICK(minirl::fused_policy_loss, minirl::FusedPolicyLoss), args);
+  const auto kernel = only_overflow ? MINIRL_PICK(minirl::fused_policy_loss_overflow, minirl::FusedPolicyLoss)
+                                    : MINIRL_PICK(minirl::fused_policy_loss, minirl::FusedPolicyLoss);
+  if (bad_row < 0) run_rows(args.logits, kernel, args);
   return bad_row;
 }
 

@@ -9,12 +9,21 @@
 
 namespace minirl {
 
-static TokenLoss weighted_objective(const FusedPolicyLoss& args, int64_t row, float log_prob) {
+static ObjectiveToken token_of_row(const FusedPolicyLoss& args, int64_t row, float log_prob) {
   const float old = args.old_log_probs ? args.old_log_probs[row] : log_prob;
   const float behaviour = args.behaviour_log_probs ? args.behaviour_log_probs[row] : old;
   const float ref = args.ref_log_probs ? args.ref_log_probs[row] : 0.f;
-  const TokenLoss result = token_objective(args.config, {log_prob, old, behaviour, ref, args.advantages[row]});
-  return {args.weights[row] * result.loss, args.weights[row] * result.grad};
+  return {log_prob, old, behaviour, ref, args.advantages[row]};
+}
+
+// A token's share of the loss and its c_t, or two NaN where float32 holds one of them not.
+struct TokenShare {
+  float loss, grad;
+};
+static TokenShare weighted_objective(const FusedPolicyLoss& args, int64_t row, float log_prob) {
+  const TokenLoss result = token_objective(args.config, token_of_row(args, row, log_prob));
+  const TokenShare share = {(float)(args.weights[row] * result.loss), (float)(args.weights[row] * result.grad)};
+  return fabsf(share.loss) < INFINITY && fabsf(share.grad) < INFINITY ? share : TokenShare{NAN, NAN};
 }
 
 // Where the exponentials of a row are kept: a float32 gradient is their place itself, and so are float32 logits that a
@@ -39,7 +48,7 @@ void MINIRL_KERNEL(fused_policy_loss)(const FusedPolicyLoss& args, int64_t begin
   for_each_gradient_row(
       args.logits, args.out, begin, end, [&](int64_t row, auto* x, auto* out, int64_t id, float temperature) {
         TokenStats stats = {};
-        TokenLoss loss = {};
+        TokenShare loss = {};
         if (id == kIgnoreIndex) {
           memset((void*)out, 0, vocab_size * sizeof(*out));
         } else {
@@ -65,6 +74,31 @@ void MINIRL_KERNEL(fused_policy_loss)(const FusedPolicyLoss& args, int64_t begin
         args.token_grad[row] = loss.grad;
       });
   free(buffer);
+}
+
+void MINIRL_KERNEL(fused_policy_loss_overflow)(const FusedPolicyLoss& args, int64_t begin, int64_t end) {
+  const int64_t n = args.logits.vocab_size;
+  for_each_row(args.logits, begin, end, [&](int64_t row, const auto* x, int64_t id, float temperature) {
+    TokenStats stats = {};
+    TokenShare loss = {};
+    if (id != kIgnoreIndex) {
+      const float logit = load_one(x + id);
+      double lowest = -INFINITY;  // the log-probability is not below it
+      if (needs_lowest(args.config)) {
+        float largest = -INFINITY;
+        for (int64_t j = 0; j < n; j += kTile) largest = fmaxf(largest, tile_max(x + j, n - j < kTile ? n - j : kTile));
+        lowest = ((double)logit - largest) / temperature - log((double)n) - 1;
+      }
+      if (!always_fits(args.config, token_of_row(args, row, 0.f), args.weights[row], lowest)) {
+        ForgetExponentials forget;
+        stats = token_stats(row_sums(x, n, kLog2E / temperature, forget), logit, temperature);
+        loss = weighted_objective(args, row, stats.log_prob);
+      }
+    }
+    args.log_probs[row] = stats.log_prob;
+    args.token_loss[row] = loss.loss;
+    args.token_grad[row] = loss.grad;
+  });
 }
 
 }  // namespace minirl

@@ -17,5 +17,7 @@ struct FusedPolicyLoss {
 };
 
 MINIRL_DECLARE_KERNEL(fused_policy_loss, FusedPolicyLoss)
+// Writes log_probs, token_loss and token_grad alone, and 0 where no log-probability can make a loss overflow.
+MINIRL_DECLARE_KERNEL(fused_policy_loss_overflow, FusedPolicyLoss)
 
 }  // namespace minirl

@@ -94,7 +94,13 @@ def op_arguments():
             (torch.randn(3, 5), torch.randn(4, 5).T, "cpu"),
             (torch.randn(2, 3, 5).half(), torch.randn(2, 5, 4).half(), "cpu"),
         ],
-        "checked_token_ids": [(ids, 7, ones)],
+        "checked_token_ids": [(ids, torch.tensor(7), ones)],
+        "finite_per_token": [(torch.ones(()).expand(2, 3), ids >= 0, torch.tensor([0, 3, 6]), "old_log_probs")],
+        "checked_count": [(torch.tensor(2.0), ids >= 0, "num_tokens")],
+        "checked_losses": [
+            (ones.sum(), ones, ones, ones, ones.double(), ones.double(), log_ref, ones, torch.tensor([0, 3, 6]))
+            for log_ref in (none, ones.double())
+        ],
         "checked_offsets": [(torch.tensor([0, 2, 6]), 6), (torch.tensor([0, 6], dtype=torch.int32), 6)],
         "group_advantages": [(torch.rand(4), torch.tensor([0, 1, 0, 1]), False)],
         "checked_routed_experts": [(routed, none, 9), (routed.to(torch.uint8), torch.tensor([True, False, True]), 9)],
@@ -130,7 +136,7 @@ def op_arguments():
         "token_logprobs_backward": [(logits, *of_backward, grad_entropy, "cpu") for grad_entropy in (ones, none)],
         "token_logprobs_backward_": [(logits, *of_backward, grad_entropy, "cpu") for grad_entropy in (ones, none)],
         "fused_policy_loss": [(logits.bfloat16(), *arguments) for arguments in of_loss],
-        "fused_policy_loss_": [(logits.bfloat16(), *arguments) for arguments in of_loss],
+        "fused_policy_loss_": [(logits.bfloat16(), torch.tensor([0, 3, 6]), *arguments) for arguments in of_loss],
     }
 
 

@@ -118,7 +118,7 @@ def objective_kernel(
         OBJECTIVE,
         CLIP,
     )
-    b_kl, b_kl_grad = kl_penalty(b_log_prob, tl.load(ref + o), ESTIMATOR)
+    b_kl, b_kl_grad = kl_penalty(1.0, b_log_prob, tl.load(ref + o), ESTIMATOR)
     tl.store(loss + o, b_loss)
     tl.store(grad + o, b_grad)
     tl.store(kl + o, b_kl)
@@ -126,9 +126,11 @@ def objective_kernel(
 
 
 LOG_PROBS = st.one_of(st.floats(-40, 0, width=32), st.just(-math.inf))
-LOG_RATIOS = st.one_of(st.floats(-2, 2, width=32), st.sampled_from([0.0, 200.0, -200.0, math.inf, -math.inf]))
-ADVANTAGES = st.one_of(st.floats(-8, 8, width=16), st.sampled_from([0.0, -0.0]))
-TOKEN = st.tuples(LOG_PROBS, LOG_RATIOS, LOG_RATIOS, LOG_RATIOS, ADVANTAGES, st.floats(-4, 4, width=32))
+FAR = [85.0, 95.0, -95.0, 200.0, -200.0, 800.0, -800.0]
+LOG_RATIOS = st.one_of(st.floats(-2, 2, width=32), st.sampled_from([0.0, *FAR, math.inf, -math.inf]))
+ADVANTAGES = st.one_of(st.floats(-8, 8, width=16), st.sampled_from([0.0, -0.0, 1e-4, -1e-4]))
+GAPS = st.one_of(st.floats(-4, 4, width=32), st.sampled_from(FAR))
+TOKEN = st.tuples(LOG_PROBS, LOG_RATIOS, LOG_RATIOS, LOG_RATIOS, ADVANTAGES, GAPS)
 
 
 @settings(max_examples=150, derandomize=True, deadline=None, database=None)
@@ -151,6 +153,7 @@ def test_the_objective_is_that_of_the_reference(objective, clip, low, high, thre
         rollout_is_threshold=threshold,
     )
     log_prob, log_r, log_w, log_d, advantage, gap = torch.tensor(tokens, dtype=torch.float32).T.contiguous()
+    log_r, log_w = (ratio.where(log_prob > -math.inf, -math.inf) for ratio in (log_r, log_w))
     r = log_r.double().exp()
     # a ratio within a rounding error of its bound may fall on either side
     assume(all(((r - bound).abs() > 1e-5).all() for bound in (1 - low, 1 + high)))
@@ -161,10 +164,53 @@ def test_the_objective_is_that_of_the_reference(objective, clip, low, high, thre
         1 - low, 1 + high, math.inf if threshold is None else threshold,
         OBJECTIVE=objective, CLIP=config.clip, ESTIMATOR=estimator, N=8,
     )  # fmt: skip
+    log_prob, log_r, log_w, log_d, advantage, ref = (
+        values.double() for values in (log_prob, log_r, log_w, log_d, advantage, ref)
+    )
     expected = reference.token_objective(log_prob, log_r, log_w, log_d, advantage, config)
     expected += reference.kl_penalty(log_prob, ref, estimator)
     for ours, theirs in zip(results, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6, equal_nan=True)
+        # infinite where float32 does not hold it, and nowhere else
+        torch.testing.assert_close(ours, theirs.float(), rtol=2e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("preset", [*TOKEN_LEVEL, "gspo"])
+def test_a_token_that_overflows_or_is_no_number_is_nan_alone(preset):
+    """And raises with check=True, before any logits are overwritten."""
+    batch = random_batch(LENGTHS, vocab_size=20, spread=0.1)
+    batch.loss_mask[:], batch.advantages[:] = True, -1.0
+    sequence = preset == "gspo"
+    config = PolicyLossConfig.preset(
+        preset, clip=False, loss_agg_mode="seq-mean-token-sum", rollout_is=None, rollout_is_threshold=None
+    )
+
+    def run(batch, **options):
+        leaf = batch.logits.clone().requires_grad_()
+        arguments = {**batch.arguments("packed"), "config": config, "backend": "triton", **options}
+        out = fused_policy_loss(leaf, batch.token_ids, **arguments)
+        return out, torch.autograd.grad(out.loss, leaf)[0]
+
+    _, expected = run(batch)
+    others = torch.ones(10, dtype=torch.bool)
+    others[3 if sequence else 4] = False
+    place = "token 0 of response 1" if sequence else "token 0 of response 2"
+    for wrong, named in ((-1e3, f"the loss overflows at {place}"), (math.nan, f"old_log_probs is nan at {place}")):
+        old = batch.old_log_probs.clone()
+        old[~others] = wrong
+        bad = replace(batch, old_log_probs=old)
+        out, grad = run(bad)
+        assert grad[~others].isnan().all()
+        assert torch.equal(grad[others], expected[others])
+        assert out.loss.isnan()
+        assert out.metrics.compute()["num_overflow_tokens"] == 1
+        before = bad.logits.clone()
+        with pytest.raises(ValueError, match=named):
+            fused_policy_loss(
+                bad.logits.requires_grad_(), bad.token_ids, config=config, backend="triton", check=True,
+                overwrite_logits=True, **bad.arguments("packed")
+            )  # fmt: skip
+        assert torch.equal(bad.logits.detach(), before)
+        bad.logits.requires_grad_(False)
 
 
 def test_k3_of_policies_that_hardly_differ():
@@ -203,7 +249,7 @@ def test_zero_advantage_and_an_infinite_weight():
     assert not results[2][0]
     assert not results[3][0]
     assert not results[4][0].any()
-    assert results[3][1] == -math.inf
+    assert all(values[1].isnan().all() for values in results[2:])
 
 
 def test_rows_without_gradient_are_not_read_a_second_time():

@@ -38,6 +38,7 @@ def by_loop(batch, low=0.8, high=1.27, threshold=5.0):
     w = [math.exp(x) for x in log_w]
     return {
         "num_tokens": len(log_r),
+        "num_overflow_tokens": 0,
         "num_responses": len(batch.lengths),
         "staleness_kl_k1": -mean(log_r),
         "staleness_kl_k3": mean(math.exp(x) - 1 - x for x in log_r),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...autograd import attach_gradient_once
 from ...backends import resolve
-from ...checks import IGNORE_INDEX
+from ...checks import IGNORE_INDEX, always_looks
 from ...config import PolicyLossConfig
 from ...library import register
 from ..fused_policy_loss.op import SWEEP_ARGUMENTS, SWEEP_RESULTS, sweep_arguments, takes_one_sweep
@@ -68,7 +68,7 @@ def fused_linear_policy_loss(
     token_ids: [B, L] or [T], int32 or int64; -100 takes the token out of the loss, as loss_mask = 0 does. The rows
         of such tokens are not computed. An id out of range raises ValueError on the CPU, gives NaN on the GPU, and
         raises there too with check=True, which waits for it.
-    The others are those of `policy_loss`.
+    The others are those of `policy_loss`, check too; with it a GPU looks at temperature as well, as the CPU does.
 
     Returns PolicyLossOutput; entropy is exact over the vocabulary. All gradients are made in the forward, for those
     of hidden, weight and bias that require one; the first backward consumes them and a second one raises
@@ -79,6 +79,7 @@ def fused_linear_policy_loss(
     """
     head = prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group)
     backend = resolve(backend, hidden.device, op="fused_linear_policy_loss", supported=_BACKENDS)
+    check = check or always_looks(hidden.device, backend)
     inputs = prepare_inputs(
         token_ids.shape,
         hidden.device,
@@ -94,6 +95,7 @@ def fused_linear_policy_loss(
         num_tokens=num_tokens,
         num_groups=num_groups,
         config=config,
+        raises=check,
     )
     token_ids = token_ids.masked_fill(~inputs.mask, IGNORE_INDEX).contiguous()
     token_ids = head.check_contents(token_ids, check, backend)

@@ -28,9 +28,13 @@ def forward_backward(
     entropy_coef: float,
     out: Tensor,
     softcap: float = 0.0,
+    only_overflow: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log_probs, entropy, token_loss, token_grad); the gradient goes into `out`, which may be `logits` itself, or
-    16-bit memory that begins each row where that of the float32 logits does."""
+    16-bit memory that begins each row where that of the float32 logits does.
+
+    only_overflow: no gradient and no entropy; the others are 0 where no log-probability can make a loss overflow.
+    """
     log_probs, entropy, token_loss, token_grad = (torch.empty(token_ids.shape) for _ in range(4))
     per_token = (old_log_probs, behaviour_log_probs, ref_log_probs, advantages, weights)
     bad_row = native().fused_policy_loss(
@@ -48,6 +52,7 @@ def forward_backward(
         entropy_coef,
         *(values.data_ptr() for values in (log_probs, entropy, token_loss, token_grad)),
         *output_arguments(out, softcap),
+        only_overflow,
     )
     raise_bad_id(bad_row, token_ids, logits)
     return log_probs, entropy, token_loss, token_grad

@@ -18,6 +18,7 @@ from ...autograd import attach_gradient_once
 from ...backends import resolve
 from ...checks import (
     IGNORE_INDEX,
+    always_looks,
     check_contents,
     check_float_matrix,
     check_rows_apart,
@@ -28,6 +29,7 @@ from ...config import PolicyLossConfig
 from ...library import register
 from ..policy_loss.inputs import PolicyLossInputs, prepare_inputs
 from ..policy_loss.op import PolicyLossOutput, assemble_output, differentiable_loss, loss_of_log_probs
+from ..policy_loss.overflow import raise_overflow
 from ..policy_loss.reference import behaviour_log_probs
 from ..token_logprobs.op import (
     token_logprobs,
@@ -70,13 +72,14 @@ def fused_policy_loss(
     temperature: divides the logits; above 0, a number or one float per token.
     overwrite_logits: put the gradient where the logits were. They are lost to every other reader (autograd notices);
         no two rows may share memory. The reference keeps them.
-    The others are those of `policy_loss`. No gradient is made where logits does not require one.
+    The others are those of `policy_loss`, check too; with it a GPU looks at temperature as well, as the CPU does.
+        No gradient is made where logits does not require one.
 
     Returns PolicyLossOutput; entropy is exact over the vocabulary. The gradient is made in the forward, so the
     first backward consumes it and a second one raises RuntimeError. It has the dtype of the logits before the
     backward's own factor is applied: in float16, scale with num_responses rather than with a loss scaler.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing; the logits
-    are as they were then.
+    are as they were then, unless a NaN among them was the reason.
     """
     check_float_matrix("logits", logits)
     if overwrite_logits:
@@ -84,6 +87,7 @@ def fused_policy_loss(
     check_token_ids(token_ids, logits.shape[:-1], logits.device)
     temperature = per_token_temperature(temperature, token_ids.shape, logits.device)
     backend = resolve(backend, logits.device, op="fused_policy_loss", supported=_BACKENDS)
+    check = check or always_looks(logits.device, backend)
     inputs = prepare_inputs(
         token_ids.shape,
         logits.device,
@@ -99,6 +103,7 @@ def fused_policy_loss(
         num_tokens=num_tokens,
         num_groups=num_groups,
         config=config,
+        raises=check,
     )
     token_ids = token_ids.masked_fill(~inputs.mask, IGNORE_INDEX).contiguous()
     if check:
@@ -112,7 +117,9 @@ def fused_policy_loss(
     if not (logits.requires_grad and torch.is_grad_enabled()):
         log_probs, entropy, *_ = token_logprobs_forward(logits.detach(), *rows, True, backend)
         return loss_of_log_probs(log_probs, entropy, inputs)
-    sweep = _one_sweep if takes_one_sweep(inputs) else _two_phases
+    # the kernels of a GPU cannot say before they overwrite a row that another one will overflow
+    says_too_late = check and overwrite_logits and backend == "triton"
+    sweep = _one_sweep if takes_one_sweep(inputs) and not says_too_late else _two_phases
     with torch.no_grad():
         output, grad_logits = sweep(logits.detach(), *rows, inputs, overwrite_logits, backend)
     loss = attach_gradient_once(output.loss, [(logits, grad_logits)], "fused_policy_loss")
@@ -149,7 +156,9 @@ def sweep_arguments(inputs: PolicyLossInputs) -> tuple:
 def _one_sweep(logits, token_ids, temperature, inputs: PolicyLossInputs, in_place, backend):
     arguments = (token_ids, temperature, *sweep_arguments(inputs), backend)
     if in_place:
-        log_probs, entropy, token_loss, token_grad = fused_policy_loss_in_place(logits, *arguments)
+        log_probs, entropy, token_loss, token_grad = fused_policy_loss_in_place(
+            logits, inputs.layout.offsets, *arguments
+        )
         grad_logits = logits
     else:
         log_probs, entropy, token_loss, token_grad, grad_logits = fused_policy_loss_forward(logits, *arguments)
@@ -178,18 +187,34 @@ def _forward(logits, *arguments):
     return *_kernels(arguments[-1]).forward_backward(logits, *arguments[:-1], out), out
 
 
-def _forward_in_place(logits, *arguments):
+def _forward_in_place(logits, offsets, *arguments):
+    if arguments[-1] == "cpu":
+        _check_before_overwriting(logits, offsets, *arguments)
     torch.autograd.graph.increment_version(logits)  # whoever saved the logits for a backward learns of it
     return _kernels(arguments[-1]).forward_backward(logits, *arguments[:-1], logits)
 
 
-def _forward_in_place_fake(logits, token_ids, *_):
+def _check_before_overwriting(logits, offsets, token_ids, temperature, *arguments):
+    *arguments, backend = arguments
+    log_probs, _, token_loss, token_grad = _kernels(backend).forward_backward(
+        logits, token_ids, temperature, *arguments, logits, only_overflow=True
+    )
+    bad = token_loss.isnan() | token_grad.isnan()
+    if bool(bad.any()):
+        old, behaviour, ref, advantages = arguments[:4]
+        old = log_probs if old is None else old
+        log_r, log_w = log_probs - old, log_probs - (old if behaviour is None else behaviour)
+        log_ref = None if ref is None else ref - log_probs
+        raise_overflow(bad, log_probs, log_r, log_w, log_ref, advantages, offsets)
+
+
+def _forward_in_place_fake(logits, offsets, token_ids, *_):
     return tuple(logits.new_empty(token_ids.shape, dtype=torch.float32) for _ in range(4))
 
 
 def _forward_fake(logits, token_ids, *_):
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    return *_forward_in_place_fake(logits, token_ids), out
+    return *_forward_in_place_fake(logits, None, token_ids), out
 
 
 SWEEP_ARGUMENTS = (
@@ -205,7 +230,7 @@ fused_policy_loss_forward = register(
     _forward_fake,
 )
 fused_policy_loss_in_place = register(
-    f"fused_policy_loss_(Tensor(a!) logits, {_ARGUMENTS}) -> ({SWEEP_RESULTS})",
+    f"fused_policy_loss_(Tensor(a!) logits, Tensor offsets, {_ARGUMENTS}) -> ({SWEEP_RESULTS})",
     _forward_in_place,
     _forward_in_place_fake,
 )

@@ -32,8 +32,16 @@ from ...triton_tiles import (
 
 @triton.jit
 def times(weight, factor):
-    """weight * factor, with 0 where the factor is 0 even if the weight overflowed."""
-    return tl.where(factor == 0, 0.0, weight * factor)
+    """weight * factor, with 0 where the factor is 0 even if the weight overflowed; NaN goes through."""
+    return tl.where((factor == 0) & (weight == weight), 0.0, weight * factor)
+
+
+@triton.jit
+def times_exp(factor, x):
+    """times(exp(x), factor); of a large x in two halves, so that it overflows only where the product does."""
+    half = tl.exp(0.5 * x)
+    product = tl.where(x > 80, factor * half * half, factor * tl.exp(x))
+    return tl.where((factor == 0) & (x == x), 0.0, product)
 
 
 @triton.jit
@@ -73,40 +81,46 @@ def token_objective(
     OBJECTIVE: tl.constexpr,
     CLIP: tl.constexpr,
 ):
-    """(loss, d loss / d log_prob) before aggregation; `ops/policy_loss/reference.py` defines it."""
+    """(loss, d loss / d log_prob) of a token; `ops/policy_loss/reference.py` defines it.
+
+    Both are linear in the advantage, so an advantage times the token's weight gives its share of the loss.
+    """
     r = tl.exp(log_r)
-    bounded = at_most(at_least(r, ratio_low), ratio_high) if CLIP else r
+    above, below = (r > ratio_high) & CLIP, (r < ratio_low) & CLIP
+    stopped = ((advantage > 0) & above) | ((advantage < 0) & below)
     if OBJECTIVE == "minirl" or OBJECTIVE == "reinforce":
-        if CLIP:
-            stopped = ((advantage > 0) & (r > ratio_high)) | ((advantage < 0) & (r < ratio_low))
-            advantage = tl.where(stopped, 0.0, advantage)
-        grad = times(-at_most(tl.exp(log_w), threshold), advantage)
+        truncated = tl.exp(log_w) > threshold
+        factor = tl.where(stopped, 0.0, -advantage) * tl.where(truncated, threshold, 1.0)
+        grad = times_exp(factor, tl.where(truncated, 0.0, log_w))
         loss = times(log_prob, grad) if OBJECTIVE == "minirl" else grad
-    elif OBJECTIVE == "cispo":
-        grad = times(-at_most(tl.exp(log_d), threshold) * bounded, advantage)
-        loss = times(log_prob, grad)
     else:
-        tl.static_assert(OBJECTIVE == "grpo")
-        correction = at_most(tl.exp(log_d), threshold)
-        unclipped = times(correction * r, advantage)
-        clipped = times(correction * bounded, advantage)
-        loss = -at_most(unclipped, clipped)
-        grad = tl.where(unclipped > clipped, 0.0, -unclipped)
+        truncated = tl.exp(log_d) > threshold
+        bounded = (above | below) if OBJECTIVE == "cispo" else stopped
+        bound = at_most(at_least(r, ratio_low), ratio_high)
+        factor = -advantage * tl.where(truncated, threshold, 1.0) * tl.where(bounded, bound, 1.0)
+        term = times_exp(factor, tl.where(truncated, 0.0, log_d) + tl.where(bounded, 0.0, log_r))
+        if OBJECTIVE == "cispo":
+            loss, grad = times(log_prob, term), term
+        else:
+            tl.static_assert(OBJECTIVE == "grpo")
+            loss, grad = term, tl.where(bounded, 0.0, term)
     return loss, grad
 
 
 @triton.jit
-def kl_penalty(log_prob, ref_log_prob, ESTIMATOR: tl.constexpr):
-    """(estimate of KL(pi_theta || pi_ref), its derivative by log_prob)."""
+def kl_penalty(coef, log_prob, ref_log_prob, ESTIMATOR: tl.constexpr):
+    """coef * (estimate of KL(pi_theta || pi_ref), its derivative by log_prob)."""
     log_ratio = ref_log_prob - log_prob
     if ESTIMATOR == "k1":
-        kl, grad = -log_ratio, 1.0
+        kl, grad = coef * -log_ratio, coef
     elif ESTIMATOR == "k2":
-        kl, grad = 0.5 * log_ratio * log_ratio, -log_ratio
+        kl, grad = coef * 0.5 * log_ratio * log_ratio, coef * -log_ratio
     else:
         tl.static_assert(ESTIMATOR == "k3")
-        kl = exp_minus_one_minus(log_ratio)
-        grad = -(kl + log_ratio)
+        unscaled = exp_minus_one_minus(log_ratio)
+        large = times_exp(coef, log_ratio)  # all else is below its rounding error
+        kl = tl.where(log_ratio > 80, large, coef * unscaled)
+        grad = tl.where(log_ratio > 80, -large, coef * -(unscaled + log_ratio))
     return kl, grad
 
 
@@ -172,12 +186,13 @@ def fused_policy_loss_kernel(
     b_behaviour = b_old
     if behaviour_log_probs is not None:
         b_behaviour = tl.load(behaviour_log_probs + i_t)
-    b_loss, b_grad = token_objective(
+    b_weight = tl.load(weights + i_t)
+    b_loss, b_c = token_objective(
         b_log_prob,
         b_log_prob - b_old,
         b_log_prob - b_behaviour,
         b_old - b_behaviour,
-        tl.load(advantages + i_t),
+        b_weight * tl.load(advantages + i_t),
         ratio_low,
         ratio_high,
         threshold,
@@ -185,15 +200,16 @@ def fused_policy_loss_kernel(
         CLIP,
     )
     if ref_log_probs is not None:
-        b_kl, b_kl_grad = kl_penalty(b_log_prob, tl.load(ref_log_probs + i_t), KL_ESTIMATOR)
-        b_loss += kl_coef * b_kl
-        b_grad += kl_coef * b_kl_grad
-    b_weight = tl.load(weights + i_t)
-    b_c = b_weight * b_grad
+        b_kl, b_kl_grad = kl_penalty(b_weight * kl_coef, b_log_prob, tl.load(ref_log_probs + i_t), KL_ESTIMATOR)
+        b_loss += b_kl
+        b_c += b_kl_grad
+    # what float32 does not hold is one NaN, not a row of two infinities
+    b_fits = (tl.abs(b_loss) < float("inf")) & (tl.abs(b_c) < float("inf"))
+    b_loss, b_c = tl.where(b_fits, b_loss, float("nan")), tl.where(b_fits, b_c, float("nan"))
     b_e = -entropy_coef * b_weight
     tl.store(log_probs + i_t, b_log_prob)
     tl.store(entropy + i_t, b_entropy)
-    tl.store(token_loss + i_t, b_weight * b_loss)
+    tl.store(token_loss + i_t, b_loss)
     tl.store(token_grad + i_t, b_c)
 
     if (b_c == 0) & (b_e == 0):

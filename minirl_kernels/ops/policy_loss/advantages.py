@@ -27,7 +27,8 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, *, norm_by_std: bool = 
 
 def _advantages(rewards, group_ids, norm_by_std):
     if not bool(rewards.isfinite().all()):
-        raise ValueError(f"rewards has the value {rewards[~rewards.isfinite()][0].item()}: it must be finite")
+        bad = (~rewards.isfinite()).nonzero()[0].item()
+        raise ValueError(f"rewards is {rewards[bad].item()} at response {bad}: it must be finite")
     labels, group, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
     if bool((sizes < 2).any()):
         alone = labels[sizes < 2][0].item()

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...checks import check_device, check_integers, check_like
 from ...config import PolicyLossConfig
+from ...library import register
 from .layout import Packed, Padded
 
 
@@ -19,49 +20,73 @@ def token_weights(
     num_tokens=None,
     num_groups=None,
     group_ids: Tensor | None = None,
+    raises: bool,
 ) -> Tensor:
     """loss = sum of weights * token losses. [same shape as mask] float32, 0 outside the mask.
 
     The counts are those of the whole mini-batch where this call sees a part of it; by default, of what it sees.
+    raises: a count that is a tensor is looked at; else the weights are NaN where it is not above 0 and finite.
     """
+    tokens_here = layout.response_sum(mask.float())
     mode = config.loss_agg_mode
-    mask = mask.float()
     if mode == "token-mean":
-        return mask / _count("num_tokens", num_tokens, layout.response_sum(mask).sum().clamp(min=1), mask.device)
-    if mode == "group-token-mean":
-        return mask / layout.to_tokens(_group_denominators(mask, layout, group_ids, num_groups))
-    weights = mask / _count("num_responses", num_responses, max(layout.num_responses, 1), mask.device)
+        denominator = _count("num_tokens", num_tokens, tokens_here.sum().clamp(min=1), mask, raises)
+    elif mode == "group-token-mean":
+        tokens, groups = _tokens_and_groups(tokens_here, group_ids)
+        denominator = layout.to_tokens(tokens * _count("num_groups", num_groups, groups, mask, raises))
+    else:
+        denominator = _count("num_responses", num_responses, max(layout.num_responses, 1), mask, raises)
+    weights = mask.float() / denominator
     if mode == "seq-mean-token-mean":
-        return weights / layout.to_tokens(layout.response_sum(mask).clamp(min=1))
+        weights = weights / layout.to_tokens(tokens_here.clamp(min=1))
     if mode == "seq-mean-token-sum-norm":
-        return weights / config.loss_scale_factor
-    return weights
+        weights = weights / config.loss_scale_factor
+    return torch.where(mask, weights, 0.0)  # a count of 0 of a mini-batch without tokens is no 0 / 0
 
 
-def _group_denominators(mask: Tensor, layout: Padded | Packed, group_ids: Tensor | None, num_groups) -> Tensor:
-    """[B]: tokens of the response's group, times the number of groups."""
+def _tokens_and_groups(tokens_here: Tensor, group_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """([B], the tokens of the response's group, at least 1; how many groups there are here)."""
     if group_ids is None:
         raise ValueError("group_ids is None with loss_agg_mode='group-token-mean': it must be [B] group numbers")
     check_integers("group_ids", group_ids)
-    check_like("group_ids", group_ids, torch.Size((layout.num_responses,)), mask.device)
+    check_like("group_ids", group_ids, tokens_here.shape, tokens_here.device)
     same_group = (group_ids[:, None] == group_ids[None, :]).float()
     groups_here = same_group.sum(1).reciprocal().sum().round()  # each group's members add up to 1
     # a sum rather than a matmul: autocast would round the counts
-    group_tokens = (same_group * layout.response_sum(mask)).sum(1).clamp(min=1)
-    return group_tokens * _count("num_groups", num_groups, groups_here, mask.device)
+    return (same_group * tokens_here).sum(1).clamp(min=1), groups_here
 
 
-def _count(name: str, given, default, device: torch.device):
+def _count(name: str, given, default, mask: Tensor, raises: bool):
     """The caller's count of the whole mini-batch, or what this call sees."""
     if given is None:
         return default
     if isinstance(given, Tensor):
         if given.numel() != 1:
             raise ValueError(f"{name} has shape {tuple(given.shape)}: it must be a number, or a tensor of one")
-        check_device(name, given, device)
-        return given.detach().float().reshape(())
+        check_device(name, given, mask.device)
+        count = given.detach().float().reshape(())
+        return _checked_count(count, mask, name) if raises else torch.where(_counts(count), count, torch.nan)
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise TypeError(f"{name} is {given!r}: it must be a number, or a tensor of one")
-    if not given > 0:
-        raise ValueError(f"{name} is {given}: it must be above 0")
+    if not 0 < given < float("inf"):
+        raise ValueError(f"{name} is {given}: it must be above 0 and finite")
     return given
+
+
+def _counts(count: Tensor) -> Tensor:
+    return (count > 0) & count.isfinite()
+
+
+def _check_count(count, mask, name):
+    if bool(mask.any()) and not bool(_counts(count)):
+        raise ValueError(f"{name} is {count.item()}: it must be above 0 and finite where a token is in the loss")
+    return count.clone()
+
+
+# an op, so that torch.compile need not trace its branches
+_checked_count = register(
+    "checked_count(Tensor count, Tensor mask, str name) -> Tensor",
+    _check_count,
+    lambda count, *_: torch.empty_like(count),
+    waits=True,
+)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...checks import check_device, check_like, per_token_float
+from ...checks import check_device, check_finite, check_like, per_token_float
 from ...config import PolicyLossConfig
 from .aggregation import token_weights
 from .layout import Packed, Padded, make_layout
@@ -15,7 +15,10 @@ from .layout import Packed, Padded, make_layout
 
 @dataclass(frozen=True)
 class PolicyLossInputs:
-    """Per-token arguments share one shape, [B, L] or [T], and are float32 but for the bool `mask`."""
+    """Per-token arguments share one shape, [B, L] or [T], and are float32 but for the bool `mask`.
+
+    A token of the mask that has a NaN or an infinity in one of them raises if `raises`, else its advantage is NaN.
+    """
 
     layout: Padded | Packed
     mask: Tensor
@@ -26,6 +29,7 @@ class PolicyLossInputs:
     rollout_log_probs: Tensor | None
     ref_log_probs: Tensor | None
     config: PolicyLossConfig
+    raises: bool  # what is not finite raises, which waits for the device; else it is NaN in its token's results
 
 
 def prepare_inputs(
@@ -43,11 +47,12 @@ def prepare_inputs(
     num_tokens,
     num_groups,
     config: PolicyLossConfig,
+    raises: bool,
     ignored: Tensor | None = None,
 ) -> PolicyLossInputs:
     """Check the arguments of `policy_loss` that its fused forms share, and bring them to one shape.
 
-    ignored: bool, tokens that are out of the loss whatever loss_mask says.
+    raises: as PolicyLossInputs has it. ignored: bool, tokens that are out of the loss whatever loss_mask says.
     """
     if not isinstance(config, PolicyLossConfig):
         raise TypeError(f"config is a {type(config).__name__}: it must be a PolicyLossConfig")
@@ -71,17 +76,29 @@ def prepare_inputs(
         num_tokens=num_tokens,
         num_groups=num_groups,
         group_ids=group_ids,
+        raises=raises,
     )
+    per_token = {
+        "old_log_probs": per_token_float("old_log_probs", old_log_probs, shape, device),
+        "rollout_log_probs": per_token_float("rollout_log_probs", rollout_log_probs, shape, device),
+        "ref_log_probs": per_token_float("ref_log_probs", ref_log_probs, shape, device),
+        "advantages": _per_token_advantages(advantages, layout, device),
+    }
+    given = {name: values for name, values in per_token.items() if values is not None}
+    if raises:
+        per_token |= {name: check_finite(name, values, mask, layout.offsets) for name, values in given.items()}
+    else:
+        # one NaN that every objective lets through: a comparison with the argument itself would not
+        bad = mask & ~torch.stack([values.isfinite() for values in given.values()]).all(0)
+        per_token["advantages"] = torch.where(bad, torch.nan, per_token["advantages"])
     return PolicyLossInputs(
         layout=layout,
         mask=mask,
         lengths=lengths,
         weights=weights,
-        advantages=_per_token_advantages(advantages, layout, device),
-        old_log_probs=per_token_float("old_log_probs", old_log_probs, shape, device),
-        rollout_log_probs=per_token_float("rollout_log_probs", rollout_log_probs, shape, device),
-        ref_log_probs=per_token_float("ref_log_probs", ref_log_probs, shape, device),
+        **per_token,
         config=config,
+        raises=raises,
     )
 
 

@@ -14,6 +14,7 @@ from .reference import log_ratios
 
 _SUMS = (
     "tokens",
+    "overflow_tokens",
     "responses",
     "staleness_k1",
     "staleness_k3",
@@ -62,7 +63,8 @@ class PolicyLossMetrics:
         `log_d_abs_max`, the training-inference discrepancy; `staleness_kl_k1/k3` = KL(pi_old || pi_theta) and
         `log_r_abs_max`, the staleness; `clip_fraction_high/low`, tokens whose gradient the bound on r stops (for
         CISPO, changes); `truncation_fraction`, weights above rollout_is_threshold; `is_weight_mean/max` and
-        `ess`, (sum w)^2 / (n sum w^2), of w = pi_theta / mu_old; `kl_ref`; `num_tokens`.
+        `ess`, (sum w)^2 / (n sum w^2), of w = pi_theta / mu_old; `kl_ref`; `num_tokens`; `num_overflow_tokens`,
+        those whose loss or c_t is NaN, as float32 does not hold it or an argument is not finite.
         Over the responses: `first_order_error_mean/max`, |prod w - 1 - sum (w - 1)|; `num_responses`.
         """
         s = dict(zip(_SUMS, self.sums.tolist(), strict=True))
@@ -70,6 +72,7 @@ class PolicyLossMetrics:
         out = {"num_tokens": s["tokens"], "num_responses": s["responses"]}
         if tokens := s["tokens"]:
             out |= {
+                "num_overflow_tokens": s["overflow_tokens"],
                 "staleness_kl_k1": s["staleness_k1"] / tokens,
                 "staleness_kl_k3": s["staleness_k3"] / tokens,
                 "log_r_abs_max": m["log_r"],
@@ -95,8 +98,13 @@ class PolicyLossMetrics:
         return out
 
 
-def collect_metrics(log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs) -> PolicyLossMetrics:
-    """Sums over the tokens of the mask, in float64 and response by response, so that threads do not change them."""
+def collect_metrics(
+    log_probs: Tensor, entropy: Tensor | None, overflows: Tensor, inputs: PolicyLossInputs
+) -> PolicyLossMetrics:
+    """Sums over the tokens of the mask, in float64 and response by response, so that threads do not change them.
+
+    overflows: bool, where a token's loss or c_t is NaN.
+    """
     mask, layout = inputs.mask, inputs.layout
     none = torch.zeros_like(mask)
 
@@ -119,6 +127,7 @@ def collect_metrics(log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLos
     # the sums of one token each, with the tokens they are taken over
     per_token = {
         "tokens": (ones, mask),
+        "overflow_tokens": (overflows, mask),
         "staleness_k1": (-log_r, mask),
         "staleness_k3": (log_r.expm1() - log_r, mask),
         "clip_high": (clip_high, mask),

@@ -7,11 +7,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...autograd import attach_gradient
-from ...checks import check_like
+from ...checks import check_finite, check_like
 from ...config import PolicyLossConfig
 from .inputs import PolicyLossInputs, prepare_inputs
 from .layout import ordered_sum
 from .metrics import PolicyLossMetrics, collect_metrics
+from .overflow import check_losses
 from .reference import token_losses
 
 
@@ -41,6 +42,7 @@ def policy_loss(
     num_tokens: float | Tensor | None = None,
     num_groups: float | Tensor | None = None,
     config: PolicyLossConfig = PolicyLossConfig(),
+    check: bool = False,
 ) -> PolicyLossOutput:
     """The loss of `config.objective` (MiniRL, Eq. 7, by default) from log-probabilities; see PolicyLossConfig.
 
@@ -55,8 +57,13 @@ def policy_loss(
     ref_log_probs: log pi_ref, for kl_coef. entropy: H[pi_theta], differentiable, for entropy_coef and the metrics.
     num_responses, num_tokens, num_groups: counts of the whole mini-batch over micro-batches and ranks, where this
         call sees a part of it (multiply the loss by the number of ranks if gradients are averaged over them).
-        A response whose tokens are all masked counts; leave padding rows out of num_responses.
-    Raises ValueError or TypeError that names the argument.
+        A response whose tokens are all masked counts; leave padding rows out of num_responses. A number must be
+        above 0; a tensor may be 0 where no token is in the loss, which is then 0.
+    check: raise on a GPU too, which waits for it, for what raises on the CPU: inside the mask a NaN or an infinity in
+        an argument; a token whose loss or c_t float32 does not hold (an importance weight of exp(95), say), unless
+        it is clipped, truncated or has advantage 0; a count that is no count. Without it a GPU gives NaN for that
+        token, or for its response where the objective is of responses, and counts it in the metrics.
+    Raises ValueError or TypeError that names the argument, and the token where it is one token's.
     """
     if not isinstance(log_probs, Tensor) or not log_probs.is_floating_point():
         raise TypeError(
@@ -76,6 +83,7 @@ def policy_loss(
         num_tokens=num_tokens,
         num_groups=num_groups,
         config=config,
+        raises=check or log_probs.device.type == "cpu",
     )
     if entropy is not None:
         check_like("entropy", entropy, log_probs.shape, log_probs.device)
@@ -86,7 +94,10 @@ def policy_loss(
 
 def differentiable_loss(log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs) -> PolicyLossOutput:
     """The whole output, its loss carrying gradient to log_probs and entropy."""
-    output = loss_of_log_probs(log_probs.detach().float(), None if entropy is None else entropy.detach(), inputs)
+    known_entropy = None if entropy is None else entropy.detach()
+    if inputs.raises and entropy is not None:
+        known_entropy = check_finite("entropy", known_entropy, inputs.mask, inputs.layout.offsets)
+    output = loss_of_log_probs(log_probs.detach().float(), known_entropy, inputs)
     loss = attach_gradient(output.loss, log_probs, output.token_grad)
     if inputs.config.entropy_coef:
         loss = attach_gradient(loss, entropy, -inputs.config.entropy_coef * inputs.weights)
@@ -106,8 +117,8 @@ def assemble_output(
     token_grad: Tensor,
     inputs: PolicyLossInputs,
 ) -> PolicyLossOutput:
-    """Sum the tokens' losses (without their entropy bonus, added here), and collect the metrics."""
-    metrics = collect_metrics(log_probs, entropy, inputs)
+    """Sum the tokens' losses (without their entropy bonus, added here), check them, and collect the metrics."""
+    metrics = collect_metrics(log_probs, entropy, token_loss.isnan() | token_grad.isnan(), inputs)
     log_probs = log_probs.where(inputs.mask, 0.0)
     if entropy is not None:
         entropy = entropy.float().where(inputs.mask, 0.0)
@@ -115,4 +126,6 @@ def assemble_output(
         token_loss = token_loss - inputs.config.entropy_coef * inputs.weights * entropy
     # in order and in float64, so that neither threads nor layout change the sum
     loss = ordered_sum(inputs.layout.response_sum(token_loss.double())).float()
+    if inputs.raises:
+        loss, token_loss, token_grad = check_losses(loss, token_loss, token_grad, log_probs, inputs)
     return PolicyLossOutput(loss, metrics, log_probs, entropy, token_loss, token_grad)

@@ -17,7 +17,8 @@ def token_losses(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, T
     """(loss, d loss / d log_probs) per token, aggregated: the losses sum to the policy and KL terms of the loss.
 
     log_probs: float32, of the shape of every other per-token argument. 0 outside the mask, whatever stands there.
-    Computed in float64, so that a long response's sum of log-ratios keeps its digits; returned as float32.
+    Computed in float64, so that a long response's sum of log-ratios keeps its digits; returned as float32. Both are
+    NaN for a token where float32 holds one of them not, so that it has no gradient of two infinities.
     """
     config, mask = inputs.config, inputs.mask
     log_probs = torch.where(mask, log_probs, 0.0).double()
@@ -27,7 +28,9 @@ def token_losses(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, T
     if config.kl_coef:
         kl, kl_grad = kl_penalty(log_probs, inputs.ref_log_probs, config.kl_estimator)
         loss, grad = loss + config.kl_coef * kl, grad + config.kl_coef * kl_grad
-    return tuple(torch.where(mask, inputs.weights * values, 0.0).float() for values in (loss, grad))
+    loss, grad = (torch.where(mask, inputs.weights * values, 0.0).float() for values in (loss, grad))
+    finite = loss.isfinite() & grad.isfinite()
+    return torch.where(finite, loss, torch.nan), torch.where(finite, grad, torch.nan)
 
 
 def log_ratios(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,26 +72,24 @@ def token_objective(
     """(loss, d loss / d log_probs) of every token before aggregation: minus the objective of `config.objective`.
 
     log_r, log_w, log_d: log of pi_theta/pi_old, pi_theta/mu_old and pi_old/mu_old. All arguments share one shape.
-    A zero advantage and a masked ratio give exactly 0, whatever overflows beside them.
+    A zero advantage and a masked ratio give exactly 0, whatever overflows beside them; NaN stays NaN.
     """
     r, low, high = log_r.exp(), 1 - config.clip_ratio_low, 1 + config.clip_ratio_high
-    bound = float("inf") if config.rollout_is_threshold is None else config.rollout_is_threshold
+    above, below = (r > high) & config.clip, (r < low) & config.clip
+    stopped = ((advantages > 0) & above) | ((advantages < 0) & below)
+    threshold = float("inf") if config.rollout_is_threshold is None else config.rollout_is_threshold
     if config.weighs_by_w:
-        weight = log_w.exp().clamp(max=bound)
-        if config.clip:
-            stopped = ((advantages > 0) & (r > high)) | ((advantages < 0) & (r < low))
-            advantages = torch.where(stopped, 0.0, advantages)
-        grad = _times(-weight, advantages)
+        grad = _times(-log_w.exp().clamp(max=threshold), advantages.masked_fill(stopped, 0.0))
         return (_times(log_probs, grad) if config.objective == "minirl" else grad), grad
-    correction = log_d.exp().clamp(max=bound)
+    bounded = (above | below) if config.objective == "cispo" else stopped
+    correction = log_d.exp()
+    # d r as one exponential, so that a large ratio meets a small correction
+    inside = torch.where(correction > threshold, threshold * r, (log_d + log_r).exp())
+    at_bound = _times(correction.clamp(max=threshold), r.clamp(low, high))
+    term = _times(-torch.where(bounded, at_bound, inside), advantages)
     if config.objective == "cispo":
-        grad = _times(-correction * (r.clamp(low, high) if config.clip else r), advantages)
-        return _times(log_probs, grad), grad
-    unclipped = _times(correction * r, advantages)
-    if not config.clip:
-        return -unclipped, -unclipped
-    clipped = _times(correction * r.clamp(low, high), advantages)
-    return -torch.minimum(unclipped, clipped), torch.where(unclipped > clipped, 0.0, -unclipped)
+        return _times(log_probs, term), term
+    return term, term.masked_fill(bounded, 0.0)
 
 
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
@@ -102,5 +103,5 @@ def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> tupl
 
 
 def _times(weight: Tensor, factor: Tensor) -> Tensor:
-    """weight * factor, with 0 where the factor is 0 even if the weight overflowed."""
-    return torch.where(factor == 0, 0.0, weight * factor)
+    """weight * factor, with 0 where the factor is 0 even if the weight overflowed; NaN goes through."""
+    return torch.where((factor == 0) & ~weight.isnan(), 0.0, weight * factor)

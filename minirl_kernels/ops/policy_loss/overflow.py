@@ -1,0 +1,57 @@
+"""Losses that float32 does not hold: which token it was, and of which log-ratios."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...checks import place_of_token
+from ...library import register
+from .inputs import PolicyLossInputs
+from .reference import log_ratios
+
+
+def check_losses(
+    loss: Tensor, token_loss: Tensor, token_grad: Tensor, log_probs: Tensor, inputs: PolicyLossInputs
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Copies of the first three; raises ValueError that names a token where one of them is not finite. Waits."""
+    log_r, log_w, _ = log_ratios(log_probs, inputs)
+    log_ref = inputs.ref_log_probs.double() - log_probs if inputs.config.kl_coef else None
+    ratios = (log_probs, log_r, log_w, log_ref, inputs.advantages)
+    return _checked_losses(loss, token_loss, token_grad, *ratios, inputs.layout.offsets)
+
+
+def raise_overflow(bad: Tensor, log_probs, log_r, log_w, log_ref, advantages, offsets: Tensor) -> None:
+    """Raise ValueError for the first token of `bad`; all others [B, L] or [T], the ratios as the objective has them."""
+    row = bad.flatten().nonzero()[0].item()
+    values = {
+        "log_probs": log_probs,
+        "log(pi_theta / pi_old)": log_r,
+        "log(pi_theta / mu_old)": log_w,
+        "log(pi_ref / pi_theta)": log_ref,
+        "advantages": advantages,
+    }
+    listed = ", ".join(f"{name} {x.flatten()[row].item():.6g}" for name, x in values.items() if x is not None)
+    raise ValueError(
+        f"the loss overflows at {place_of_token(row, offsets)}, with {listed}: its loss and its gradient must be "
+        "finite in float32, where exp overflows above 88.7; bound the ratio, or take the token out of loss_mask"
+    )
+
+
+def _check_losses(loss, token_loss, token_grad, log_probs, log_r, log_w, log_ref, advantages, offsets):
+    if not bool(loss.isfinite()) or not bool(token_grad.isfinite().all()):
+        bad = ~(token_loss.isfinite() & token_grad.isfinite())
+        if not bool(bad.any()):  # each fits, and their sum does not
+            bad = token_loss.abs() == token_loss.abs().max()
+        raise_overflow(bad, log_probs, log_r, log_w, log_ref, advantages, offsets)
+    return loss.clone(), token_loss.clone(), token_grad.clone()
+
+
+# an op, so that torch.compile need not trace its branches; what it returns is used, so that it is not dropped either
+_checked_losses = register(
+    "checked_losses(Tensor loss, Tensor token_loss, Tensor token_grad, Tensor log_probs, Tensor log_r, Tensor log_w, "
+    "Tensor? log_ref, Tensor advantages, Tensor offsets) -> (Tensor, Tensor, Tensor)",
+    _check_losses,
+    lambda loss, token_loss, token_grad, *_: tuple(torch.empty_like(x) for x in (loss, token_loss, token_grad)),
+    waits=True,
+)
