@@ -186,13 +186,13 @@ def trained(implementation, dtype, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_training_follows_float64_as_closely_as_with_experts_of_transformers(dtype):
-    """On average: where steps of rounded weights end is a draw each time, some percent apart over these seeds."""
+    """On average: where steps of rounded weights end is a draw each time, some percent apart from seed to seed."""
     distances = dict.fromkeys(("minirl", "eager", "grouped_mm"), 0.0)
-    for seed in range(8):
+    for seed in range(24):
         exact = trained("eager", torch.float64, seed)
         for implementation in distances:
             off = (trained(implementation, dtype, seed) - exact).norm() / exact.norm()
-            distances[implementation] += off.item() / 8
+            distances[implementation] += off.item() / 24
     assert distances["minirl"] <= 1.1 * min(distances["eager"], distances["grouped_mm"])
     assert distances["minirl"] < (1e-4 if dtype == torch.float32 else 0.1)
 
