@@ -75,7 +75,7 @@ def test_without_a_look_it_is_nan_in_its_tokens_results(name, preset, wrong):
         arguments = dict.fromkeys(("num_responses", "num_tokens", "num_groups")) | batch.arguments("packed")
         leaf = log_probs.clone().requires_grad_()
         inputs = prepare_inputs(leaf.shape, leaf.device, raises=False, config=config, **arguments)
-        out = differentiable_loss(leaf, None, inputs)
+        out = differentiable_loss(leaf, None, inputs, None)
         (grad,) = torch.autograd.grad(out.loss, leaf)
         assert out.loss.isnan()
         nan = grad.isnan().tolist()
@@ -113,17 +113,32 @@ def test_an_entropy_that_is_no_number():
     assert next(losses(batch_with("", 0, masked=True), "packed", config, entropy=entropy))().loss.isfinite()
 
 
-def test_log_probs_that_are_no_number(cpu):
+def test_log_probs_of_a_model_that_gives_no_number(cpu):
+    """No argument is to blame: NaN in the token, also where its advantage is 0, and counted."""
+    for advantage in (1.0, 0.0):
+        batch = batch_with("", 0)
+        batch.advantages[ROW] = advantage
+        batch.logits[ROW, 5] = math.nan
+        for call in losses(batch, "packed", PolicyLossConfig()):
+            out = call()
+            assert out.loss.isnan()
+            assert out.token_loss.isnan().tolist() == out.token_grad.isnan().tolist() == [i == ROW for i in range(7)]
+            assert out.metrics.compute()["num_overflow_tokens"] == 1
+
+
+@pytest.mark.parametrize("preset", ["minirl", "gspo"])
+def test_logits_that_are_no_number_are_overwritten_by_nan(preset, cpu):
     batch = batch_with("", 0)
-    log_probs = torch.full((sum(LENGTHS),), -1.0)
-    log_probs[ROW] = math.nan
-    with pytest.raises(ValueError, match="token 1 of response 1, with log_probs nan"):
-        policy_loss(log_probs, **batch.arguments("packed"))
-    batch.advantages[ROW] = 0.0
     batch.logits[ROW, 5] = math.nan
-    for call in list(losses(batch, "packed", PolicyLossConfig()))[1:]:
-        with pytest.raises(ValueError, match=r"(token 1 of response 1, with log_probs nan|entropy is nan at token 1)"):
-            call()
+    logits = batch.logits.requires_grad_()
+    config = PolicyLossConfig.preset(preset)
+    out = fused_policy_loss(
+        logits, batch.token_ids, config=config, overwrite_logits=True, backend=cpu, **batch.arguments("packed")
+    )
+    (grad,) = torch.autograd.grad(out.loss, logits)
+    assert grad[ROW].isnan().all()
+    assert not grad[:2].isnan().any()
+    assert not grad[5:].isnan().any()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -66,7 +66,7 @@ def without_raising(log_probs, arguments):
     """What policy_loss does on a GPU."""
     names = ("group_ids", "num_tokens", "num_groups")
     inputs = prepare_inputs(log_probs.shape, log_probs.device, raises=False, **dict.fromkeys(names), **arguments)
-    return differentiable_loss(log_probs, None, inputs)
+    return differentiable_loss(log_probs, None, inputs, None)
 
 
 @pytest.mark.parametrize("kl", [(0.0, "k1"), (0.5, "k1"), (0.5, "k2"), (0.5, "k3")], ids=str)

@@ -100,10 +100,10 @@ def fused_linear_policy_loss(
     token_ids = token_ids.masked_fill(~inputs.mask, IGNORE_INDEX).contiguous()
     token_ids = head.check_contents(token_ids, check, backend)
     if backend == "reference":
-        stats = token_logprobs(
+        log_probs, entropy = token_logprobs(
             head.logits(), token_ids, temperature=head.temperature, with_entropy=True, backend=backend
         )
-        return differentiable_loss(*stats, inputs)
+        return differentiable_loss(log_probs, entropy, inputs, entropy.detach())
     operands = (head.hidden, head.weight, head.bias)
     needs = tuple(operand is not None and operand.requires_grad and torch.is_grad_enabled() for operand in operands)
     one_sweep = any(needs) and head.shard is None and takes_one_sweep(inputs)

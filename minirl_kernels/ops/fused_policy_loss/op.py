@@ -79,7 +79,7 @@ def fused_policy_loss(
     first backward consumes it and a second one raises RuntimeError. It has the dtype of the logits before the
     backward's own factor is applied: in float16, scale with num_responses rather than with a loss scaler.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing; the logits
-    are as they were then, unless a NaN among them was the reason.
+    are as they were then. A NaN among them is no error: it is NaN in the results of its token.
     """
     check_float_matrix("logits", logits)
     if overwrite_logits:
@@ -110,10 +110,10 @@ def fused_policy_loss(
         token_ids = check_contents(token_ids, logits.shape[-1], temperature)
     rows = (token_ids, temperature.contiguous())
     if backend == "reference":
-        return differentiable_loss(
-            *token_logprobs(logits, token_ids, temperature=temperature, with_entropy=True, backend=backend),
-            inputs,
+        log_probs, entropy = token_logprobs(
+            logits, token_ids, temperature=temperature, with_entropy=True, backend=backend
         )
+        return differentiable_loss(log_probs, entropy, inputs, entropy.detach())
     if not (logits.requires_grad and torch.is_grad_enabled()):
         log_probs, entropy, *_ = token_logprobs_forward(logits.detach(), *rows, True, backend)
         return loss_of_log_probs(log_probs, entropy, inputs)
@@ -199,13 +199,11 @@ def _check_before_overwriting(logits, offsets, token_ids, temperature, *argument
     log_probs, _, token_loss, token_grad = _kernels(backend).forward_backward(
         logits, token_ids, temperature, *arguments, logits, only_overflow=True
     )
-    bad = token_loss.isnan() | token_grad.isnan()
-    if bool(bad.any()):
-        old, behaviour, ref, advantages = arguments[:4]
-        old = log_probs if old is None else old
-        log_r, log_w = log_probs - old, log_probs - (old if behaviour is None else behaviour)
-        log_ref = None if ref is None else ref - log_probs
-        raise_overflow(bad, log_probs, log_r, log_w, log_ref, advantages, offsets)
+    old, behaviour, ref, advantages = arguments[:4]
+    old = log_probs if old is None else old
+    log_r, log_w = log_probs - old, log_probs - (old if behaviour is None else behaviour)
+    log_ref = None if ref is None else ref - log_probs
+    raise_overflow(token_loss, token_grad, log_probs, log_r, log_w, log_ref, advantages, offsets)
 
 
 def _forward_in_place_fake(logits, offsets, token_ids, *_):

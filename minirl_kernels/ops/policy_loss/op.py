@@ -58,11 +58,12 @@ def policy_loss(
     num_responses, num_tokens, num_groups: counts of the whole mini-batch over micro-batches and ranks, where this
         call sees a part of it (multiply the loss by the number of ranks if gradients are averaged over them).
         A response whose tokens are all masked counts; leave padding rows out of num_responses. A number must be
-        above 0; a tensor may be 0 where no token is in the loss, which is then 0.
+        above 0; a tensor may be 0 where no token is in the loss, which is then exactly 0.
     check: raise on a GPU too, which waits for it, for what raises on the CPU: inside the mask a NaN or an infinity in
         an argument; a token whose loss or c_t float32 does not hold (an importance weight of exp(95), say), unless
-        it is clipped, truncated or has advantage 0; a count that is no count. Without it a GPU gives NaN for that
-        token, or for its response where the objective is of responses, and counts it in the metrics.
+        it is clipped, truncated or has advantage 0; a count that is not above 0. Without it a GPU gives NaN for that
+        token, or for its response where the objective is of responses, and counts it in the metrics. A NaN in
+        log_probs is the model's and raises nowhere: it is NaN in the results.
     Raises ValueError or TypeError that names the argument, and the token where it is one token's.
     """
     if not isinstance(log_probs, Tensor) or not log_probs.is_floating_point():
@@ -89,15 +90,17 @@ def policy_loss(
         check_like("entropy", entropy, log_probs.shape, log_probs.device)
     elif config.entropy_coef:
         raise ValueError(f"entropy is None with entropy_coef={config.entropy_coef}: it must be that of pi_theta")
-    return differentiable_loss(log_probs, entropy, inputs)
-
-
-def differentiable_loss(log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs) -> PolicyLossOutput:
-    """The whole output, its loss carrying gradient to log_probs and entropy."""
-    known_entropy = None if entropy is None else entropy.detach()
+    values = None if entropy is None else entropy.detach()
     if inputs.raises and entropy is not None:
-        known_entropy = check_finite("entropy", known_entropy, inputs.mask, inputs.layout.offsets)
-    output = loss_of_log_probs(log_probs.detach().float(), known_entropy, inputs)
+        values = check_finite("entropy", values, inputs.mask, inputs.layout.offsets)
+    return differentiable_loss(log_probs, entropy, inputs, values)
+
+
+def differentiable_loss(
+    log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs, entropy_values: Tensor | None
+) -> PolicyLossOutput:
+    """The whole output, its loss carrying gradient to log_probs and entropy; entropy_values: entropy, detached."""
+    output = loss_of_log_probs(log_probs.detach().float(), entropy_values, inputs)
     loss = attach_gradient(output.loss, log_probs, output.token_grad)
     if inputs.config.entropy_coef:
         loss = attach_gradient(loss, entropy, -inputs.config.entropy_coef * inputs.weights)

@@ -14,15 +14,24 @@ from .reference import log_ratios
 def check_losses(
     loss: Tensor, token_loss: Tensor, token_grad: Tensor, log_probs: Tensor, inputs: PolicyLossInputs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies of the first three; raises ValueError that names a token where one of them is not finite. Waits."""
+    """Copies of the first three; raises ValueError that names a token where one of them overflowed. Waits."""
     log_r, log_w, _ = log_ratios(log_probs, inputs)
     log_ref = inputs.ref_log_probs.double() - log_probs if inputs.config.kl_coef else None
     ratios = (log_probs, log_r, log_w, log_ref, inputs.advantages)
     return _checked_losses(loss, token_loss, token_grad, *ratios, inputs.layout.offsets)
 
 
-def raise_overflow(bad: Tensor, log_probs, log_r, log_w, log_ref, advantages, offsets: Tensor) -> None:
-    """Raise ValueError for the first token of `bad`; all others [B, L] or [T], the ratios as the objective has them."""
+def raise_overflow(token_loss, token_grad, log_probs, log_r, log_w, log_ref, advantages, offsets) -> None:
+    """Raise ValueError for the first token whose loss or c_t is not finite, unless the model's own NaN is the reason.
+
+    All but offsets [B + 1] are [B, L] or [T], the ratios as the objective has them; log_ref may be None.
+    """
+    bad = ~(token_loss.isfinite() & token_grad.isfinite()) & ~(log_r.isnan() | log_w.isnan())
+    if bool(bad.any()):
+        _raise(bad, log_probs, log_r, log_w, log_ref, advantages, offsets)
+
+
+def _raise(bad, log_probs, log_r, log_w, log_ref, advantages, offsets):
     row = bad.flatten().nonzero()[0].item()
     values = {
         "log_probs": log_probs,
@@ -38,12 +47,10 @@ def raise_overflow(bad: Tensor, log_probs, log_r, log_w, log_ref, advantages, of
     )
 
 
-def _check_losses(loss, token_loss, token_grad, log_probs, log_r, log_w, log_ref, advantages, offsets):
-    if not bool(loss.isfinite()) or not bool(token_grad.isfinite().all()):
-        bad = ~(token_loss.isfinite() & token_grad.isfinite())
-        if not bool(bad.any()):  # each fits, and their sum does not
-            bad = token_loss.abs() == token_loss.abs().max()
-        raise_overflow(bad, log_probs, log_r, log_w, log_ref, advantages, offsets)
+def _check_losses(loss, token_loss, token_grad, *ratios):
+    raise_overflow(token_loss, token_grad, *ratios)
+    if bool(loss.isinf()):  # each fits, and their sum does not
+        _raise(token_loss.abs() == token_loss.abs().max(), *ratios)
     return loss.clone(), token_loss.clone(), token_grad.clone()
 
 
