@@ -1,6 +1,7 @@
 // The losses over logits.
 #include "bindings.h"
 #include "cpu/fused_policy_loss.h"
+#include "cpu/kept_logits.h"
 #include "cpu/logits.h"
 #include "cpu/softcap.h"
 #include "cpu/token_logprobs.h"
@@ -103,10 +104,27 @@ void softcap(Address logits, int64_t rows, int64_t vocab_size, int64_t stride, f
   minirl::parallel_rows(rows, vocab_size, MINIRL_PICK(minirl::softcap, minirl::SoftcapLogits), args);
 }
 
+void kept_logits(Address logits, const std::string& dtype, int64_t batch, int64_t length, int64_t vocab_size,
+                 int64_t batch_stride, int64_t length_stride, Address ids, Address begin, Address end) {
+  const minirl::KeptLogits args = {pointer<void>(logits),
+                                   dtype_of(dtype),
+                                   batch,
+                                   length,
+                                   vocab_size,
+                                   batch_stride,
+                                   length_stride,
+                                   pointer<int32_t>(ids),
+                                   pointer<int32_t>(begin),
+                                   pointer<int32_t>(end)};
+  py::gil_scoped_release no_gil;
+  minirl::parallel_rows(batch * length, vocab_size, MINIRL_PICK(minirl::kept_logits, minirl::KeptLogits), args);
+}
+
 }  // namespace
 
 void minirl::bind_losses(py::module_& module) {
   module.def("fused_policy_loss", ::fused_policy_loss);
+  module.def("kept_logits", ::kept_logits);
   module.def("softcap", ::softcap);
   module.def("token_logprobs", ::token_logprobs);
   module.def("token_logprobs_backward", ::token_logprobs_backward);

@@ -18,6 +18,7 @@ from .ops.policy_loss import PolicyLossMetrics, PolicyLossOutput, group_advantag
 from .ops.rms_norm import rms_norm
 from .ops.softmax import log_softmax, softmax
 from .ops.token_logprobs import token_logprobs
+from .sampling_mask import SamplingMask
 
 __all__ = [
     "PackedExperts",
@@ -26,6 +27,7 @@ __all__ = [
     "PolicyLossOutput",
     "RoutedExperts",
     "Routing",
+    "SamplingMask",
     "attention",
     "batch_invariant_mode",
     "bmm",

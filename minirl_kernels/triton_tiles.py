@@ -21,6 +21,8 @@ IGNORE_INDEX = tl.constexpr(-100)
 ELSEWHERE = tl.constexpr(-1)  # the id counts, and is in another shard of the vocabulary
 # the maximum of nothing: finite, so that a row that begins with -inf subtracts no infinities
 LOWEST = tl.constexpr(-3.4028234663852886e38)
+# a logit that the sampler did not keep, where a softcap is still to come: that would make a number of -inf
+NOT_KEPT = LOWEST
 # 2**-160 is 0 in float32, and 0 * -160 is 0 where 0 * -inf would be NaN
 LOWEST_EXPONENT = tl.constexpr(-160.0)
 # one binary per dtype and alignment: ALIGN says all that a kernel needs to know of these
@@ -112,14 +114,15 @@ def tanh(b_x):
 @triton.jit
 def logits_of(b_x, i_tile, V, bias, softcap, LANES: tl.constexpr, VEC: tl.constexpr):
     """A tile of logits in float32 from what was loaded: u = b_x + bias, and softcap * tanh(u / softcap); either may
-    be None, which costs nothing. -inf beyond V."""
+    be None, which costs nothing. -inf beyond V, and of NOT_KEPT where there is a softcap."""
     b_x = b_x.to(tl.float32)
     start = i_tile * (LANES * VEC)
     o_v = tile_offsets(LANES, VEC)
+    m_kept = (o_v < V - start) & (b_x != NOT_KEPT)
     if bias is not None:
         b_x += tl.load(bias + start + o_v, mask=o_v < V - start, other=0.0)
     if softcap is not None:
-        b_x = tl.where(o_v < V - start, capped(b_x, softcap), -float("inf"))
+        b_x = tl.where(m_kept, capped(b_x, softcap), -float("inf"))
     return b_x
 
 
@@ -225,7 +228,7 @@ def gradient_tile(b_x, i_tile, V, bias, softcap, b_id, shift, c, k0, k1, at_id, 
     b_grad = tl.exp2(b_y) * (k0 + k1 * b_y) + tl.where(is_id, at_id, 0.0)
     if softcap is not None:
         b_part = b_x * (1.0 / softcap)
-        b_grad *= 1 - b_part * b_part
+        b_grad *= tl.maximum(1 - b_part * b_part, 0.0, propagate_nan=tl.PropagateNan.ALL)  # of -inf too
     return b_grad
 
 

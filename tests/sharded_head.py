@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from kept_cases import random_mask
 from linear_head import random_head
 
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss, linear_token_logprobs
@@ -74,12 +75,14 @@ def _check_an_id_that_no_shard_has(hidden, weight, token_ids, bad, vocab_size, b
         assert values[4:].isfinite().all()
 
 
-def _log_probs(options):
+def _log_probs(options, kept=None):
+    """kept(token_ids): sets of tokens of the whole vocabulary."""
+
     def case(hidden, weight, bias, token_ids, group, backend):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
-        outs = linear_token_logprobs(
-            *leaves[:2], token_ids, bias=leaves[2], process_group=group, with_entropy=True, backend=backend, **options
-        )
+        shared = {"process_group": group, "with_entropy": True, "backend": backend, **options}
+        shared["kept"] = None if kept is None else kept(token_ids)
+        outs = linear_token_logprobs(*leaves[:2], token_ids, bias=leaves[2], **shared)
         steps = torch.arange(len(token_ids)).float()
         grads = torch.autograd.grad(outs, leaves, (steps - 5, 1 - steps % 3))
         return *(out.detach() for out in outs), *grads
@@ -87,7 +90,12 @@ def _log_probs(options):
     return case
 
 
-def _policy_loss(config):
+def _kept(token_ids):
+    """Of some positions a shard has no token of the set."""
+    return random_mask(token_ids, 34)
+
+
+def _policy_loss(config, kept=None):
     def case(hidden, weight, bias, token_ids, group, backend):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
         gen = torch.Generator().manual_seed(1)
@@ -103,6 +111,7 @@ def _policy_loss(config):
             config=config,
             bias=leaves[2],
             process_group=group,
+            kept=None if kept is None else kept(token_ids),
             backend=backend,
         )
         return out.loss.detach(), out.log_probs, out.entropy, out.token_grad, *torch.autograd.grad(out.loss, leaves)
@@ -111,9 +120,14 @@ def _policy_loss(config):
 
 
 CASES = {
-    "linear_token_logprobs": [_log_probs({}), _log_probs({"temperature": 0.7, "logit_softcap": 3.0})],
+    "linear_token_logprobs": [
+        _log_probs({}),
+        _log_probs({"temperature": 0.7, "logit_softcap": 3.0}),
+        _log_probs({"logit_softcap": 3.0}, _kept),
+    ],
     "fused_linear_policy_loss": [
         _policy_loss(PolicyLossConfig(entropy_coef=0.1)),
         _policy_loss(PolicyLossConfig.gspo()),
+        _policy_loss(PolicyLossConfig(entropy_coef=0.1), _kept),
     ],
 }

@@ -110,7 +110,7 @@ MINIRL_INLINE RowSums row_sums(const T* x, int64_t n, float c, Sink& sink) {
   return {shift, sum_lanes(join(row.sum)), sum_lanes(join(row.weighted))};
 }
 
-// d x / d u: 1, or 1 - (x / softcap)^2 where x = softcap tanh(u / softcap).
+// d x / d u: 1, or 1 - (x / softcap)^2 where x = softcap tanh(u / softcap); 0 where x was set to -inf after that.
 struct NoSoftcap {
   Floats slope(Floats) const { return splat(1.f); }
   float slope_one(float) const { return 1.f; }
@@ -119,7 +119,7 @@ struct Softcap {
   float reciprocal;
   Floats slope(Floats x) const {
     const Floats t = x * splat(reciprocal);
-    return splat(1.f) - t * t;
+    return max(splat(0.f), splat(1.f) - t * t);
   }
   float slope_one(float x) const { return slope(splat(x)).part[0][0]; }
 };

@@ -12,6 +12,8 @@ from torch import Tensor
 from .. import triton_scale
 from ..checks import IGNORE_INDEX
 from ..ops.fused_policy_loss import triton_kernel as fused_policy_loss
+from ..ops.kept_logits import triton_kernel as kept_logits
+from ..ops.kept_logits.op import KeptRows
 from ..ops.linear_token_logprobs.tiles import gradient_in_place
 from ..ops.moe_routing import triton_kernel as moe_routing
 from ..ops.token_logprobs import triton_kernel as token_logprobs
@@ -189,6 +191,17 @@ def _scale(rows: Rows) -> tuple[Tensor, ...]:
     return (rows.logits,)
 
 
+def _kept_logits(rows: Rows) -> tuple[Tensor, ...]:
+    """Sets of the first token, of the last, and of two in the middle; a row without a set is not touched."""
+    vocab_size = rows.logits.shape[1]
+    middle = vocab_size // 2
+    ids = torch.tensor([0, vocab_size - 1, middle, middle + 1], dtype=torch.int32)
+    begin, end = (torch.tensor(places, dtype=torch.int32) for places in ([0, 1, 1, 2], [1, 1, 2, 4]))
+    kept_logits.keep_(rows.logits, KeptRows(ids, begin, end))
+    first, _, last, both = rows.logits
+    return first[1:], last[:-1], both[:middle], both[middle + 2 :]
+
+
 def _moe_routing(
     rows: Rows, *, replay=True, norm=True, scoring="softmax", with_bias=False, groups=(1, 1), top_k=4
 ) -> tuple[Tensor, ...]:
@@ -213,6 +226,10 @@ def _once_and_a_bias(config: LaunchConfig, vocab_size: int) -> float:
     return 1 + config.vec / 4  # float32, beside logits of 16 / vec bytes
 
 
+def _nothing(config: LaunchConfig, vocab_size: int) -> float:
+    return 0.0
+
+
 def _chosen_ones(config: LaunchConfig, vocab_size: int) -> float:
     return 4 / vocab_size
 
@@ -222,6 +239,7 @@ KERNELS = (
     Kernel("token_logprobs_backward", _token_logprobs_backward, token_logprobs.backward_config, _once),
     Kernel("fused_policy_loss", _fused_policy_loss_apart, fused_policy_loss.launch_config, _twice_less_a_tile),
     Kernel("scale_in_place", _scale, triton_scale.launch_config, _once),
+    Kernel("kept_logits", _kept_logits, kept_logits.launch_config, _nothing),
 )
 # over router logits, of which a row is one tile: they have sizes of their own
 ROUTERS = (

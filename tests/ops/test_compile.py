@@ -55,11 +55,16 @@ def op_arguments():
         (ids, ones, -ones, -ones, -ones, ones, ones, *objective, 0.1, "k3", 0.1, "cpu"),
         (ids.int(), ones, none, none, none, ones, ones, *objective, 0.0, "k1", 0.0, "cpu"),
     ]
+    # each token's own set and one token more
+    sets = (
+        ids.flatten()[:, None].add(torch.tensor([0, 1])).remainder(7).sort().values.int().flatten(),
+        torch.arange(7).int() * 2,
+    )
     # the head of a linear loss, rows flat: with bias and softcap, and without; which gradients are needed
     hidden, weight, flat_ids, flat = torch.randn(6, 5), torch.randn(7, 5), ids.flatten(), torch.ones(6)
     heads = [
-        (hidden, weight, torch.randn(7), flat_ids, flat, 3.0),
-        (hidden.bfloat16(), weight.bfloat16(), none, flat_ids.int(), flat, 0.0),
+        (hidden, weight, torch.randn(7), flat_ids, flat, 3.0, *sets),
+        (hidden.bfloat16(), weight.bfloat16(), none, flat_ids.int(), flat, 0.0, none, none),
     ]
     needs = [(True, True, True), (True, False, False)]
     of_linear_loss = [
@@ -67,6 +72,9 @@ def op_arguments():
         (none, none, none, flat, flat, *objective, 0.0, "k1", 0.0),
     ]
     return {
+        "checked_kept": [(ids, *sets, torch.tensor(7))],
+        "kept_logits": [(logits, *sets, "cpu"), (logits.bfloat16().transpose(0, 1), *sets, "cpu")],
+        "kept_logits_": [(logits, *sets, "cpu"), (logits.bfloat16(), *sets, "cpu")],
         "linear_token_logprobs": [(*heads[0], True, "cpu"), (*heads[1], False, "cpu")],
         "linear_token_logprobs_backward": [
             (*heads[0], flat, flat, flat, flat, flat, *needs[0], "cpu"),

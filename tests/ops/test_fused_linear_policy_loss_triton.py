@@ -236,8 +236,8 @@ def test_registered_op():
     tokens = torch.ones(TOKENS)
     torch.library.opcheck(
         fused_linear_policy_loss_forward,
-        (hidden, weight, bias, token_ids, tokens, 0.0, batch.old_log_probs, None, None, tokens, tokens, "grpo", True,
-         0.8, 1.2, 5.0, 0.0, "k3", 0.0, True, False, True, "triton"),
+        (hidden, weight, bias, token_ids, tokens, 0.0, None, None, batch.old_log_probs, None, None, tokens, tokens,
+         "grpo", True, 0.8, 1.2, 5.0, 0.0, "k3", 0.0, True, False, True, "triton"),
     )  # fmt: skip
 
 

@@ -195,10 +195,10 @@ def test_under_autocast():
 def test_registered_ops():
     hidden, weight, token_ids, bias = random_head(6, 9, 33, with_bias=True)
     temperature = torch.ones(6)
-    forward = (hidden, weight, bias, token_ids, temperature, 0.0, True, "triton")
+    forward = (hidden, weight, bias, token_ids, temperature, 0.0, None, None, True, "triton")
     torch.library.opcheck(linear_op.linear_token_logprobs_forward, forward)
     _, entropy, shift, log_sum = linear_op.linear_token_logprobs_forward(*forward)
-    backward = (*forward[:6], shift, log_sum, entropy, *upstream(token_ids), True, True, True, "triton")
+    backward = (*forward[:8], shift, log_sum, entropy, *upstream(token_ids), True, True, True, "triton")
     torch.library.opcheck(linear_op.linear_token_logprobs_backward, backward)
 
 

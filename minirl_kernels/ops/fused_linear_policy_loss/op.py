@@ -17,6 +17,7 @@ from ...backends import resolve
 from ...checks import IGNORE_INDEX, always_looks
 from ...config import PolicyLossConfig
 from ...library import register
+from ...sampling_mask import SamplingMask
 from ..fused_policy_loss.op import SWEEP_ARGUMENTS, SWEEP_RESULTS, sweep_arguments, takes_one_sweep
 from ..linear_token_logprobs.op import (
     GRADIENT_RESULTS,
@@ -57,6 +58,7 @@ def fused_linear_policy_loss(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     process_group: torch.distributed.ProcessGroup | None = None,
+    kept: SamplingMask | None = None,
     check: bool = False,
     backend: str = "auto",
 ) -> PolicyLossOutput:
@@ -65,19 +67,20 @@ def fused_linear_policy_loss(
     hidden: [B, L, H] (padded, rows are responses) or [T, H] (packed with cu_seqlens); float32, bfloat16 or float16.
         hidden[t] scores token_ids[t]: nothing is shifted.
     weight, bias, logit_softcap, logit_scale, process_group: those of `linear_token_logprobs`; temperature too.
+    kept: that of `linear_token_logprobs`; rollout_log_probs and old_log_probs must then be over the same sets.
     token_ids: [B, L] or [T], int32 or int64; -100 takes the token out of the loss, as loss_mask = 0 does. The rows
         of such tokens are not computed. An id out of range raises ValueError on the CPU, gives NaN on the GPU, and
         raises there too with check=True, which waits for it.
     The others are those of `policy_loss`, check too; with it a GPU looks at temperature as well, as the CPU does.
 
-    Returns PolicyLossOutput; entropy is exact over the vocabulary. All gradients are made in the forward, for those
-    of hidden, weight and bias that require one; the first backward consumes them and a second one raises
+    Returns PolicyLossOutput; entropy is exact over the vocabulary, or over kept. All gradients are made in the forward,
+    for those of hidden, weight and bias that require one; the first backward consumes them and a second one raises
     RuntimeError. That of weight is summed over tokens in float32. Rows whose c_t is 0 are left out of the matmuls of
     the gradients; on a GPU those of advantage 0, without KL or entropy term, and others that are 0 add exact zeros.
     There the host waits once, for the number of rows.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
     """
-    head = prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group)
+    head = prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group, kept)
     backend = resolve(backend, hidden.device, op="fused_linear_policy_loss", supported=_BACKENDS)
     check = check or always_looks(hidden.device, backend)
     inputs = prepare_inputs(
@@ -100,9 +103,8 @@ def fused_linear_policy_loss(
     token_ids = token_ids.masked_fill(~inputs.mask, IGNORE_INDEX).contiguous()
     token_ids = head.check_contents(token_ids, check, backend)
     if backend == "reference":
-        log_probs, entropy = token_logprobs(
-            head.logits(), token_ids, temperature=head.temperature, with_entropy=True, backend=backend
-        )
+        options = {"temperature": head.temperature, "kept": kept, "with_entropy": True}
+        log_probs, entropy = token_logprobs(head.logits(), token_ids, **options, backend=backend)
         return differentiable_loss(log_probs, entropy, inputs, entropy.detach())
     operands = (head.hidden, head.weight, head.bias)
     needs = tuple(operand is not None and operand.requires_grad and torch.is_grad_enabled() for operand in operands)
@@ -125,6 +127,7 @@ def _flat(head: Head, token_ids: Tensor) -> tuple:
         token_ids.flatten(),
         head.temperature.flatten().contiguous(),
         head.softcap,
+        *head.sets,
     )
 
 

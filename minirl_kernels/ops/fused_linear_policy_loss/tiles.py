@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...checks import IGNORE_INDEX
+from ..kept_logits.op import KeptRows
 from ..linear_token_logprobs.tiles import Gradients, at_rows, gradient_in_place, logit_tiles
 
 
@@ -23,6 +24,8 @@ def forward_backward(
     token_ids: Tensor,
     temperature: Tensor,
     softcap: float,
+    kept_ids: Tensor | None,
+    kept_offsets: Tensor | None,
     old_log_probs: Tensor | None,
     behaviour_log_probs: Tensor | None,
     ref_log_probs: Tensor | None,
@@ -43,10 +46,11 @@ def forward_backward(
         can_have_gradient = counts & ((advantages != 0) | (token_ids < 0) | (token_ids >= vocab_size))
     index, num_with_gradient = rows_in_order(counts, can_have_gradient)
     per_token = (token_ids, temperature, old_log_probs, behaviour_log_probs, ref_log_probs, advantages, weights)
-    hidden, *per_token = at_rows(index, hidden, *per_token)
+    kept = KeptRows.of(kept_ids, kept_offsets)
+    hidden, kept, *per_token = at_rows(index, hidden, kept, *per_token)
     results = temperature.new_empty(4, hidden.shape[0])
     gradients = Gradients(kernels.head, hidden, weight, needs)
-    for rows, tile in logit_tiles(kernels.head, hidden, weight, bias, softcap):
+    for rows, tile in logit_tiles(kernels.head, hidden, weight, bias, softcap, kept):
         grad_tile = gradient_in_place(tile, hidden.dtype)
         of_tile = at_rows(rows, *per_token)
         values = kernels.sweep_of_tile(tile, *of_tile, *objective, grad_tile, bias, softcap)

@@ -27,6 +27,8 @@ from ...checks import (
 )
 from ...config import PolicyLossConfig
 from ...library import register
+from ...sampling_mask import SamplingMask
+from ..kept_logits.op import check_kept, kept_logits, kept_logits_in_place
 from ..policy_loss.inputs import PolicyLossInputs, prepare_inputs
 from ..policy_loss.op import PolicyLossOutput, assemble_output, differentiable_loss, loss_of_log_probs
 from ..policy_loss.overflow import raise_overflow
@@ -57,6 +59,7 @@ def fused_policy_loss(
     num_groups: float | Tensor | None = None,
     config: PolicyLossConfig = PolicyLossConfig(),
     temperature: float | Tensor = 1.0,
+    kept: SamplingMask | None = None,
     overwrite_logits: bool = False,
     check: bool = False,
     backend: str = "auto",
@@ -70,13 +73,16 @@ def fused_policy_loss(
         of such tokens are not read: their log-probability, entropy and gradient are 0. An id out of range raises
         ValueError on the CPU, gives NaN on the GPU, and raises there too with check=True, which waits for it.
     temperature: divides the logits; above 0, a number or one float per token.
+    kept: that of `token_logprobs`; rollout_log_probs and old_log_probs must then be over the same sets. It costs a
+        copy of the logits, which becomes their gradient, or one pass where they are overwritten. An overflow that
+        raises then leaves -inf in the logits outside of the sets.
     overwrite_logits: put the gradient where the logits were. They are lost to every other reader (autograd notices);
         no two rows may share memory. The reference keeps them.
     The others are those of `policy_loss`, check too; with it a GPU looks at temperature as well, as the CPU does.
         No gradient is made where logits does not require one.
 
-    Returns PolicyLossOutput; entropy is exact over the vocabulary. The gradient is made in the forward, so the
-    first backward consumes it and a second one raises RuntimeError. It has the dtype of the logits before the
+    Returns PolicyLossOutput; entropy is exact over the vocabulary, or over kept. The gradient is made in the forward,
+    so the first backward consumes it and a second one raises RuntimeError. It has the dtype of the logits before the
     backward's own factor is applied: in float16, scale with num_responses rather than with a loss scaler.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing; the logits
     are as they were then. A NaN among them is no error: it is NaN in the results of its token.
@@ -108,20 +114,26 @@ def fused_policy_loss(
     token_ids = token_ids.masked_fill(~inputs.mask, IGNORE_INDEX).contiguous()
     if check:
         token_ids = check_contents(token_ids, logits.shape[-1], temperature)
+    token_ids, *sets = check_kept(kept, token_ids, logits.shape[-1], check, backend)
     rows = (token_ids, temperature.contiguous())
     if backend == "reference":
-        log_probs, entropy = token_logprobs(
-            logits, token_ids, temperature=temperature, with_entropy=True, backend=backend
-        )
+        options = {"temperature": temperature, "kept": kept, "with_entropy": True}
+        log_probs, entropy = token_logprobs(logits, token_ids, **options, backend=backend)
         return differentiable_loss(log_probs, entropy, inputs, entropy.detach())
-    if not (logits.requires_grad and torch.is_grad_enabled()):
-        log_probs, entropy, *_ = token_logprobs_forward(logits.detach(), *rows, True, backend)
+    needs_gradient = logits.requires_grad and torch.is_grad_enabled()
+    in_place, source = overwrite_logits and needs_gradient, logits.detach()
+    if kept is not None and in_place:
+        kept_logits_in_place(source, *sets, backend)
+    elif kept is not None:
+        source, in_place = kept_logits(source, *sets, backend), True
+    if not needs_gradient:
+        log_probs, entropy, *_ = token_logprobs_forward(source, *rows, True, backend)
         return loss_of_log_probs(log_probs, entropy, inputs)
     # the kernels of a GPU cannot say before they overwrite a row that another one will overflow
     says_too_late = check and overwrite_logits and backend == "triton"
     sweep = _one_sweep if takes_one_sweep(inputs) and not says_too_late else _two_phases
     with torch.no_grad():
-        output, grad_logits = sweep(logits.detach(), *rows, inputs, overwrite_logits, backend)
+        output, grad_logits = sweep(source, *rows, inputs, in_place, backend)
     loss = attach_gradient_once(output.loss, [(logits, grad_logits)], "fused_policy_loss")
     return output._replace(loss=loss)
 

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ...backends import native
 from ...native_matmul import matmul_into
+from ..kept_logits import cpu as kept_logits
+from ..kept_logits.op import KeptRows
 from ..token_logprobs import cpu as token_logprobs
 
 # A tile of this many bytes is what the whole call costs in memory beside its results. Fewer rows than these read and
@@ -26,6 +28,10 @@ def logits_into(tile: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
         tile += bias
     if softcap:
         native().softcap(tile.data_ptr(), *tile.shape, tile.stride(0), softcap)
+
+
+def keep_(tile: Tensor, kept: KeptRows, softcap: float) -> None:
+    kept_logits.keep_(tile, kept)  # the logits are behind their softcap
 
 
 def forward_of_tile(tile, token_ids, temperature, with_entropy, bias, softcap) -> tuple[Tensor, ...]:

@@ -5,10 +5,15 @@ They add the bias and apply the softcap as they read the logits, which costs no 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
+from ...triton_tiles import NOT_KEPT
 from ...vendor_matmul import matmul_into
+from ..kept_logits import triton_kernel as kept_logits
+from ..kept_logits.op import KeptRows
 from ..token_logprobs import triton_kernel as token_logprobs
 
 # A tile's matmuls read the weight twice, and read and write its float32 gradient: 12 bytes of an element of a 16-bit
@@ -36,6 +41,10 @@ def rows_per_tile(num_rows: int, weight: Tensor) -> int:
 
 def logits_into(tile: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float) -> None:
     matmul_into(tile, hidden, weight.T)
+
+
+def keep_(tile: Tensor, kept: KeptRows, softcap: float) -> None:
+    kept_logits.keep_(tile, kept, NOT_KEPT.value if softcap else -math.inf)
 
 
 def forward_of_tile(tile, token_ids, temperature, with_entropy, bias, softcap) -> tuple[Tensor, ...]:

@@ -27,6 +27,8 @@ from ...checks import (
 )
 from ...library import register
 from ...memory import rounded
+from ...sampling_mask import SamplingMask
+from ..kept_logits.op import check_kept
 from ..token_logprobs.op import token_logprobs
 from . import tiles
 from .reference import linear_logits
@@ -45,6 +47,7 @@ def linear_token_logprobs(
     logit_softcap: float | None = None,
     logit_scale: float = 1.0,
     process_group: torch.distributed.ProcessGroup | None = None,
+    kept: SamplingMask | None = None,
     with_entropy: bool = False,
     check: bool = False,
     backend: str = "auto",
@@ -61,21 +64,21 @@ def linear_token_logprobs(
     process_group: weight (and bias) is this rank's shard of the vocabulary, [0, H] if it has none; shards are in the
         order of the ranks and of any sizes. hidden, token_ids and the incoming gradient are the same on all. The
         gradient of hidden is their sum.
+    kept: that of `token_logprobs`, with ids of the whole vocabulary where weight is a shard of it.
     Returns log_probs, or (log_probs, entropy), of token_ids' shape, float32, nats, differentiable. On a GPU the host
     waits once in the forward and once in the backward, for the number of rows that count.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
     """
-    head = prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group)
+    head = prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group, kept)
     backend = resolve(backend, hidden.device, op="linear_token_logprobs", supported=_BACKENDS)
     token_ids = head.check_contents(token_ids, check, backend)
     if backend == "reference":
-        return token_logprobs(
-            head.logits(), token_ids, temperature=head.temperature, with_entropy=with_entropy, backend=backend
-        )
+        options = {"temperature": head.temperature, "kept": kept, "with_entropy": with_entropy}
+        return token_logprobs(head.logits(), token_ids, **options, backend=backend)
     flat_ids, flat_temperature = token_ids.flatten().contiguous(), head.temperature.flatten().contiguous()
     log_probs, entropy = _LinearTokenLogprobs.apply(
-        head.hidden.flatten(0, -2), head.weight, head.bias, flat_ids, flat_temperature, head.softcap, with_entropy,
-        head.shard, backend
+        head.hidden.flatten(0, -2), head.weight, head.bias, flat_ids, flat_temperature, head.softcap, *head.sets,
+        with_entropy, head.shard, backend
     )  # fmt: skip
     log_probs = log_probs.view(token_ids.shape)
     return (log_probs, entropy.view(token_ids.shape)) if with_entropy else log_probs
@@ -90,6 +93,12 @@ class Head(NamedTuple):
     temperature: Tensor
     softcap: float  # 0: none
     shard: Shard | None
+    kept: SamplingMask | None
+
+    @property
+    def sets(self) -> tuple[Tensor | None, Tensor | None]:
+        """(ids, offsets) of the kept tokens."""
+        return (None, None) if self.kept is None else (self.kept.token_ids, self.kept.offsets)
 
     @property
     def vocab_size(self) -> int | Tensor:
@@ -105,11 +114,11 @@ class Head(NamedTuple):
                 "process_group is given with backend='reference': it must be None, or the backend 'cpu' or 'triton'"
             )
         if check or always_looks(self.hidden.device, backend):
-            return check_contents(token_ids, self.vocab_size, self.temperature)
-        return token_ids
+            token_ids = check_contents(token_ids, self.vocab_size, self.temperature)
+        return check_kept(self.kept, token_ids, self.vocab_size, check, backend)[0]
 
 
-def prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group) -> Head:
+def prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group, kept) -> Head:
     """Check the arguments that the linear losses share."""
     check_tensor("hidden", hidden)
     check_tensor("weight", weight)
@@ -144,6 +153,7 @@ def prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, lo
         temperature if logit_scale == 1 else temperature / logit_scale,
         0.0 if logit_softcap is None else logit_softcap / logit_scale,
         None if process_group is None else Shard(process_group, weight.shape[0], hidden.device),
+        kept,
     )
 
 
@@ -156,10 +166,15 @@ def _check_positive(name, value):
 
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, token_ids, temperature, softcap, with_entropy, shard, backend):
-        stats = linear_stats(hidden, weight, bias, token_ids, temperature, softcap, with_entropy, shard, backend)
-        log_probs, entropy, shift, log_sum = stats
-        ctx.save_for_backward(hidden, weight, bias, token_ids, temperature, shift, log_sum, entropy)
+    def forward(
+        ctx, hidden, weight, bias, token_ids, temperature, softcap, kept_ids, kept_offsets, with_entropy, shard, backend
+    ):
+        log_probs, entropy, shift, log_sum = linear_stats(
+            hidden, weight, bias, token_ids, temperature, softcap, kept_ids, kept_offsets, with_entropy, shard, backend
+        )
+        ctx.save_for_backward(
+            hidden, weight, bias, token_ids, temperature, kept_ids, kept_offsets, shift, log_sum, entropy
+        )
         ctx.softcap, ctx.shard, ctx.backend = softcap, shard, backend
         ctx.set_materialize_grads(False)
         return log_probs, entropy
@@ -167,13 +182,13 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_log_probs, grad_entropy):
-        hidden, weight, bias, token_ids, temperature, shift, log_sum, entropy = ctx.saved_tensors
+        hidden, weight, bias, token_ids, temperature, *sets, shift, log_sum, entropy = ctx.saved_tensors
         if grad_log_probs is None and grad_entropy is None:
-            return (None,) * 9
+            return (None,) * 11
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(log_sum)
         grads = linear_gradients(
-            hidden, weight, bias, token_ids, temperature, ctx.softcap, shift, log_sum, entropy,
+            hidden, weight, bias, token_ids, temperature, ctx.softcap, *sets, shift, log_sum, entropy,
             grad_log_probs, grad_entropy, ctx.needs_input_grad[:3], ctx.shard, ctx.backend
         )  # fmt: skip
         operands = (hidden, weight, bias)
@@ -181,17 +196,22 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             rounded(grad, operand.dtype) if needed else None
             for grad, operand, needed in zip(grads, operands, ctx.needs_input_grad[:3], strict=True)
         )
-        return *grads, None, None, None, None, None, None
+        return *grads, *(None,) * 8
 
 
-def linear_stats(hidden, weight, bias, token_ids, temperature, softcap, with_entropy, shard, backend):
+def linear_stats(
+    hidden, weight, bias, token_ids, temperature, softcap, kept_ids, kept_offsets, with_entropy, shard, backend
+):
     """(log_probs, entropy or empty, shift, log_sum) of flat rows, over the whole vocabulary."""
-    arguments = (hidden, weight, None if bias is None else bias.float())
+    operands = (hidden, weight, None if bias is None else bias.float())
+    if shard is not None and kept_ids is not None:
+        kept_ids = kept_ids - shard.first
+    options = (temperature, softcap, kept_ids, kept_offsets, with_entropy, backend)
     if shard is None:
-        return linear_token_logprobs_forward(*arguments, token_ids, temperature, softcap, with_entropy, backend)
+        return linear_token_logprobs_forward(*operands, token_ids, *options)
     if shard.size:
         _, local_ids = shard.local_ids(token_ids)
-        stats = linear_token_logprobs_forward(*arguments, local_ids, temperature, softcap, with_entropy, backend)
+        stats = linear_token_logprobs_forward(*operands, local_ids, *options)
     else:
         nothing, nowhere = torch.zeros_like(temperature), torch.full_like(temperature, -torch.inf)
         stats = nothing, nothing if with_entropy else nothing.new_empty(0), nowhere, nowhere
@@ -199,8 +219,8 @@ def linear_stats(hidden, weight, bias, token_ids, temperature, softcap, with_ent
 
 
 def linear_gradients(
-    hidden, weight, bias, token_ids, temperature, softcap, shift, log_sum, entropy, grad_log_probs, grad_entropy, needs,
-    shard, backend
+    hidden, weight, bias, token_ids, temperature, softcap, kept_ids, kept_offsets, shift, log_sum, entropy,
+    grad_log_probs, grad_entropy, needs, shard, backend
 ):  # fmt: skip
     """(d hidden, d weight, d bias): what linear_stats gave, and the gradients by log_probs and entropy."""
     if shard is not None and not shard.size:
@@ -208,6 +228,7 @@ def linear_gradients(
         return shard.sum(grad_hidden) if needs[0] else grad_hidden, *others
     if shard is not None:
         token_ids = shard.ids_or_elsewhere(token_ids)
+        kept_ids = None if kept_ids is None else kept_ids - shard.first
     grad_hidden, *others = linear_token_logprobs_backward(
         hidden,
         weight,
@@ -215,6 +236,8 @@ def linear_gradients(
         token_ids,
         temperature,
         softcap,
+        kept_ids,
+        kept_offsets,
         shift,
         log_sum,
         entropy,
@@ -237,7 +260,8 @@ def _forward(*arguments):
     return tiles.forward(_kernels(arguments[-1]), *arguments[:-1])
 
 
-def _forward_fake(hidden, weight, bias, token_ids, temperature, softcap, with_entropy, backend):
+def _forward_fake(hidden, weight, bias, token_ids, *arguments):
+    with_entropy = arguments[-2]
     log_probs, shift, log_sum = (hidden.new_empty(token_ids.shape, dtype=torch.float32) for _ in range(3))
     return log_probs, log_probs.new_empty(token_ids.shape if with_entropy else (0,)), shift, log_sum
 
@@ -255,7 +279,10 @@ def gradients_fake(hidden, weight, needs_hidden, needs_weight, needs_bias):
     )
 
 
-HEAD_ARGUMENTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor temperature, float softcap"
+HEAD_ARGUMENTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor temperature, float softcap, "
+    "Tensor? kept_ids, Tensor? kept_offsets"
+)
 NEEDS_ARGUMENTS = "bool needs_hidden, bool needs_weight, bool needs_bias"
 GRADIENT_RESULTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 linear_token_logprobs_forward = register(

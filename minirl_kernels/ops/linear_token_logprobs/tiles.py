@@ -4,7 +4,7 @@ A tile is some hundreds or thousands of rows by the vocabulary, in float32: matm
 puts the gradient of the logits where they were (16-bit gradients fill the first half of each row), and two matmuls
 from that.
 
-`kernels` is a backend's module (cpu.py, gpu.py), which gives rows_per_tile, logits_into, matmul_into, and
+`kernels` is a backend's module (cpu.py, gpu.py), which gives rows_per_tile, logits_into, keep_, matmul_into, and
 forward_of_tile and backward_of_tile, which are token_logprobs on the rows of a tile.
 """
 
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ...checks import IGNORE_INDEX
+from ..kept_logits.op import KeptRows
 
 
-def counted_rows(counts: Tensor, *per_row: Tensor | None) -> tuple[Tensor | slice, ...]:
+def counted_rows(counts: Tensor, *per_row: Tensor | KeptRows | None) -> tuple[Tensor | slice, ...]:
     """(index of the rows that count, each argument at those rows); all rows are taken as they are.
 
     How many rows count is what the host waits for, the one time in a call.
@@ -30,14 +31,19 @@ def counted_rows(counts: Tensor, *per_row: Tensor | None) -> tuple[Tensor | slic
     return index, *at_rows(index, *per_row)
 
 
-def at_rows(index: Tensor | slice, *per_row: Tensor | None) -> list[Tensor | None]:
+def at_rows(index: Tensor | slice, *per_row: Tensor | KeptRows | None) -> list[Tensor | KeptRows | None]:
     return [None if values is None else values[index] for values in per_row]
 
 
 def logit_tiles(
-    kernels: ModuleType, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float
+    kernels: ModuleType,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float,
+    kept: KeptRows | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their tile [rows, V] float32), one after the other in the same memory."""
+    """(rows, their tile [rows, V] float32), one after the other in the same memory; -inf what was not kept."""
     num_rows, vocab_size = hidden.shape[0], weight.shape[0]
     size = kernels.rows_per_tile(num_rows, weight)
     # rows on cache lines of their own, and at addresses that allow accesses of any width
@@ -47,6 +53,8 @@ def logit_tiles(
         rows = slice(start, min(start + size, num_rows))
         tile = memory[: rows.stop - start, :vocab_size]
         kernels.logits_into(tile, hidden[rows], weight, bias, softcap)
+        if kept is not None:
+            kernels.keep_(tile, kept[rows], softcap)
         yield rows, tile
 
 
@@ -97,12 +105,17 @@ class Gradients:
         return hidden, self.weight, self.bias
 
 
-def forward(kernels, hidden, weight, bias, token_ids, temperature, softcap, with_entropy) -> tuple[Tensor, ...]:
+def forward(
+    kernels, hidden, weight, bias, token_ids, temperature, softcap, kept_ids, kept_offsets, with_entropy
+) -> tuple[Tensor, ...]:
     """(log_probs, entropy or empty, shift, log_sum), [T]; rows of ignored ids are not computed."""
     outputs = [torch.zeros_like(temperature) for _ in range(4)]
-    index, hidden, token_ids, temperature = counted_rows(token_ids != IGNORE_INDEX, hidden, token_ids, temperature)
+    kept = KeptRows.of(kept_ids, kept_offsets)
+    index, hidden, token_ids, temperature, kept = counted_rows(
+        token_ids != IGNORE_INDEX, hidden, token_ids, temperature, kept
+    )
     results = temperature.new_empty(4, len(token_ids))
-    for rows, tile in logit_tiles(kernels, hidden, weight, bias, softcap):
+    for rows, tile in logit_tiles(kernels, hidden, weight, bias, softcap, kept):
         values = kernels.forward_of_tile(tile, token_ids[rows], temperature[rows], with_entropy, bias, softcap)
         for result, value in zip(results, values, strict=True):
             if value.numel():
@@ -121,6 +134,8 @@ def backward(
     token_ids: Tensor,
     temperature: Tensor,
     softcap: float,
+    kept_ids: Tensor | None,
+    kept_offsets: Tensor | None,
     shift: Tensor,
     log_sum: Tensor,
     entropy: Tensor,
@@ -133,11 +148,12 @@ def backward(
     counts = grad_log_probs != 0
     if grad_entropy is not None:
         counts |= grad_entropy != 0
-    index, hidden, token_ids, temperature, shift, log_sum, grad_log_probs, grad_entropy, entropy = counted_rows(
+    index, hidden, token_ids, temperature, kept, shift, log_sum, grad_log_probs, grad_entropy, entropy = counted_rows(
         counts & (token_ids != IGNORE_INDEX),
         hidden,
         token_ids,
         temperature,
+        KeptRows.of(kept_ids, kept_offsets),
         shift,
         log_sum,
         grad_log_probs,
@@ -145,7 +161,7 @@ def backward(
         None if grad_entropy is None else entropy,
     )
     gradients = Gradients(kernels, hidden, weight, needs)
-    for rows, tile in logit_tiles(kernels, hidden, weight, bias, softcap):
+    for rows, tile in logit_tiles(kernels, hidden, weight, bias, softcap, kept):
         grad_tile = gradient_in_place(tile, hidden.dtype)
         per_row = (token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy)
         kernels.backward_of_tile(tile, *at_rows(rows, *per_row), grad_tile, bias, softcap)

@@ -4,6 +4,8 @@ With x = logits / temperature and p = softmax(x):
     log_prob = x_y - logsumexp(x)            d log_prob / d logits = (onehot_y - p) / temperature
     entropy  = logsumexp(x) - sum_j p_j x_j  d entropy  / d logits = -p (log p + entropy) / temperature
 
+With the tokens that a sampler kept, all other logits are -inf, and p is over the kept ones (ops/kept_logits).
+
 Between forward and backward a row is kept as two numbers, log p_j = (logits_j - shift) / temperature - log_sum:
 their sum, logsumexp, would lose the digits of a row that is far from 0.
 """
@@ -18,6 +20,9 @@ from torch import Tensor
 from ...backends import resolve
 from ...checks import always_looks, check_contents, check_float_matrix, check_token_ids, per_token_temperature
 from ...library import register
+from ...sampling_mask import SamplingMask
+from ..kept_logits.op import check_kept, kept_logits
+from ..kept_logits.reference import kept_logits_reference
 from .reference import token_logprobs_reference
 
 _BACKENDS = ("reference", "cpu", "triton")
@@ -28,6 +33,7 @@ def token_logprobs(
     token_ids: Tensor,
     *,
     temperature: float | Tensor = 1.0,
+    kept: SamplingMask | None = None,
     with_entropy: bool = False,
     check: bool = False,
     backend: str = "auto",
@@ -39,6 +45,10 @@ def token_logprobs(
     token_ids: [B, L] or [T], int32 or int64; -100 gives 0 and no gradient. An id out of range raises ValueError on
         the CPU, gives NaN on the GPU, and raises there too with check=True, which waits for the device.
     temperature: above 0, a number or one float per token.
+    kept: the tokens that top-k, top-p or min-p kept at each position, as the sampler recorded them: log-probability
+        and entropy are then over those, and the gradient is 0 for all others. It costs a copy of the logits, which is
+        what the backward reads. A token outside of its own set raises ValueError on the CPU, gives NaN on the GPU, and
+        raises there too with check=True. A position whose kept logits are all -inf gives NaN.
     Returns log_probs, or (log_probs, entropy), of token_ids' shape. The logits are read once; the gradient reads
     them once more and writes once.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
@@ -49,18 +59,24 @@ def token_logprobs(
     backend = resolve(backend, logits.device, op="token_logprobs", supported=_BACKENDS)
     if check or always_looks(logits.device, backend):
         token_ids = check_contents(token_ids, logits.shape[-1], temperature)
+    token_ids, *sets = check_kept(kept, token_ids, logits.shape[-1], check, backend)
     if backend == "reference":
+        if kept is not None:
+            logits = kept_logits_reference(logits, *sets)
         log_probs, entropy = token_logprobs_reference(logits, token_ids, temperature)
     else:
         log_probs, entropy = _TokenLogprobs.apply(
-            logits, token_ids.contiguous(), temperature.contiguous(), with_entropy, backend
+            logits, *sets, token_ids.contiguous(), temperature.contiguous(), with_entropy, backend
         )
     return (log_probs, entropy) if with_entropy else log_probs
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, token_ids, temperature, with_entropy, backend):
+    def forward(ctx, logits, kept_ids, kept_offsets, token_ids, temperature, with_entropy, backend):
+        if kept_ids is not None:
+            # the kernels give those of -inf a gradient of exactly 0, which is the one by the whole logits
+            logits = kept_logits(logits, kept_ids, kept_offsets, backend)
         log_probs, entropy, *row = token_logprobs_forward(logits, token_ids, temperature, with_entropy, backend)
         ctx.save_for_backward(logits, token_ids, temperature, *row, entropy)
         ctx.backend = backend
@@ -72,7 +88,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad_log_probs, grad_entropy):
         logits, token_ids, temperature, shift, log_sum, entropy = ctx.saved_tensors
         if grad_log_probs is None and grad_entropy is None:
-            return None, None, None, None, None
+            return (None,) * 7
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(log_sum)
         if grad_entropy is not None:
@@ -88,7 +104,7 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_entropy,
             ctx.backend,
         )
-        return grad_logits, None, None, None, None
+        return grad_logits, *(None,) * 6
 
 
 def _kernels(backend: str):

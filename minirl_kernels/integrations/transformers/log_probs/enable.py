@@ -24,6 +24,7 @@ def enable_log_probs(model: nn.Module) -> nn.Module:
     New keywords of model(...), not of model.forward(...):
         token_ids: [B, L] int32 or int64, ids that the positions score: nothing is shifted; -100 scores nothing.
         temperature: divides the logits; a number or one float32 per token.
+        kept: a SamplingMask [B, L], the tokens that the sampler kept at each position.
         policy_loss: a dict, keyword arguments of `fused_linear_policy_loss` (old_log_probs, advantages, …).
         Tensors are moved to the model's device. With them, an attention_mask that is padded on the left and no
         position_ids, position_ids are derived from the mask, as `generate` does.

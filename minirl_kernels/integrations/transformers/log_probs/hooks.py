@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from ....ops.fused_linear_policy_loss import fused_linear_policy_loss
 from ....ops.linear_token_logprobs import linear_token_logprobs
+from ....sampling_mask import SamplingMask
 from ..packing import refuse_packed
 from .after_head import AfterHead
 from .calls import Call, current_call, set_call
@@ -24,7 +25,7 @@ from .head import gives_float32, is_taken, linear_of
 from .output import restored, with_fields
 from .positions import Positions
 
-_KEYWORDS = ("token_ids", "temperature", "policy_loss")
+_KEYWORDS = ("token_ids", "temperature", "kept", "policy_loss")
 _REPLACED = "the output embeddings were replaced after enable_log_probs: it must be called again"
 
 
@@ -126,6 +127,7 @@ class LogProbsHooks:
             "bias": bias,
             "token_ids": _moved(call.arguments["token_ids"], hidden),
             "temperature": _moved(call.arguments.get("temperature", 1.0), hidden),
+            "kept": _moved(call.arguments.get("kept"), hidden),
             "logit_scale": self.after.scale,
             "logit_softcap": self.after.softcap,
         }
@@ -176,7 +178,7 @@ def _check_float32(given: dict[str, Any]) -> None:
 
 def _moved(value: Any, hidden: Tensor) -> Any:
     """Wrappers move what a model is given to its device; these never got it."""
-    return value.to(hidden.device) if isinstance(value, Tensor) else value
+    return value.to(hidden.device) if isinstance(value, (Tensor, SamplingMask)) else value
 
 
 def is_sharded(module: nn.Module) -> bool:
