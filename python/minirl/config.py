@@ -34,7 +34,7 @@ class TaskConfig:
     """Where prompts come from, and how a response is graded."""
 
     kind: Literal["arithmetic", "jsonl"] = "arithmetic"
-    """arithmetic: sums, graded by exact match. jsonl: lines of prompt and answer, graded by math-verify."""
+    """arithmetic: sums, graded by exact match. jsonl: lines of prompt and answer, graded as text or by math-verify."""
     max_operand: int = 99
     """Largest number to be added (arithmetic)."""
     path: str | None = None

@@ -150,14 +150,18 @@ class Trainer:
         return nullcontext() if micro.routed_experts is None else replay_routing(self.model, micro.routed_experts)
 
     def update(self, minibatch: Batch) -> Update:
-        """One optimizer update from a mini-batch of whole groups, in micro-batches."""
+        """One optimizer update from a mini-batch of whole groups, in micro-batches.
+
+        Raises MiniRLError if it diverges; a loss that overflows names the token.
+        """
         counts = {
             "num_responses": len(minibatch),
             "num_tokens": int(minibatch.loss_mask.sum()),
             "num_groups": self.config.prompts_per_minibatch,
         }
         outputs, agreement = [], Agreement()
-        for micro in minibatch.micro_batches(self.config.micro_batch_size, self.model.device):
+        micro_batches = minibatch.micro_batches(self.config.micro_batch_size, self.model.device)
+        for number, micro in enumerate(micro_batches):
             policy_loss = {
                 "old_log_probs": micro.old_log_probs,
                 "rollout_log_probs": micro.rollout_log_probs,
@@ -169,7 +173,14 @@ class Trainer:
                 **counts,
             }
             with self._replaying(micro) as replay:
-                output = self._forward(self.model, micro, policy_loss=policy_loss).policy_loss
+                try:
+                    output = self._forward(self.model, micro, policy_loss=policy_loss).policy_loss
+                except ValueError as error:
+                    first = number * self.config.micro_batch_size
+                    raise MiniRLError(
+                        f"an update cannot be computed: {error} (responses of this mini-batch from {first} on); if the "
+                        "model has diverged, try a smaller optimizer.lr"
+                    ) from error
                 output.loss.backward()
             outputs.append(output)
             agreement += Agreement.of(replay, micro)

@@ -161,6 +161,17 @@ def test_log_probs_that_are_not_finite_are_told(config, make_trainer, name):
         trainer.with_old_log_probs(batch)
 
 
+def test_a_loss_that_overflows_is_told(config, make_trainer):
+    config = replace(config, micro_batch_size=config.rollout.group_size)
+    trainer = make_trainer(config, policy_loss=PolicyLossConfig.reinforce())
+    batch = next(collected(trainer).split(config.minibatch_size))
+    batch.advantages[:] = 1.0
+    batch.rollout_log_probs[config.rollout.group_size] -= 200  # exp(200) is no float32
+    with pytest.raises(MiniRLError, match=r"the loss overflows at token .* of response 0, ") as raised:
+        trainer.update(batch)
+    assert f"(responses of this mini-batch from {config.rollout.group_size} on)" in str(raised.value)
+
+
 def test_supervised_loss_is_the_cross_entropy_of_the_answers(config):
     model, tokenizer = make_model(config)
     input_ids, is_answer = answered([Problem("1+2=", "3"), Problem("12+25=", "37")], tokenizer)
