@@ -92,6 +92,7 @@ def op_arguments():
         # registered where the integration with transformers is imported
         "checked_mask": [(torch.tensor([True]), spans, "nothing is wrong")],
         "checked_window": [(spans, 6)],
+        "refuse_restarts": [(torch.arange(6).view(2, 3), "nothing")],
         "elementwise": [(logits, "silu", 0.0, 0.0), (logits.half(), "softplus", 1.0, 20.0)],
         "elementwise_backward": [(logits, logits + 1, "gelu_tanh", 0.0, 0.0)],
         "linear": [

@@ -62,6 +62,7 @@ SCHEMA = {
     "staleness": None,
     "importance_weight": dict.fromkeys(
         (
+            "num_overflow_tokens",
             "clip_fraction_high",
             "clip_fraction_low",
             "truncation_fraction",

@@ -32,8 +32,9 @@ from ...triton_tiles import (
 
 @triton.jit
 def times(weight, factor):
-    """weight * factor, with 0 where the factor is 0 even if the weight overflowed; NaN goes through."""
-    return tl.where((factor == 0) & (weight == weight), 0.0, weight * factor)
+    """weight * factor, with 0 where one of them is 0 even if the other overflowed; NaN goes through."""
+    nothing = ((factor == 0) & (weight == weight)) | ((weight == 0) & (factor == factor))
+    return tl.where(nothing, 0.0, weight * factor)
 
 
 @triton.jit
