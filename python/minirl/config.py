@@ -211,6 +211,8 @@ class TrainConfig:
             )
         if self.task.kind == "jsonl" and self.task.path is None:
             raise MiniRLError("task.path is none with task.kind='jsonl': it must be a file of prompts and answers")
+        if self.task.kind == "arithmetic" and self.task.path is not None:
+            raise MiniRLError(f"task.path is {self.task.path!r} with task.kind='arithmetic': the kind must be 'jsonl'")
         if self.task.kind == "jsonl" and self.model.path is None:
             raise MiniRLError("model.path is none with task.kind='jsonl': it must be a model that has a tokenizer")
 

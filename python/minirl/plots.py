@@ -161,7 +161,7 @@ def _scale(axes: Axes, panel: Panel, values: list[float]) -> None:
     axes.ticklabel_format(axis="y", scilimits=(-3, 4))
     axes.yaxis.get_offset_text().set_fontsize(8)
     if not panel.unit_interval:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     elif all(0 <= value <= 1 for value in values):
         axes.set_ylim(-0.03, 1.03)
 

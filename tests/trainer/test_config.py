@@ -107,6 +107,7 @@ def test_file_that_cannot_be_read(tmp_path):
         (f"[task]\nheld_out_fraction = 1\n{MODEL}", "task.held_out_fraction is 1.0: it must be between 0 and 1"),
         (f"[task]\nmax_operand = 5000\n{MODEL}", "task.max_operand is 5000: it must be between 1 and 999"),
         (f'[task]\nkind = "jsonl"\n{MODEL}', "task.path is none with task.kind='jsonl'"),
+        (f'[task]\npath = "x"\n{MODEL}', "task.path is 'x' with task.kind='arithmetic': the kind must be 'jsonl'"),
         ('[task]\nkind = "jsonl"\npath = "x"\n[model.config]\na = 1', "model.path is none with task.kind='jsonl'"),
         (
             f'preset = "cispo"\nmicro_batch_size = 12\n{MODEL}',
