@@ -96,7 +96,13 @@ def operations(key: str) -> Iterator[tuple[str, Callable]]:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The composite above autograd: torch rounds before it adds the bias where x is no matrix and not contiguous."""
-    if x.dim() == 0 or weight.dim() != 2 or bias.dim() != 1 or x.shape[-1] != weight.shape[1]:
+    if (
+        x.dim() == 0
+        or weight.dim() != 2
+        or bias.dim() != 1
+        or x.shape[-1] != weight.shape[1]
+        or len(bias) != len(weight)
+    ):
         return NotImplemented
     rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
     return torch.addmm(bias, rows, weight.t()).view(*x.shape[:-1], len(weight))
@@ -109,12 +115,22 @@ def _product(function: Callable, dims, kernels, first: Tensor, *args, out: Tenso
         a, b = args if len(args) == 2 else (first, *args)
         if (a.dim(), b.dim()) != dims:
             return NotImplemented
+        # of a sum of nothing too, torch checks the addend
+        if len(args) == 2 and not (a.numel() and b.numel()) and not _expands(first, a, b):
+            return NotImplemented
     if out is not None:
         kwargs["out"] = out
     try:
         return function(kernels, first, *args, **kwargs)
     except (TypeError, ValueError):  # out of the contract of our products
         return NotImplemented
+
+
+def _expands(addend: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether it broadcasts to the shape of the product of a and b."""
+    shape = (*a.shape[:-1], *b.shape[a.dim() - 1 :])
+    sizes = zip(reversed(addend.shape), reversed(shape), strict=False)
+    return addend.dim() <= len(shape) and all(size in (1, wanted) for size, wanted in sizes)
 
 
 def _softmax(kernels, log: bool, x: Tensor, dim: int, half_to_float: bool) -> Tensor:

@@ -49,7 +49,8 @@ def replay_routing(model: nn.Module, routed_experts: RoutedExperts, *, check: bo
     check: as in moe_routing, for a GPU.
     Covers one forward and its backward, both inside: a recompute of gradient checkpointing replays the same rows.
     Yields RoutingReplay, what the replay made of them. Raises what record_routing raises; ValueError where layers,
-    experts or tokens are not the model's; RuntimeError for a second forward.
+    experts or tokens are not the model's; RuntimeError for a second forward, and at its end for none: a copy or an
+    exported program of the model is not the model.
     """
     if not isinstance(routed_experts, RoutedExperts):
         raise TypeError(f"routed_experts is a {type(routed_experts).__name__}: it must be RoutedExperts")
@@ -57,6 +58,7 @@ def replay_routing(model: nn.Module, routed_experts: RoutedExperts, *, check: bo
     replay = RoutingReplay(found, routed_experts, check)
     with hooked("replay_routing", model, found, replay):
         yield replay
+    replay.check_used()
 
 
 class RoutingRecord:
@@ -144,12 +146,17 @@ class RoutingReplay:
     def margin(self) -> Tensor:
         return self._stacked("margin")
 
-    def _stacked(self, field: str) -> Tensor:
+    def check_used(self) -> None:
+        """Raises RuntimeError unless every router has routed."""
         for router, routing in zip(self._routers, self._routings, strict=True):
             if routing is None:
                 raise RuntimeError(
-                    f"replay_routing saw no forward through {router.name}: run the model inside it first"
+                    f"replay_routing saw no forward through {router.name}: run the model inside it first, itself and "
+                    "no copy or exported program of it"
                 )
+
+    def _stacked(self, field: str) -> Tensor:
+        self.check_used()
         device = self._routings[0].mass.device
         return torch.stack([getattr(routing, field).to(device) for routing in self._routings], 1)
 

@@ -85,7 +85,12 @@ class RunDir:
 
     def _files(self) -> tuple[Path, ...]:
         reports = (self.discrepancy, self.discrepancy_picture)
-        earlier = [path for report in reports for path in self.path.glob(f"{report.stem}-[0-9]*{report.suffix}")]
+        earlier = [
+            path
+            for report in reports
+            for path in self.path.glob(f"{report.stem}-*{report.suffix}")
+            if path.stem.removeprefix(f"{report.stem}-").isdecimal()
+        ]
         return self.config, self.metrics, self.curves, *reports, *earlier
 
     def existing(self) -> RunDir:

@@ -133,6 +133,8 @@ CALLS = {
     "linear with a matrix of biases": lambda: F.linear(batch, matrix.T, torch.ones(4, 5)),
     "linear by a vector": lambda: F.linear(batch, vector),
     "linear of nothing": lambda: F.linear(batch[:, :0], matrix.T, torch.ones(5)),
+    "linear of nothing with too long a bias": lambda: F.linear(x[:0], matrix.T, torch.ones(3)),
+    "linear of nothing with a matrix of biases": lambda: F.linear(batch[:0], matrix.T, torch.ones(3, 5)),
     "linear over nothing": lambda: F.linear(batch[..., :0], matrix.T[:, :0], torch.ones(5)),
     "linear of a vector": lambda: F.linear(vector, matrix.T, torch.ones(5)),
     "linear of five dimensions": lambda: F.linear(batch[:, None, :, None].mT.mT, matrix.T, torch.ones(5)),

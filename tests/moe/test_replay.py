@@ -237,8 +237,8 @@ def test_a_recompute_of_a_forward_from_before_the_context_raises(reentrant):
     model.enable_input_require_grads()
     loss = loss_of(model, ids)
     with (
-        replay_routing(model, random_experts(model, ids.numel())),
         pytest.raises(RuntimeError, match="inside a replay_routing that its forward was not in"),
+        replay_routing(model, random_experts(model, ids.numel())),
     ):
         loss.backward()
 
@@ -351,8 +351,8 @@ def test_routed_experts_of_another_model(change, said):
 def test_rows_of_another_batch(tokens):
     model, ids = tiny("Qwen3Moe"), token_ids()
     with (
-        replay_routing(model, random_experts(model, tokens)),
         pytest.raises(ValueError, match=rf"has {tokens} tokens: model\.layers\.0\.mlp\.gate was given 18"),
+        replay_routing(model, random_experts(model, tokens)),
     ):
         model(ids)
 
@@ -403,8 +403,8 @@ def test_asked_before_anything_ran():
     with record_routing(model) as record, pytest.raises(RuntimeError, match="saw no forward"):
         _ = record.routed_experts
     with (
-        replay_routing(model, random_experts(model, ids.numel())) as replay,
         pytest.raises(RuntimeError, match=r"saw no forward through model\.layers\.0\.mlp\.gate"),
+        replay_routing(model, random_experts(model, ids.numel())) as replay,
     ):
         _ = replay.agreement
     with (

@@ -1,5 +1,7 @@
 """record_routing and replay_routing on models that torch.compile has a hand in, before, within and after."""
 
+import copy
+
 import pytest
 import torch
 
@@ -181,8 +183,8 @@ def test_a_model_whose_forward_is_a_captured_graph(context):
     model.model.forward = lambda *_, **__: output
     routed = random_experts(ids.numel())
     with (
-        record_routing(model) if context == "record" else replay_routing(model, routed),
         pytest.raises(RuntimeError, match=r"_routing: the forward left out model\.layers\.0\.mlp\.gate"),
+        record_routing(model) if context == "record" else replay_routing(model, routed),
     ):
         model.model(input_ids=ids)
 
@@ -197,12 +199,26 @@ def test_a_later_forward_that_leaves_a_router_out_is_noticed():
             model(ids)
 
 
-def test_a_context_in_which_nothing_runs_is_silent():
+def test_a_recording_in_which_nothing_runs_is_silent():
+    with record_routing(model_of_two_layers()):
+        pass
+
+
+def exported(model, ids):
+    return torch.export.export(model, (ids,), {"use_cache": False}, strict=False).module()
+
+
+@pytest.mark.parametrize("other", [lambda model, _: copy.deepcopy(model), exported], ids=["copy", "exported program"])
+def test_a_replay_around_another_model_raises(other):
+    """A copy and an exported program of a model have none of its hooks, and would route naturally."""
     model, ids = model_of_two_layers(), token_ids()
-    with record_routing(model):
-        pass
-    with replay_routing(model, random_experts(ids.numel())):
-        pass
+    runs = other(model, ids)
+    with (
+        pytest.raises(RuntimeError, match=r"saw no forward through .* no copy or exported program of it"),
+        torch.no_grad(),
+        replay_routing(model, random_experts(ids.numel())),
+    ):
+        runs(ids, use_cache=False)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])

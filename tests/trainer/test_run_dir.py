@@ -68,12 +68,13 @@ def test_a_file_that_cannot_be_made_leaves_the_old_one(tmp_path):
 
 
 def test_overwrite_leaves_other_files_of_the_folder(run_folder, config_file):
-    others = [run_folder / name for name in ("notes.md", "model-of-before/weights", "figures/loss.png")]
+    names = ("notes.md", "model-of-before/weights", "figures/loss.png", "discrepancy-2026-notes.json")
+    others = [run_folder / name for name in names]
     for path in others:
         path.parent.mkdir(exist_ok=True)
         path.write_text("mine")
     main(["train", str(config_file()), "--overwrite", "--steps", "1", "--cold-start.steps", "0"])
-    assert [path.read_text() for path in others] == ["mine"] * 3
+    assert [path.read_text() for path in others] == ["mine"] * 4
     assert len((run_folder / "metrics.jsonl").read_text().splitlines()) == 2
     assert len(list((run_folder / "tensorboard").iterdir())) == 1  # the events of the run before are gone
 
