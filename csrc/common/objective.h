@@ -32,9 +32,10 @@ struct TokenLoss {
   double loss, grad;  // grad = d loss / d log_prob
 };
 
-// weight * factor, with 0 where the factor is 0 even if the weight overflowed; NaN goes through
+// weight * factor, with 0 where one of them is 0 even if the other overflowed; NaN goes through
 MINIRL_SHARED double times(double weight, double factor) {
-  return factor == 0 && weight == weight ? 0 : weight * factor;
+  const bool nothing = (factor == 0 && weight == weight) || (weight == 0 && factor == factor);
+  return nothing ? 0 : weight * factor;
 }
 
 // bounds that let NaN through

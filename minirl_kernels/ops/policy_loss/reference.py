@@ -103,5 +103,6 @@ def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> tupl
 
 
 def _times(weight: Tensor, factor: Tensor) -> Tensor:
-    """weight * factor, with 0 where the factor is 0 even if the weight overflowed; NaN goes through."""
-    return torch.where((factor == 0) & ~weight.isnan(), 0.0, weight * factor)
+    """weight * factor, with 0 where one of them is 0 even if the other overflowed; NaN goes through."""
+    nothing = ((factor == 0) & ~weight.isnan()) | ((weight == 0) & ~factor.isnan())
+    return torch.where(nothing, 0.0, weight * factor)
