@@ -10,25 +10,22 @@ import torch
 import torch.distributed as dist
 from kept_cases import random_mask
 from linear_head import random_head
+from ranks import run_ranks
 
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss, linear_token_logprobs
 
-RANKS = 2
 # equal halves, those of torch.chunk, and a rank without a part
 SHARDS = [(17, 17), (31, 30), (34, 0)]
 
 
 def run(call: str, backend: str = "cpu") -> None:
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_check_rank, (call, backend, Path(folder) / "store"), nprocs=RANKS)
+        run_ranks(_check_rank, Path(folder), call, backend)
 
 
-def _check_rank(rank: int, call: str, backend: str, store: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+def _check_rank(rank: int, call: str, backend: str) -> None:
     for sizes in SHARDS:
         _check_split(rank, call, backend, sizes)
-    dist.destroy_process_group()
 
 
 def _check_split(rank: int, call: str, backend: str, sizes: tuple[int, int]) -> None:

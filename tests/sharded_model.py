@@ -7,23 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from ranks import RANKS, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from minirl_kernels.integrations.transformers import enable_log_probs
 
-RANKS = 2
-
 
 def run(folder: Path) -> None:
-    torch.multiprocessing.spawn(_check_rank, (folder / "store",), nprocs=RANKS)
+    run_ranks(_check_rank, folder)
 
 
-def _check_rank(rank: int, store: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+def _check_rank(rank: int) -> None:
     torch.manual_seed(0)
     sizes = {
         "hidden_size": 16,
@@ -62,7 +58,6 @@ def _check_rank(rank: int, store: Path) -> None:
     apart = _sharded(copy.deepcopy(whole), True, head_apart=True)
     with pytest.raises(TypeError, match="the weight of the output embeddings is a DTensor: it must be a plain tensor"):
         loss_of(apart, slice(None))
-    dist.destroy_process_group()
 
 
 def _sharded(model, enable_first, head_apart=False):

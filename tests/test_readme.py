@@ -12,9 +12,10 @@ BLOCKS = blocks(README, "python")
 LOSSES = [number for number, block in enumerate(BLOCKS) if "loss.backward()" in block]
 
 
-def test_a_new_interpreter_runs_them():
+def test_a_new_interpreter_runs_them(tmp_path):
     """Each prints something or asserts something at its end, but for those that make what the next ones use."""
-    done = subprocess.run([sys.executable, "-c", "\n".join(BLOCKS)], capture_output=True, text=True)
+    code = "\n".join(BLOCKS)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == len(LOSSES)
     assert len(LOSSES) == 5

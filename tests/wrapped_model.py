@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from causal_models import V, gradients, make
+from ranks import RANKS, run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -25,12 +25,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minirl_kernels.integrations.transformers import enable_log_probs
 
-RANKS = 2
 BF16 = torch.bfloat16
 
 
 def run(names: list[str], folder: Path) -> None:
-    torch.multiprocessing.spawn(_check_rank, (names, folder / "store"), nprocs=RANKS)
+    run_ranks(_check_rank, folder, names)
 
 
 def ddp(**options):
@@ -99,14 +98,11 @@ IN_16_BITS = {
 }
 
 
-def _check_rank(rank: int, names: list[str], store: Path) -> None:
-    torch.set_num_threads(1)
+def _check_rank(rank: int, names: list[str]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="localhost")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     for name in names:
         for enable_first in (True, False):
             _check(rank, name, enable_first)
-    dist.destroy_process_group()
 
 
 def _check(rank: int, name: str, enable_first: bool) -> None:

@@ -29,11 +29,6 @@ def calls(name: str) -> int:
     return _calls.count if _calls.last == name else 0
 
 
-def all_calls() -> int:
-    """How many operations of this thread have run as ours."""
-    return _calls.count
-
-
 def install(is_wanted: Callable[[], bool]) -> None:
     """Override, for all threads; a call in a thread that does not want ours stays torch's."""
     global _library

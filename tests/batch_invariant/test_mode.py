@@ -362,6 +362,22 @@ def test_a_compiled_function_cannot_enter_it():
     assert not is_batch_invariant()
 
 
+def test_an_audit_in_inference_mode_lists_the_same():
+    """There, torch hands whole composites such as linear to a dispatch mode."""
+    x, weight = torch.randn(2, 3, 8), torch.randn(8, 8)
+    found = {}
+    for without_gradient in (torch.no_grad, torch.inference_mode):
+        with without_gradient(), batch_invariant_mode(), audit() as found[without_gradient]:
+            torch.nn.functional.linear(x, weight, weight[0]).softmax(-1).matmul(weight).logsumexp(-1)
+    assert found[torch.no_grad] == found[torch.inference_mode]
+    assert found[torch.no_grad].covered.keys() == {
+        "aten::addmm (float32)",
+        "aten::_softmax (float32)",
+        "aten::mm (float32)",
+    }
+    assert found[torch.no_grad].not_covered.keys() == {"aten::logsumexp (float32)"}
+
+
 def test_audit():
     x, w = cancelling(5, torch.bfloat16)
     with batch_invariant_mode(), audit() as found:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import batch_at_bounds, random_batch
+from ranks import run_ranks
 from two_ranks import LENGTHS, metrics_of, reduce_a_part
 
 from minirl_kernels import PolicyLossConfig, PolicyLossMetrics, policy_loss
@@ -161,7 +162,7 @@ def test_they_are_tensors_without_gradient():
 
 
 def test_all_reduce_over_two_processes(tmp_path):
-    torch.multiprocessing.spawn(reduce_a_part, args=(tmp_path,), nprocs=2)
+    run_ranks(reduce_a_part, tmp_path, tmp_path)
     whole = metrics_of(random_batch(LENGTHS)).compute()
     for rank in range(2):
         reduced = PolicyLossMetrics(**torch.load(tmp_path / f"{rank}.pt"))
