@@ -1,7 +1,7 @@
 """Which implementation runs an op, and why another one cannot.
 
-An op has up to four: `reference` (eager torch, any device), `cpu` (the native module `_C`), `triton` and
-`cuda`. `backend="auto"` follows the device of the tensors; a backend named explicitly never falls back.
+An op has up to three: `reference` (eager torch, any device), `cpu` (the native module `_C`) and `triton`.
+`backend="auto"` follows the device of the tensors; a backend named explicitly never falls back.
 """
 
 import ctypes
@@ -14,8 +14,8 @@ from typing import Literal
 
 import torch
 
-Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+Backend = Literal["auto", "reference", "cpu", "triton"]
+BACKENDS = ("reference", "cpu", "triton")
 
 _native: ModuleType | None = None
 _native_reason: str | None = None
@@ -97,8 +97,6 @@ def _missing(backend: str, device_type: str | None) -> str | None:
                 f"it runs on CUDA tensors, these are on {device_type} "
                 "(TRITON_INTERPRET=1 runs the kernels on CPU tensors, in Triton's interpreter)"
             )
-    if backend == "cuda":
-        return "no CUDA C++ kernel is an op by itself: what MINIRL_CUDA=ON builds serves the Triton backend"
     return None
 
 

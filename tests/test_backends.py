@@ -7,7 +7,7 @@ import torch
 from minirl_kernels import backends
 
 CPU, CUDA, MPS = torch.device("cpu"), torch.device("cuda", 0), torch.device("mps")
-ALL = ("reference", "cpu", "triton", "cuda")
+ALL = ("reference", "cpu", "triton")
 
 
 def resolve(backend, device, supported=ALL):
@@ -56,7 +56,6 @@ def test_unknown_or_unsupported_name(name):
         ("cpu", CUDA, "it runs on CPU tensors, these are on cuda"),
         ("triton", CPU, "it runs on CUDA tensors, these are on cpu .*TRITON_INTERPRET=1"),
         ("triton", MPS, "it runs on CUDA tensors, these are on mps"),
-        ("cuda", CUDA, "no CUDA C"),
     ],
 )
 def test_explicit_backend_never_falls_back(backend, device, reason):
@@ -111,7 +110,7 @@ def test_advice_when_the_native_module_is_missing(has_sources, advice, monkeypat
 
 
 def test_unavailable_reason_of_an_unknown_backend():
-    with pytest.raises(ValueError, match="backend is 'auto'; it must be one of reference, cpu, triton, cuda"):
+    with pytest.raises(ValueError, match="backend is 'auto'; it must be one of reference, cpu, triton"):
         backends.unavailable_reason("auto")
 
 

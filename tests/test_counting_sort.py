@@ -54,10 +54,10 @@ def test_against_sorted(items, num_keys, segments, counting_sort):
 def test_as_a_gpu_is_asked_for_it(items, num_experts, counting_sort, monkeypatch):
     """With experts that are none, which come last; the same as torch's."""
     pytest.importorskip("triton", reason="triton is not installed")
-    from minirl_kernels.ops.moe_experts import gpu
+    from minirl_kernels.ops.moe_experts import triton
 
     native = SimpleNamespace(counting_sort=counting_sort, most_segments=64)
-    monkeypatch.setattr(gpu, "native", lambda: native)
+    monkeypatch.setattr(triton, "native", lambda: native)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=None))
     keys = torch.randint(-2, num_experts + 2, (items,), generator=torch.Generator().manual_seed(0))
-    assert all(map(torch.equal, gpu.native_sort(keys, num_experts), gpu.torch_sort(keys, num_experts)))
+    assert all(map(torch.equal, triton.native_sort(keys, num_experts), triton.torch_sort(keys, num_experts)))

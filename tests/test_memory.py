@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 
-from minirl_kernels.memory import rounded
+from minirl_kernels.common.memory import rounded
 
 LARGE = 2**20  # float32, from where it is done in place
 

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from helpers import tables_of_one_order
+from policy_batches import tables_of_one_order
 
 from minirl_kernels import backends
-from minirl_kernels.native_matmul import matmul_into
+from minirl_kernels.common.native_matmul import matmul_into
 
 pytestmark = pytest.mark.usefixtures("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

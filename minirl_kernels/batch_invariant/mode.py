@@ -14,19 +14,12 @@ from contextlib import contextmanager
 
 import torch
 
-from ..uncompiled import hold_uncompiled, release_uncompiled
+from ..common.invariance import is_batch_invariant, of_this_thread, set_everywhere, set_in_this_thread
+from ..common.uncompiled import hold_uncompiled, release_uncompiled
 from . import overrides
 
-_KEY = "minirl_kernels.batch_invariant"
 _lock = threading.Lock()
 _holders = 0  # contexts, and threads or the process that enabled the mode: the overrides stay until there is none
-_everywhere = False
-
-
-def is_batch_invariant() -> bool:
-    """Whether the mode is on in this thread."""
-    wanted = _of_this_thread()
-    return _everywhere if wanted is None else wanted
 
 
 @contextmanager
@@ -59,25 +52,20 @@ def disable_batch_invariant_mode() -> None:
 
 def follow_environment() -> None:
     """Raises ValueError for a MINIRL_BATCH_INVARIANT that is neither 0 nor 1."""
-    global _everywhere
     value = os.environ.get("MINIRL_BATCH_INVARIANT", "")
     if value not in ("", "0", "1"):
         raise ValueError(f"MINIRL_BATCH_INVARIANT is {value!r}: it must be 1, 0 or unset")
-    if value == "1" and not _everywhere:
+    if value == "1":
         _hold()
-        _everywhere = True
-
-
-def _of_this_thread() -> bool | None:
-    return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
+        set_everywhere()
 
 
 def _set(enabled: bool) -> None:
     _refuse_compilation()
-    before = _of_this_thread()
+    before = of_this_thread()
     if enabled and not before:
         _hold()
-    torch._C._stash_obj_in_tls(_KEY, enabled)
+    set_in_this_thread(enabled)
     if before and not enabled:
         _release()
 
@@ -87,12 +75,12 @@ def _change(enabled: bool) -> Iterator[None]:
     _refuse_compilation()
     if enabled:
         _hold()
-    before = _of_this_thread()
-    torch._C._stash_obj_in_tls(_KEY, enabled)
+    before = of_this_thread()
+    set_in_this_thread(enabled)
     try:
         yield
     finally:
-        torch._C._stash_obj_in_tls(_KEY, before)
+        set_in_this_thread(before)
         if enabled:
             _release()
 

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..checks import FLOAT_DTYPES
+from ..common.checks import FLOAT_DTYPES
 from ..ops.matmul import aten as products
 from .known import EXACT_POWERS
 
@@ -64,7 +64,7 @@ _FACTORS = {
 
 def operations(key: str) -> Iterator[tuple[str, Callable]]:
     """(overload, function that computes its result) for a dispatch key, "CPU" or "CUDA"."""
-    folder = {"CPU": "cpu", "CUDA": "triton_kernel"}[key]
+    folder = {"CPU": "cpu", "CUDA": "triton"}[key]
 
     def kernels(op: str):
         return importlib.import_module(f"..ops.{op}.{folder}", __package__)

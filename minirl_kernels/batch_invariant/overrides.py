@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..checks import FLOAT_DTYPES
+from ..common.checks import FLOAT_DTYPES
 from .operations import PRODUCTS, linear, operations
 
 _library: torch.library.Library | None = None

@@ -16,8 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..common.uncompiled import hold_uncompiled, release_uncompiled
 from ..ops.moe_routing import Routing
-from ..uncompiled import hold_uncompiled, release_uncompiled
 from .routers import Router
 
 # the contexts of a thread; autograd's threads have those of the thread that called backward

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_integers, check_tensor
+from ..common.checks import check_integers, check_tensor
 from . import formats
 
 

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ops.attention import gpu, triton_kernel
-from ..ops.attention.triton_kernel import TileConfig
+from ..ops.attention import kernels, triton
+from ..ops.attention.kernels import TileConfig
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ SCALE = 0.1
 
 
 def _forward(operands: Operands, *, causal: bool = True, for_backward: bool = True) -> tuple[Tensor, ...]:
-    out, stats = gpu.forward(operands.q, operands.k, operands.v, operands.spans, causal, SCALE, for_backward)
+    out, stats = triton.forward(operands.q, operands.k, operands.v, operands.spans, causal, SCALE, for_backward)
     return (out, stats) if for_backward else (out,)
 
 
@@ -147,7 +147,7 @@ def _empty_grad(x: Tensor) -> Tensor:
 def _backward_q(operands: Operands, *, causal: bool = True, needed: bool = True) -> tuple[Tensor, ...]:
     grad = _empty_grad(operands.q) if needed else None
     read = (operands.q, operands.k, operands.v, operands.spans, operands.out, operands.stats, operands.grad_out)
-    deltas = triton_kernel.backward_q(*read, causal, SCALE, grad)
+    deltas = kernels.backward_q(*read, causal, SCALE, grad)
     return (deltas, grad) if needed else (deltas,)
 
 
@@ -156,7 +156,7 @@ def _backward_kv(
 ) -> tuple[Tensor, ...]:
     grads = (_empty_grad(operands.k) if of_k else None, _empty_grad(operands.v) if of_v else None)
     read = (operands.q, operands.k, operands.v, operands.spans, operands.stats, operands.grad_out, operands.deltas)
-    triton_kernel.backward_kv(*read, causal, SCALE, *grads)
+    kernels.backward_kv(*read, causal, SCALE, *grads)
     return tuple(grad for grad in grads if grad is not None)
 
 
@@ -208,9 +208,9 @@ def _loads_of_backward_kv(sizes: Sizes, config: TileConfig, split: bool, item: i
 
 
 KERNELS = (
-    AttentionKernel("attention", _forward, triton_kernel.attention_config, _loads_of_forward),
-    AttentionKernel("attention backward q", _backward_q, triton_kernel.backward_q_config, _loads_of_backward_q),
-    AttentionKernel("attention backward k, v", _backward_kv, triton_kernel.backward_kv_config, _loads_of_backward_kv),
+    AttentionKernel("attention", _forward, kernels.attention_config, _loads_of_forward),
+    AttentionKernel("attention backward q", _backward_q, kernels.backward_q_config, _loads_of_backward_q),
+    AttentionKernel("attention backward k, v", _backward_kv, kernels.backward_kv_config, _loads_of_backward_kv),
 )
 
 

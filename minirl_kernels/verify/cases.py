@@ -9,15 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .. import triton_scale
-from ..checks import IGNORE_INDEX
-from ..ops.fused_policy_loss import triton_kernel as fused_policy_loss
-from ..ops.kept_logits import triton_kernel as kept_logits
+from ..common.checks import IGNORE_INDEX
+from ..common.triton import scale
+from ..common.triton.launch import LaunchConfig
+from ..ops.fused_policy_loss import triton as fused_policy_loss
+from ..ops.kept_logits import triton as kept_logits
 from ..ops.kept_logits.op import KeptRows
 from ..ops.linear_token_logprobs.tiles import gradient_in_place
-from ..ops.moe_routing import triton_kernel as moe_routing
-from ..ops.token_logprobs import triton_kernel as token_logprobs
-from ..triton_tiles import LaunchConfig
+from ..ops.moe_routing import triton as moe_routing
+from ..ops.token_logprobs import triton as token_logprobs
 from . import attention_cases, expert_cases, matmul_cases, row_cases
 from .attention_cases import AttentionCase
 from .expert_cases import ExpertsCase
@@ -187,7 +187,7 @@ def _fused_policy_loss_in_place(rows: Rows) -> tuple[Tensor, ...]:
 
 
 def _scale(rows: Rows) -> tuple[Tensor, ...]:
-    triton_scale.scale_in_place(rows.logits, rows.temperature[0])
+    scale.scale_in_place(rows.logits, rows.temperature[0])
     return (rows.logits,)
 
 
@@ -238,7 +238,7 @@ KERNELS = (
     Kernel("token_logprobs", _token_logprobs_forward, token_logprobs.forward_config, _once, streams_out=False),
     Kernel("token_logprobs_backward", _token_logprobs_backward, token_logprobs.backward_config, _once),
     Kernel("fused_policy_loss", _fused_policy_loss_apart, fused_policy_loss.launch_config, _twice_less_a_tile),
-    Kernel("scale_in_place", _scale, triton_scale.launch_config, _once),
+    Kernel("scale_in_place", _scale, scale.launch_config, _once),
     Kernel("kept_logits", _kept_logits, kept_logits.launch_config, _nothing),
 )
 # over router logits, of which a row is one tile: they have sizes of their own

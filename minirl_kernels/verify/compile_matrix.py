@@ -135,7 +135,14 @@ Sources: `{fingerprint()}`
 
 def fingerprint() -> str:
     """Of the code of all kernels and launchers, but not of its comments and layout."""
-    sources = sorted([*PACKAGE.rglob("triton_*.py"), *PACKAGE.glob("verify/*cases.py")])
+    sources = sorted(
+        [
+            *PACKAGE.glob("ops/*/triton.py"),
+            *PACKAGE.glob("ops/*/kernels.py"),
+            *PACKAGE.glob("common/triton/*.py"),
+            *PACKAGE.glob("verify/*cases.py"),
+        ]
+    )
     code = "".join(ast.unparse(_without_docstrings(ast.parse(path.read_text()))) for path in sources)
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 

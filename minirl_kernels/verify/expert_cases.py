@@ -10,9 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ops.moe_experts import gpu, triton_kernel
-from ..ops.moe_experts.triton_kernel import Rows
-from ..triton_tiles import LaunchConfig, TileConfig
+from ..common.triton.launch import LaunchConfig, TileConfig
+from ..ops.moe_experts import kernels, triton
+from ..ops.moe_experts.kernels import Rows
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Operands:
             down_proj=strided(sizes.num_experts, hidden_size, width),
             gate_up=normal(sizes.pairs, 2 * width),
             activation=normal(sizes.pairs, width),
-            rows=gpu.sorted_rows(experts, sizes.num_experts),
+            rows=triton.sorted_rows(experts, sizes.num_experts),
         )
 
     def with_expert(self, by_row: Tensor) -> Tensor:
@@ -154,14 +154,14 @@ def _tiles(size: int, tile: int) -> int:
 def _up(operands: Operands, *, for_backward: bool = True) -> tuple[Tensor, ...]:
     activation = torch.empty_like(operands.activation)
     gate_up = torch.empty_like(operands.gate_up) if for_backward else None
-    triton_kernel.up(operands.hidden, operands.gate_up_proj, operands.rows, activation, gate_up)
+    kernels.up(operands.hidden, operands.gate_up_proj, operands.rows, activation, gate_up)
     return tuple(operands.with_expert(out) for out in (activation, gate_up) if out is not None)
 
 
 def _product(operands: Operands, *, transposed: bool) -> tuple[Tensor, ...]:
     x, matrix = (operands.gate_up, operands.gate_up_proj) if transposed else (operands.activation, operands.down_proj)
     y = operands.weights.new_empty(len(x), operands.hidden.shape[1])
-    triton_kernel.product(x, matrix, operands.rows, y, transposed=transposed)
+    kernels.product(x, matrix, operands.rows, y, transposed=transposed)
     return (y,)
 
 
@@ -172,10 +172,10 @@ def _activation_grad(
     out = (
         torch.empty_like(gate_up) if gate_up_grad else None,
         torch.empty_like(operands.activation) if weighted else None,
-        operands.weights.new_empty(len(gate_up), triton_kernel.weight_parts(width, gate_up.dtype)) if parts else None,
+        operands.weights.new_empty(len(gate_up), kernels.weight_parts(width, gate_up.dtype)) if parts else None,
     )
     shared = (operands.grad_out, operands.down_proj, gate_up, operands.weights, operands.rows)
-    triton_kernel.activation_grad(*shared, *out)
+    kernels.activation_grad(*shared, *out)
     by_row = tuple(operands.with_expert(values) for values in out[:2] if values is not None)
     return (*by_row, out[2]) if parts else by_row
 
@@ -183,14 +183,14 @@ def _activation_grad(
 def _weight_grad(operands: Operands, *, of_down: bool) -> tuple[Tensor, ...]:
     left, right = (operands.grad_out, operands.activation) if of_down else (operands.gate_up, operands.hidden)
     out = left.new_empty(operands.rows.num_experts, left.shape[1], right.shape[1])
-    triton_kernel.weight_grad(left, right, operands.rows, out, left_by_token=of_down)
+    kernels.weight_grad(left, right, operands.rows, out, left_by_token=of_down)
     return (out,)
 
 
 def _combine(operands: Operands, *, weights: bool = True) -> tuple[Tensor, ...]:
     y = torch.ones(*operands.weights.shape, operands.hidden.shape[1])
     out = torch.empty_like(operands.grad_out)
-    triton_kernel.combine(y, operands.weights if weights else None, out)
+    kernels.combine(y, operands.weights if weights else None, out)
     return (out,)
 
 
@@ -198,7 +198,7 @@ def _sum_of_parts(operands: Operands) -> tuple[Tensor, ...]:
     """The combine as the gradient of the weights has it: a pair where it has tokens."""
     parts = torch.ones(len(operands.gate_up), PARTS, 1)
     out = torch.empty_like(parts[:, 0])
-    triton_kernel.combine(parts, None, out)
+    kernels.combine(parts, None, out)
     return (out,)
 
 
@@ -236,14 +236,14 @@ def _loads_of_combine(sizes, config, blocks, item):
 
 
 def _of_products(sizes: Sizes, dtype: torch.dtype) -> TileConfig:
-    return triton_kernel.product_config(dtype)
+    return kernels.product_config(dtype)
 
 
 KERNELS = (
     ExpertsKernel(
         "moe_experts up",
         _up,
-        lambda sizes, dtype: triton_kernel.halved_config(dtype),
+        lambda sizes, dtype: kernels.halved_config(dtype),
         _loads_over_rows(lambda h, i: h, lambda h, i: 2 * i * h, lambda h, i: i),
     ),
     ExpertsKernel(
@@ -261,25 +261,25 @@ KERNELS = (
     ExpertsKernel(
         "moe_experts d activation",
         _activation_grad,
-        lambda sizes, dtype: triton_kernel.halved_config(dtype),
+        lambda sizes, dtype: kernels.halved_config(dtype),
         _loads_of_activation_grad,
     ),
     ExpertsKernel(
         "moe_experts d gate_up_proj",
         partial(_weight_grad, of_down=False),
-        lambda sizes, dtype: triton_kernel.weight_grad_config(dtype),
+        lambda sizes, dtype: kernels.weight_grad_config(dtype),
         _loads_of_weight_grad(lambda h, i: 2 * i, lambda h, i: h),
     ),
     ExpertsKernel(
         "moe_experts d down_proj",
         partial(_weight_grad, of_down=True),
-        lambda sizes, dtype: triton_kernel.weight_grad_config(dtype),
+        lambda sizes, dtype: kernels.weight_grad_config(dtype),
         _loads_of_weight_grad(lambda h, i: h, lambda h, i: i),
     ),
     ExpertsKernel(
         "moe_experts combine",
         _combine,
-        lambda sizes, dtype: triton_kernel.combine_config(sizes.hidden_size, dtype),
+        lambda sizes, dtype: kernels.combine_config(sizes.hidden_size, dtype),
         _loads_of_combine,
         multiplies=False,
     ),
@@ -290,7 +290,7 @@ KERNELS = (
 SUM_OF_PARTS = ExpertsKernel(
     "moe_experts combine, d weights",
     _sum_of_parts,
-    lambda sizes, dtype: triton_kernel.combine_config(1, dtype),
+    lambda sizes, dtype: kernels.combine_config(1, dtype),
     lambda sizes, config, blocks, item: 4 * PARTS * sizes.pairs,
     multiplies=False,
 )

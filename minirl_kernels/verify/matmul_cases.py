@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..ops.matmul import triton_kernel
-from ..triton_tiles import TileConfig
+from ..common.triton.launch import TileConfig
+from ..ops.matmul import triton as kernels
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class Kernel:
         a, b = matrix(shape_of_a, self.a_turned), matrix(shape_of_b, self.b_turned)
         out = torch.empty(shape_of_out, dtype=dtype)
         if self.grouped:
-            triton_kernel.grouped_into(out, a, b, self.ends(sizes, traps=traps), self.grouped)
+            kernels.grouped_into(out, a, b, self.ends(sizes, traps=traps), self.grouped)
         elif self.addend:
             addend = matrix(shape_of_out, False) if self.addend == "matrix" else matrix((1, sizes.columns), False)[0]
-            triton_kernel.matmul_into(out, a, b, addend=addend, alpha=0.5, beta=2.0)
+            kernels.matmul_into(out, a, b, addend=addend, alpha=0.5, beta=2.0)
         else:
-            triton_kernel.matmul_into(out, a, b)
+            kernels.matmul_into(out, a, b)
         return (out,)
 
     def ends(self, sizes: Sizes, *, traps: bool = False) -> Tensor:
@@ -110,7 +110,7 @@ class MatmulCase:
 
     @property
     def config(self) -> TileConfig:
-        return triton_kernel.tile_config(self.sizes.columns, self.dtype)
+        return kernels.tile_config(self.sizes.columns, self.dtype)
 
     @property
     def size(self) -> str:
@@ -163,7 +163,7 @@ def compile_cases() -> Iterator[MatmulCase]:
         for dtype in (torch.bfloat16, torch.float32):
             yield MatmulCase(kernel, whole, dtype)
         yield MatmulCase(kernel, odd, torch.bfloat16)
-        yield MatmulCase(kernel, replace(whole, columns=triton_kernel.WIDE), torch.bfloat16)
+        yield MatmulCase(kernel, replace(whole, columns=kernels.WIDE), torch.bfloat16)
     yield MatmulCase(PLAIN, odd, torch.float32)
-    yield MatmulCase(PLAIN, replace(odd, columns=triton_kernel.WIDE + 1), torch.bfloat16)
+    yield MatmulCase(PLAIN, replace(odd, columns=kernels.WIDE + 1), torch.bfloat16)
     yield MatmulCase(PLAIN, whole, torch.float16)

@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..ops.mean import triton_kernel as mean
-from ..ops.mean.triton_kernel import ColumnConfig
-from ..ops.rms_norm import triton_kernel as rms_norm
-from ..ops.softmax import triton_kernel as softmax
-from ..triton_tiles import LaunchConfig
+from ..common.triton.launch import LaunchConfig
+from ..ops.mean import triton as mean
+from ..ops.mean.triton import ColumnConfig
+from ..ops.rms_norm import triton as rms_norm
+from ..ops.softmax import triton as softmax
 
 Config = LaunchConfig | ColumnConfig
 # what a program reads beside rows: a few numbers of its row, or of each of the rows that it sums

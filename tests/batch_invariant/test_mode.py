@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from helpers import SLACK
+from policy_batches import SLACK
 from torch.nn import functional as F
 
 from minirl_kernels import batch_invariant_mode, linear_token_logprobs
@@ -155,7 +155,7 @@ def test_what_a_gpu_is_given_computes_the_same():
 
 def test_the_head_on_a_gpu_leaves_the_vendors_matmul():
     pytest.importorskip("triton", reason="triton is not installed")
-    from minirl_kernels.ops.matmul import triton_kernel
+    from minirl_kernels.ops.matmul import triton as kernels
     from minirl_kernels.verify.launches import captured
 
     hidden, weight = normal(6, 32).requires_grad_(), normal(40, 32, seed=1).requires_grad_()
@@ -171,7 +171,7 @@ def test_the_head_on_a_gpu_leaves_the_vendors_matmul():
             torch.testing.assert_close(actual, right)
         with captured() as launches:  # and not run
             gradients()
-    assert sum(launch.kernel is triton_kernel.matmul_kernel for launch in launches) >= 3
+    assert sum(launch.kernel is kernels.matmul_kernel for launch in launches) >= 3
 
 
 @pytest.mark.parametrize("with_weight", [True, False])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import batch_at_bounds, random_batch
+from policy_batches import batch_at_bounds, random_batch
 from triton_cases import DTYPES, TOKEN_LEVEL, check_fused_policy_loss, random_logits, variants
 
 from minirl_kernels import PolicyLossConfig, fused_policy_loss
@@ -118,7 +118,7 @@ def test_overwriting_allocates_nothing_that_grows_with_the_vocabulary():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scale_in_place(dtype):
-    from minirl_kernels.triton_scale import scale_in_place
+    from minirl_kernels.common.triton.scale import scale_in_place
 
     buffer = random_logits(2, 3, 9010, dtype=dtype).to(DEVICE)
     expected = buffer.clone()

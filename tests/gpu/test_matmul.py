@@ -43,13 +43,13 @@ def test_a_row_in_any_batch_and_place(dtype, columns):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups(dtype):
-    from minirl_kernels.ops.matmul import triton_kernel
+    from minirl_kernels.ops.matmul import triton as kernels
 
     ends = [0, 3, 3, 300, 301, 500]
     offs = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     a, b = matrix(510, 144, dtype=dtype, device=DEVICE), matrix(6, 144, 50, dtype=dtype, seed=1, device=DEVICE)
-    by_rows = aten.grouped_product(triton_kernel, a, b, offs)
-    by_terms = aten.grouped_product(triton_kernel, a.T, a, offs)
+    by_rows = aten.grouped_product(kernels, a, b, offs)
+    by_terms = aten.grouped_product(kernels, a.T, a, offs)
     for group, (begin, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         assert torch.equal(by_rows[begin:end], matmul(a[begin:end], b[group], backend="triton"))
         assert torch.equal(by_terms[group], matmul(a[begin:end].T, a[begin:end], backend="triton"))

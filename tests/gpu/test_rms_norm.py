@@ -5,7 +5,7 @@ import torch
 from row_bits import cancelling
 from triton_cases import DTYPES, check_rms_norm, random_logits
 
-from minirl_kernels.ops.rms_norm.triton_kernel import backward, forward
+from minirl_kernels.ops.rms_norm.triton import backward, forward
 
 DEVICE = "cuda"
 

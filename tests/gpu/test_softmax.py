@@ -6,7 +6,7 @@ import torch
 from triton_cases import DTYPES, check_softmax, random_logits
 
 from minirl_kernels import log_softmax, softmax
-from minirl_kernels.ops.softmax import triton_kernel
+from minirl_kernels.ops.softmax import triton as kernels
 
 DEVICE = "cuda"
 
@@ -30,7 +30,7 @@ def test_the_bits_of_a_row_depend_on_nothing_but_the_row(size, dtype):
 
     def bits(x, grad):
         outputs = softmax(x), log_softmax(x)
-        grads = (triton_kernel.backward(grad, out, -1, log, dtype) for log, out in enumerate(outputs))
+        grads = (kernels.backward(grad, out, -1, log, dtype) for log, out in enumerate(outputs))
         return *outputs, *grads
 
     together = bits(x, grad)

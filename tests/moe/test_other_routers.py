@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import transformers
-from helpers import SLACK
+from policy_batches import SLACK
 from tiny_moe import COMMON, OTHER_ROUTERS, gate_weights, gates, tiny, token_ids
 
 from minirl_kernels import RoutedExperts, record_routing, replay_routing

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from helpers import SLACK
+from policy_batches import SLACK
 from tiny_moe import CONFIGS, gates, tiny, token_ids
 from torch.utils.checkpoint import checkpoint
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import assert_as_exact_as_eager
+from policy_batches import assert_as_exact_as_eager
 from torch import nn
 
 pytest.importorskip("transformers", reason="transformers is not installed")

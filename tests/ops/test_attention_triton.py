@@ -18,7 +18,7 @@ from attention_cases import (
     random_case,
 )
 
-from minirl_kernels.ops.attention import triton_kernel
+from minirl_kernels.ops.attention import kernels
 from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
@@ -84,10 +84,10 @@ def test_gradients_that_nobody_asked_for():
 @pytest.mark.parametrize("counts", [[0, 0, 5], [64, 0, 1], [63, 65, 1], [1] * 30, [300, 0, 0], []])
 def test_blocks_hold_every_row_once(counts):
     """Cut from the first row of their own span; there are no fewer than it takes."""
-    config = triton_kernel.attention_config(64, torch.bfloat16)
+    config = kernels.attention_config(64, torch.bfloat16)
     spans = torch.tensor([[0, 0, count, 0, count] for count in counts], dtype=torch.int64).view(-1, 5)
     k = torch.empty(1, 1, sum(counts), 8)
-    blocks = triton_kernel.key_blocks(k, spans, config)
+    blocks = kernels.key_blocks(k, spans, config)
     expected = [span for span, count in enumerate(counts) for _ in range(-(-count // config.keys))]
     found = blocks.block_spans.tolist()
     assert found[: len(expected)] == expected

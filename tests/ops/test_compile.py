@@ -5,7 +5,7 @@ Breadth runs on aot_eager, which traces, functionalises and partitions as Induct
 
 import pytest
 import torch
-from helpers import random_batch
+from policy_batches import random_batch
 
 from minirl_kernels import (
     PolicyLossConfig,

@@ -6,9 +6,9 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_as_exact_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_batches import assert_as_exact_as_eager
 
 from minirl_kernels import gelu, mish, sigmoid, silu, softplus
 from minirl_kernels.backends import native

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import sharded_head
 import torch
-from helpers import random_batch
 from linear_head import TINY_TEMPERATURE, cancelling_head, random_head
 from linear_loss_cases import (
     LENGTHS,
@@ -18,6 +17,7 @@ from linear_loss_cases import (
     check_against_equations,
     head_and_batch,
 )
+from policy_batches import random_batch
 
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss, fused_policy_loss
 from minirl_kernels.ops.fused_linear_policy_loss.op import fused_linear_policy_loss_forward

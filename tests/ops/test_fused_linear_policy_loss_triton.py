@@ -22,12 +22,12 @@ from linear_loss_cases import (
 from triton_cases import DTYPES, random_ids, random_logits
 
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss
+from minirl_kernels.common.triton.scale import scale_in_place
 from minirl_kernels.ops.fused_linear_policy_loss.op import fused_linear_policy_loss_forward
-from minirl_kernels.ops.fused_policy_loss import triton_kernel
-from minirl_kernels.ops.linear_token_logprobs import gpu
+from minirl_kernels.ops.fused_policy_loss import triton as kernels
+from minirl_kernels.ops.linear_token_logprobs import triton as head
 from minirl_kernels.ops.linear_token_logprobs.tiles import gradient_in_place
-from minirl_kernels.triton_scale import scale_in_place
-from minirl_kernels.vendor_matmul import matmul_into
+from minirl_kernels.ops.matmul.vendor import matmul_into
 
 pytestmark = triton_cases.interpreter_only()
 UNCLIPPED = PolicyLossConfig(clip=False)
@@ -42,13 +42,13 @@ def matmuls(monkeypatch):
         shapes.append(tuple(a.shape))
         return matmul_into(out, a, b, **options)
 
-    monkeypatch.setattr(gpu, "matmul_into", counted)
+    monkeypatch.setattr(head, "matmul_into", counted)
     return shapes
 
 
 @pytest.fixture
 def tiles_of_five(monkeypatch):
-    monkeypatch.setattr(gpu, "rows_per_tile", lambda *_: 5)
+    monkeypatch.setattr(head, "rows_per_tile", lambda *_: 5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,10 +86,10 @@ def test_a_narrower_gradient_in_place_is_that_in_memory_of_its_own(vocab_size, d
     row = (random_ids(logits), ones, None, None, None, torch.tensor([1.0, -1.0, 0.0, -0.3]), ones)
     objective = ("minirl", False, 0.0, 2.0, 5.0, 0.0, "k3", 0.0)
     apart = torch.empty(4, vocab_size, dtype=dtype)
-    expected = triton_kernel.forward_backward(logits, *row, *objective, apart)
+    expected = kernels.forward_backward(logits, *row, *objective, apart)
     beyond = memory[:, vocab_size:].clone()
     in_place = gradient_in_place(logits, dtype)
-    results = triton_kernel.forward_backward(logits, *row, *objective, in_place)
+    results = kernels.forward_backward(logits, *row, *objective, in_place)
     assert all(map(torch.equal, results, expected))
     assert torch.equal(in_place, apart)
     assert torch.equal(memory[:, vocab_size:], beyond)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import equations
 import pytest
 import torch
-from helpers import assert_as_exact_as_eager, batch_at_bounds, per_row, random_batch
+from policy_batches import assert_as_exact_as_eager, batch_at_bounds, per_row, random_batch
 
 from minirl_kernels import PolicyLossConfig, fused_policy_loss, policy_loss, token_logprobs
 

@@ -8,16 +8,16 @@ import torch
 import triton
 import triton.language as tl
 import triton_cases
-from helpers import batch_at_bounds, random_batch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from policy_batches import batch_at_bounds, random_batch
 from triton_cases import DTYPES, TOKEN_LEVEL, check_fused_policy_loss, random_logits, variants
 
 from minirl_kernels import PolicyLossConfig, fused_policy_loss
+from minirl_kernels.common.triton.scale import scale_in_place
 from minirl_kernels.ops.fused_policy_loss.op import fused_policy_loss_forward
-from minirl_kernels.ops.fused_policy_loss.triton_kernel import forward_backward, kl_penalty, token_objective
+from minirl_kernels.ops.fused_policy_loss.triton import forward_backward, kl_penalty, token_objective
 from minirl_kernels.ops.policy_loss import reference
-from minirl_kernels.triton_scale import scale_in_place
 from minirl_kernels.verify import bounds, traffic
 from minirl_kernels.verify.interpreter import recording
 from minirl_kernels.verify.launches import captured

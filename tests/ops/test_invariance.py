@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import random_batch
+from policy_batches import random_batch
 
 from minirl_kernels import PolicyLossConfig, fused_policy_loss, policy_loss, token_logprobs
 from minirl_kernels.backends import native

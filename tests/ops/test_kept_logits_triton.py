@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 import triton_cases
-from helpers import random_batch
 from kept_cases import (
     DTYPES,
     check_head_outside_of_the_sets,
@@ -18,12 +17,13 @@ from kept_cases import (
 )
 from linear_head import random_head
 from linear_logprobs_cases import OPTIONS
+from policy_batches import random_batch
 from triton_cases import random_ids, random_logits
 
 from minirl_kernels import PolicyLossConfig, SamplingMask, fused_linear_policy_loss, fused_policy_loss
-from minirl_kernels.ops.kept_logits import triton_kernel
+from minirl_kernels.ops.kept_logits import triton as kernels
 from minirl_kernels.ops.kept_logits.op import KeptRows
-from minirl_kernels.ops.linear_token_logprobs import gpu
+from minirl_kernels.ops.linear_token_logprobs import triton as head_kernels
 
 pytestmark = triton_cases.interpreter_only()
 
@@ -45,7 +45,7 @@ def test_rows_by_their_strides():
 def test_a_tile_has_any_part_of_a_set(first):
     """Kept tokens at both ends of tiles, in none of them, in all, and of other shards of the vocabulary."""
     vocab_size = 20_011
-    tile = triton_kernel.launch_config(vocab_size, torch.float32).tile
+    tile = kernels.launch_config(vocab_size, torch.float32).tile
     sets = [
         [0, tile - 1, tile, vocab_size - 1],
         list(range(tile + 3, 2 * tile, 5)),
@@ -63,7 +63,7 @@ def test_a_tile_has_any_part_of_a_set(first):
         expected[row, one or slice(None)] = logits[row, one or slice(None)]
     for one in (mask, with_others):
         kept = logits.clone()
-        triton_kernel.keep_(kept, KeptRows.of(one.token_ids - first, one.offsets))
+        kernels.keep_(kept, KeptRows.of(one.token_ids - first, one.offsets))
         rows = slice(0, 5) if one is with_others else slice(None)
         assert torch.equal(kept[rows], expected[rows])
     assert not kept[5].isfinite().any()  # all that it keeps is in other shards
@@ -86,7 +86,7 @@ def test_bits_of_a_position_depend_on_its_own_set_alone(vocab_size):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_linear_token_logprobs(options, dtype, monkeypatch):
     """With every option of the head, and ignored rows, in tiles of three rows: a softcap leaves -inf what it is."""
-    monkeypatch.setattr(gpu, "rows_per_tile", lambda *_: 3)
+    monkeypatch.setattr(head_kernels, "rows_per_tile", lambda *_: 3)
     options = dict(options)
     head = random_head(7, 40, 515, dtype, with_bias=options.pop("with_bias", False))
     head[2][[1, 5]] = -100
@@ -145,7 +145,7 @@ def test_zero_tokens(shape):
 
 def test_more_rows_than_a_grid_has_on_its_other_axes(monkeypatch):
     launches = []
-    monkeypatch.setattr(triton_kernel, "launch", lambda kernel, grid, *_, **__: launches.append(grid))
+    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *_, **__: launches.append(grid))
     logits = torch.empty(1, 40).expand(70_000, 40)
-    triton_kernel.keep_(logits, KeptRows.of(torch.zeros(0, dtype=torch.int32), torch.zeros(70_001, dtype=torch.int32)))
+    kernels.keep_(logits, KeptRows.of(torch.zeros(0, dtype=torch.int32), torch.zeros(70_001, dtype=torch.int32)))
     assert launches == [(70_000, 1)]

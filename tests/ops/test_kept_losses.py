@@ -5,7 +5,6 @@ from dataclasses import replace
 import equations
 import pytest
 import torch
-from helpers import SLACK, assert_as_exact_as_eager, per_row, random_batch
 from kept_cases import (
     DTYPES,
     call_linear,
@@ -17,6 +16,7 @@ from kept_cases import (
 )
 from linear_head import assert_matrices_as_exact, random_head
 from linear_logprobs_cases import OPTIONS
+from policy_batches import SLACK, assert_as_exact_as_eager, per_row, random_batch
 
 from minirl_kernels import PolicyLossConfig, SamplingMask, fused_linear_policy_loss, fused_policy_loss
 from minirl_kernels.ops.linear_token_logprobs import cpu as cpu_head

@@ -11,12 +11,12 @@ from linear_logprobs_cases import OPTIONS, call, check_against_equations, upstre
 from triton_cases import DTYPES, random_ids, random_logits
 
 from minirl_kernels import linear_token_logprobs
-from minirl_kernels.ops.linear_token_logprobs import gpu
+from minirl_kernels.common.triton.launch import row_strides
 from minirl_kernels.ops.linear_token_logprobs import op as linear_op
+from minirl_kernels.ops.linear_token_logprobs import triton as head
 from minirl_kernels.ops.linear_token_logprobs.tiles import gradient_in_place
-from minirl_kernels.ops.token_logprobs import triton_kernel
-from minirl_kernels.triton_tiles import row_strides
-from minirl_kernels.vendor_matmul import matmul_into
+from minirl_kernels.ops.matmul.vendor import matmul_into
+from minirl_kernels.ops.token_logprobs import triton as kernels
 from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
@@ -32,13 +32,13 @@ def matmuls(monkeypatch):
         shapes.append(tuple(a.shape))
         return matmul_into(out, a, b, **options)
 
-    monkeypatch.setattr(gpu, "matmul_into", counted)
+    monkeypatch.setattr(head, "matmul_into", counted)
     return shapes
 
 
 @pytest.fixture
 def tiles_of_three(monkeypatch):
-    monkeypatch.setattr(gpu, "rows_per_tile", lambda *_: 3)
+    monkeypatch.setattr(head, "rows_per_tile", lambda *_: 3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -140,9 +140,9 @@ def test_softcap(logit):
     expected = torch.log_softmax(capped, -1)[:, 1]
     (expected_grad,) = torch.autograd.grad(expected.sum(), x)
     ids, ones = torch.tensor([1, 1]), torch.ones(2)
-    ours, _, shift, log_sum = triton_kernel.forward(x.detach(), ids, ones, False, softcap=1.5)
+    ours, _, shift, log_sum = kernels.forward(x.detach(), ids, ones, False, softcap=1.5)
     grad = torch.empty(2, 2)
-    triton_kernel.backward(x.detach(), ids, ones, shift, log_sum, ones, ones, None, grad, softcap=1.5)
+    kernels.backward(x.detach(), ids, ones, shift, log_sum, ones, ones, None, grad, softcap=1.5)
     torch.testing.assert_close(ours, expected.detach(), rtol=1e-6, atol=3e-7, equal_nan=True)
     torch.testing.assert_close(grad, expected_grad, rtol=2e-6, atol=1e-7, equal_nan=True)
 
@@ -155,13 +155,13 @@ def test_a_narrower_gradient_in_place_is_the_gradient_rounded(vocab_size, dtype,
     logits = memory[:, :vocab_size]
     token_ids = random_ids(logits)
     temperature, grads = torch.full((4,), 0.8), torch.tensor([1.0, -1.0, 0.0, -0.3])
-    _, entropy, shift, log_sum = triton_kernel.forward(logits, token_ids, temperature, True, **head)
+    _, entropy, shift, log_sum = kernels.forward(logits, token_ids, temperature, True, **head)
     row = (token_ids, temperature, shift, log_sum, entropy, grads, grads.flip(0))
     apart = torch.empty(4, vocab_size)
-    triton_kernel.backward(logits, *row, apart, **head)
+    kernels.backward(logits, *row, apart, **head)
     beyond = memory[:, vocab_size:].clone()
     in_place = gradient_in_place(logits, dtype)
-    triton_kernel.backward(logits, *row, in_place, **head)
+    kernels.backward(logits, *row, in_place, **head)
     assert torch.equal(in_place, apart.to(dtype))
     assert torch.equal(memory[:, vocab_size:], beyond)
 
@@ -210,12 +210,12 @@ def test_vocabulary_over_two_processes():
 @pytest.mark.parametrize("tokens", [0, 1, 127, 128, 1025, 4097, 20_000])
 def test_rows_per_tile(tokens, dtype):
     """All rows, in tiles of nearly equal size, whose per-token arguments begin at multiples of 16 bytes."""
-    size = gpu.rows_per_tile(tokens, torch.empty(0, 4, dtype=dtype))
-    assert size <= min(gpu.MOST_ROWS[dtype], tokens)
+    size = head.rows_per_tile(tokens, torch.empty(0, 4, dtype=dtype))
+    assert size <= min(head.MOST_ROWS[dtype], tokens)
     if size < tokens:
         assert size % 128 == 0
         tiles = -(-tokens // size)
-        assert tiles == -(-tokens // gpu.MOST_ROWS[dtype])
+        assert tiles == -(-tokens // head.MOST_ROWS[dtype])
         assert tokens - (tiles - 1) * size > 0
 
 

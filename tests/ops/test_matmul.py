@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import assert_as_exact_as_eager, tables_of_one_order
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matmul_cases import (
@@ -14,6 +13,7 @@ from matmul_cases import (
     check_matmul,
     matrix,
 )
+from policy_batches import assert_as_exact_as_eager, tables_of_one_order
 from torch.nn import functional as F
 
 from minirl_kernels import bmm, linear, matmul

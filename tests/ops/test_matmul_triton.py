@@ -14,7 +14,8 @@ from matmul_cases import (
 )
 
 from minirl_kernels import linear, matmul
-from minirl_kernels.ops.matmul import aten, triton_kernel
+from minirl_kernels.ops.matmul import aten
+from minirl_kernels.ops.matmul import triton as kernels
 from minirl_kernels.verify import bounds
 from minirl_kernels.verify.interpreter import recording
 from minirl_kernels.verify.launches import captured
@@ -30,7 +31,7 @@ def test_matmul(sizes, dtype):
 
 
 def test_tiles_of_many_columns():
-    check_matmul((3, triton_kernel.WIDE + 8, 20), torch.bfloat16, "triton")
+    check_matmul((3, kernels.WIDE + 8, 20), torch.bfloat16, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,9 +56,9 @@ def test_groups(dtype):
     offs = torch.tensor([0, 3, 3, 70, 71, 75], dtype=torch.int32)
     groups, begins = len(offs), [0, *offs.tolist()[:-1]]
     a, b = matrix(80, 40, dtype=dtype), matrix(groups, 40, 50, dtype=dtype, seed=1)
-    by_rows = aten.grouped_product(triton_kernel, a, b, offs)
-    by_columns = aten.grouped_product(triton_kernel, b.mT, a.T, offs)
-    by_terms = aten.grouped_product(triton_kernel, a.T, a, offs)
+    by_rows = aten.grouped_product(kernels, a, b, offs)
+    by_columns = aten.grouped_product(kernels, b.mT, a.T, offs)
+    by_terms = aten.grouped_product(kernels, a.T, a, offs)
     for group, (begin, end) in enumerate(zip(begins, offs.tolist(), strict=True)):
         expected = matmul(a[begin:end], b[group], backend="triton")
         assert torch.equal(by_rows[begin:end], expected)
@@ -72,8 +73,8 @@ def test_groups_that_end_nowhere_touch_nothing_else(ends):
     offs = torch.tensor(ends, dtype=torch.int32)
     a, b = matrix(20, 16), matrix(3, 16, 8, seed=1)
     with recording() as launches:
-        aten.grouped_product(triton_kernel, a, b, offs)
-        aten.grouped_product(triton_kernel, a.T, a, offs)
+        aten.grouped_product(kernels, a, b, offs)
+        aten.grouped_product(kernels, a.T, a, offs)
     assert [fault for launch in launches for fault in bounds.outside(launch)] == []
 
 
@@ -87,12 +88,12 @@ def test_by_torchs_names(dtype):
         torch.empty(20, 9, dtype=dtype).T,
         torch.empty(9, 60, dtype=dtype)[:, ::3],
     ):
-        assert torch.equal(aten.product(triton_kernel, a, b, out=out), plain)
+        assert torch.equal(aten.product(kernels, a, b, out=out), plain)
         for addend in (matrix(9, 20, dtype=dtype, turned=True), matrix(20, dtype=dtype), matrix(9, 1, dtype=dtype)):
-            result = aten.added_product(triton_kernel, addend, a, b, alpha=0.5, beta=3, out=out)
+            result = aten.added_product(kernels, addend, a, b, alpha=0.5, beta=3, out=out)
             torch.testing.assert_close(result, (0.5 * wide + 3 * addend.float()).to(dtype))
-    assert torch.equal(aten.vector_product(triton_kernel, a, b[:, 3]), plain[:, 3])
-    assert torch.equal(aten.dot_product(triton_kernel, a[2], b[:, 3]), plain[2, 3])
+    assert torch.equal(aten.vector_product(kernels, a, b[:, 3]), plain[:, 3])
+    assert torch.equal(aten.dot_product(kernels, a[2], b[:, 3]), plain[2, 3])
 
 
 def test_nothing_to_sum_over_or_to_write():
@@ -111,7 +112,7 @@ def test_rows_more_than_2_to_the_31_elements_apart():
         return memory.as_strided(x.shape, (stride, 1)).copy_(x)
 
     out = far(near[:2] * 0)
-    assert torch.equal(aten.product(triton_kernel, far(a), b, out=out), near)
+    assert torch.equal(aten.product(kernels, far(a), b, out=out), near)
     assert torch.equal(matmul(a[:, :2], far(b[:2]), backend="triton"), matmul(a[:, :2], b[:2], backend="triton"))
     assert torch.equal(linear(a, far(b.T[:2]), backend="triton"), near[:, :2])
 
@@ -121,7 +122,7 @@ def test_more_tokens_than_a_grid_axis_but_the_first_can_count():
     x = torch.zeros(1, 16).expand(rows, 16)
     with captured() as launches:
         linear(x, torch.zeros(70, 16), backend="triton")
-        aten.product(triton_kernel, x[:70_000, None], torch.zeros(70_000, 16, 1))
+        aten.product(kernels, x[:70_000, None], torch.zeros(70_000, 16, 1))
     assert [launch.grid for launch in launches] == [(2 * rows // 32,), (70_000,)]
 
 

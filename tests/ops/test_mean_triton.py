@@ -7,12 +7,12 @@ from row_bits import strided
 from triton_cases import DTYPES, check_mean, random_logits
 
 import minirl_kernels as mk
-from minirl_kernels.ops.mean import triton_kernel
+from minirl_kernels.ops.mean import triton as kernels
 from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
 CALLS = pytest.mark.parametrize("divide", [False, True], ids=["sum", "mean"])
-BLOCK, COLUMN_BLOCK = triton_kernel.BLOCK, triton_kernel.columns_config().block
+BLOCK, COLUMN_BLOCK = kernels.BLOCK, kernels.columns_config().block
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import batch_at_bounds, random_batch
+from policy_batches import batch_at_bounds, random_batch
 from ranks import run_ranks
 from two_ranks import LENGTHS, metrics_of, reduce_a_part
 

@@ -24,8 +24,8 @@ from experts_cases import (
     ours,
     random_case,
 )
-from helpers import tables_of_one_order
 from linear_head import assert_matrices_as_exact
+from policy_batches import tables_of_one_order
 
 from minirl_kernels import moe_experts
 from minirl_kernels.backends import native

@@ -21,7 +21,7 @@ from experts_cases import (
     random_case,
 )
 
-from minirl_kernels.ops.moe_experts import gpu, triton_kernel
+from minirl_kernels.ops.moe_experts import kernels, triton
 from minirl_kernels.verify import bounds
 from minirl_kernels.verify.interpreter import recording
 from minirl_kernels.verify.launches import captured
@@ -104,7 +104,7 @@ def test_no_token_has_an_expert():
 
 def test_sorting_by_torch():
     experts = torch.tensor([[3, 0], [-7, 3], [0, 9], [3, 1]])
-    rows = gpu.sorted_rows(experts, 4)
+    rows = triton.sorted_rows(experts, 4)
     assert rows.pairs.tolist() == [1, 4, 7, 0, 3, 6, 2, 5]
     assert rows.begins.tolist() == [0, 2, 3, 3, 6, 8]
     assert (rows.num_experts, rows.top_k) == (4, 2)
@@ -114,11 +114,11 @@ def test_sorting_by_torch():
 def test_blocks_hold_every_row_once(counts):
     """Of the expert's own rows alone; there are no fewer blocks than it takes."""
     begins = torch.tensor([0, *counts, 0]).cumsum(0)
-    rows = triton_kernel.Rows(torch.arange(sum(counts)), begins, 1)
-    config = triton_kernel.product_config(torch.float32)
+    rows = kernels.Rows(torch.arange(sum(counts)), begins, 1)
+    config = kernels.product_config(torch.float32)
     x, matrix = torch.ones(sum(counts), 1), torch.arange(1.0, len(counts) + 1)[:, None, None]
     y = torch.full((sum(counts), 1), -1.0)
-    triton_kernel.product(x, matrix, rows, y, transposed=False)
+    kernels.product(x, matrix, rows, y, transposed=False)
     assert y[:, 0].tolist() == [expert + 1.0 for expert, count in enumerate(counts) for _ in range(count)]
     assert rows.blocks(config) >= sum(-(-count // config.rows) for count in counts)
 

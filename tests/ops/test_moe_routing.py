@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_as_exact_as_eager, per_row_of_terms
+from policy_batches import assert_as_exact_as_eager, per_row_of_terms
 
 from minirl_kernels import moe_routing
 from minirl_kernels.backends import native

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import random_batch
+from policy_batches import random_batch
 
 from minirl_kernels import (
     PolicyLossConfig,

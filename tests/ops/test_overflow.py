@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from exact_objective import FLOAT32_MAX, share
-from helpers import random_batch
+from policy_batches import random_batch
 
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss, fused_policy_loss, policy_loss
 from minirl_kernels.ops.policy_loss.inputs import prepare_inputs

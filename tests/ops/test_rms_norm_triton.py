@@ -7,7 +7,7 @@ from row_bits import strided
 from triton_cases import DTYPES, check_rms_norm, random_logits
 
 from minirl_kernels import rms_norm
-from minirl_kernels.ops.rms_norm import triton_kernel
+from minirl_kernels.ops.rms_norm import triton as kernels
 from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
@@ -46,7 +46,7 @@ def test_a_float32_weight_beside_halves(dtype):
 
 def test_more_rows_than_a_block_of_their_sum():
     x, grad, rstd = random_logits(1100, 20), random_logits(1100, 20, seed=1), random_logits(1100, 1, seed=2)
-    _, grad_weight = triton_kernel.backward(grad, x, None, rstd, False, True)
+    _, grad_weight = kernels.backward(grad, x, None, rstd, False, True)
     torch.testing.assert_close(grad_weight, (grad.double() * x * rstd).sum(0).float(), rtol=1e-5, atol=1e-4)
 
 
@@ -62,8 +62,8 @@ def test_a_row_looks_at_nothing_but_itself():
     x, grad = random_logits(5, 999), random_logits(5, 999, seed=1)
 
     def bits(x, grad):
-        out, rstd = triton_kernel.forward(x, None, 1e-6)
-        return out, rstd, triton_kernel.backward(grad, x, None, rstd, True, False)[0]
+        out, rstd = kernels.forward(x, None, 1e-6)
+        return out, rstd, kernels.backward(grad, x, None, rstd, True, False)[0]
 
     together = bits(strided(x, 13), strided(grad, 5))
     for row in range(5):
@@ -74,8 +74,8 @@ def test_a_row_looks_at_nothing_but_itself():
 def test_more_rows_than_a_grid_axis_but_the_first_can_count():
     x = torch.zeros(1, 16).expand(70_000, 16)
     with captured() as launches:
-        _, rstd = triton_kernel.forward(x, None, 1e-6)
-        triton_kernel.backward(x, x, None, rstd, True, True)
+        _, rstd = kernels.forward(x, None, 1e-6)
+        kernels.backward(x, x, None, rstd, True, True)
     assert all(len(launch.grid) == 1 for launch in launches)
     assert [launch.grid[0] for launch in launches] == [70_000, 70_000, 69, 1]
 
@@ -86,7 +86,7 @@ def test_rows_more_than_2_to_the_31_elements_apart():
     x = torch.empty(stride + 40, dtype=torch.bfloat16).as_strided((2, 40), (stride, 1))
     x.copy_(random_logits(2, 40, dtype=torch.bfloat16))
     near = x.contiguous()
-    out, rstd = triton_kernel.forward(x, None, 1e-6)
-    assert torch.equal(out, triton_kernel.forward(near, None, 1e-6)[0])
-    far, expected = (triton_kernel.backward(values, values, None, rstd, True, True) for values in (x, near))
+    out, rstd = kernels.forward(x, None, 1e-6)
+    assert torch.equal(out, kernels.forward(near, None, 1e-6)[0])
+    far, expected = (kernels.backward(values, values, None, rstd, True, True) for values in (x, near))
     assert all(map(torch.equal, far, expected))

@@ -9,7 +9,7 @@ from row_bits import strided
 from triton_cases import DTYPES, check_softmax, random_logits
 
 from minirl_kernels import log_softmax, softmax
-from minirl_kernels.ops.softmax import triton_kernel
+from minirl_kernels.ops.softmax import triton as kernels
 from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
@@ -68,10 +68,10 @@ def test_nothing(log, shape):
 @CALLS
 def test_halves_to_float32_and_back(log, dtype):
     x, grad = random_logits(2, 700, dtype=dtype), random_logits(2, 700)
-    out = triton_kernel.forward(x, -1, log, torch.float32)
-    torch.testing.assert_close(out, triton_kernel.forward(x.float(), -1, log, torch.float32))
-    grad_x = triton_kernel.backward(grad, out, -1, log, dtype)
-    torch.testing.assert_close(grad_x, triton_kernel.backward(grad, out, -1, log, torch.float32).to(dtype))
+    out = kernels.forward(x, -1, log, torch.float32)
+    torch.testing.assert_close(out, kernels.forward(x.float(), -1, log, torch.float32))
+    grad_x = kernels.backward(grad, out, -1, log, dtype)
+    torch.testing.assert_close(grad_x, kernels.backward(grad, out, -1, log, torch.float32).to(dtype))
 
 
 @CALLS
@@ -79,8 +79,8 @@ def test_a_row_looks_at_nothing_but_itself(log):
     x, grad = random_logits(5, 999), random_logits(5, 999, seed=1)
 
     def bits(x, grad):
-        out = triton_kernel.forward(x, -1, log, x.dtype)
-        return out, triton_kernel.backward(grad, out, -1, log, x.dtype)
+        out = kernels.forward(x, -1, log, x.dtype)
+        return out, kernels.backward(grad, out, -1, log, x.dtype)
 
     together = bits(strided(x, 13), strided(grad, 5))
     for row in range(5):
@@ -91,8 +91,8 @@ def test_a_row_looks_at_nothing_but_itself(log):
 def test_more_rows_than_a_grid_axis_but_the_first_can_count():
     x = torch.zeros(1, 16).expand(70_000, 16)
     with captured() as launches:
-        out = triton_kernel.forward(x, -1, False, x.dtype)
-        triton_kernel.backward(out, out, -1, False, x.dtype)
+        out = kernels.forward(x, -1, False, x.dtype)
+        kernels.backward(out, out, -1, False, x.dtype)
     assert [launch.grid for launch in launches] == [(70_000,), (70_000,)]
 
 
@@ -101,9 +101,9 @@ def test_rows_more_than_2_to_the_31_elements_apart():
     stride = 2**31 + 48
     x = torch.empty(stride + 40, dtype=torch.bfloat16).as_strided((2, 40), (stride, 1))
     x.copy_(random_logits(2, 40, dtype=torch.bfloat16))
-    out = triton_kernel.forward(x, -1, False, x.dtype)
-    assert torch.equal(out, triton_kernel.forward(x.contiguous(), -1, False, x.dtype))
+    out = kernels.forward(x, -1, False, x.dtype)
+    assert torch.equal(out, kernels.forward(x.contiguous(), -1, False, x.dtype))
     assert torch.equal(
-        triton_kernel.backward(x, out, -1, False, x.dtype),
-        triton_kernel.backward(x.contiguous(), out, -1, False, x.dtype),
+        kernels.backward(x, out, -1, False, x.dtype),
+        kernels.backward(x.contiguous(), out, -1, False, x.dtype),
     )

@@ -5,7 +5,7 @@ import math
 import equations
 import pytest
 import torch
-from helpers import assert_as_exact_as_eager, per_row
+from policy_batches import assert_as_exact_as_eager, per_row
 
 from minirl_kernels import token_logprobs
 

@@ -10,7 +10,7 @@ from triton_cases import DTYPES, check_token_logprobs, random_ids, random_logits
 
 from minirl_kernels import token_logprobs
 from minirl_kernels.ops.token_logprobs.op import token_logprobs_forward
-from minirl_kernels.ops.token_logprobs.triton_kernel import backward
+from minirl_kernels.ops.token_logprobs.triton import backward
 from minirl_kernels.verify import bounds
 from minirl_kernels.verify.interpreter import recording
 from minirl_kernels.verify.launches import captured

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 import triton
 import triton.language as tl
 
-from minirl_kernels.triton_tiles import round_to
+from minirl_kernels.common.triton.numbers import round_to
 
 pytestmark = triton_cases.interpreter_only()
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 
-from ...library import register
+from ...common.library import register
 from ...ops.attention import attention_over_spans, packed_spans
 from .packing import refuse_packed_kinds
 

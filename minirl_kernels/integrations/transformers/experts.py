@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import _default_apply_gate
 
-from ...checks import FLOAT_DTYPES
+from ...common.checks import FLOAT_DTYPES
 from ...ops.moe_experts import moe_experts
 
 # attribute of experts: (its value where moe_experts computes the same, what they do where it is the other)

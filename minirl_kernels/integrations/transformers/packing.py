@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...library import register
+from ...common.library import register
 from .traces import Trace, in_words, over_tokens, traced
 
 _LENGTHS = (6, 7)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ...backends import resolve
-from ...checks import FLOAT_DTYPES, INDEX_DTYPES, check_device, check_tensor
-from ...library import register
+from ...common.checks import FLOAT_DTYPES, INDEX_DTYPES, check_device, check_tensor
+from ...common.library import register
 from .reference import attention_reference
 
 _BACKENDS = ("reference", "cpu", "triton")
@@ -172,7 +172,7 @@ class _Attention(torch.autograd.Function):
 
 def _kernels(backend: str):
     """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".gpu"}[backend], __package__)
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
 
 
 def _spans(cu_seqlens_q, cu_seqlens_k, queries, keys):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ...backends import resolve
-from ...checks import FLOAT_DTYPES, check_tensor
-from ...library import register
+from ...common.checks import FLOAT_DTYPES, check_tensor
+from ...common.library import register
 from . import cpu
 from .reference import REFERENCES
 

@@ -12,11 +12,11 @@ import importlib
 import torch
 from torch import Tensor
 
-from ...autograd import attach_gradient_once
 from ...backends import resolve
-from ...checks import IGNORE_INDEX, always_looks
+from ...common.autograd import attach_gradient_once
+from ...common.checks import IGNORE_INDEX, always_looks
+from ...common.library import register
 from ...config import PolicyLossConfig
-from ...library import register
 from ...sampling_mask import SamplingMask
 from ..fused_policy_loss.op import SWEEP_ARGUMENTS, SWEEP_RESULTS, sweep_arguments, takes_one_sweep
 from ..linear_token_logprobs.op import (
@@ -156,7 +156,7 @@ def _two_phases(head: Head, token_ids, inputs: PolicyLossInputs, needs, backend)
 
 def _kernels(backend: str):
     """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".gpu"}[backend], __package__)
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
 
 
 def _forward(*arguments):

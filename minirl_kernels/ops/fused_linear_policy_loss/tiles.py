@@ -1,6 +1,6 @@
 """fused_linear_policy_loss in tiles of rows, on any backend: logits, loss and d logits in one sweep, and two matmuls.
 
-`kernels` is a backend's module (cpu.py, gpu.py), which gives `head`, that of linear_token_logprobs; sweep_of_tile,
+`kernels` is a backend's module (cpu.py, triton.py), which gives `head`, that of linear_token_logprobs; sweep_of_tile,
 which is fused_policy_loss on the rows of a tile; and rows_with_gradient.
 """
 
@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...checks import IGNORE_INDEX
+from ...common.checks import IGNORE_INDEX
 from ..kept_logits.op import KeptRows
 from ..linear_token_logprobs.tiles import Gradients, at_rows, gradient_in_place, logit_tiles
 

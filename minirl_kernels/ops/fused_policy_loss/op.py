@@ -14,9 +14,9 @@ import importlib
 import torch
 from torch import Tensor
 
-from ...autograd import attach_gradient_once
 from ...backends import resolve
-from ...checks import (
+from ...common.autograd import attach_gradient_once
+from ...common.checks import (
     IGNORE_INDEX,
     always_looks,
     check_contents,
@@ -25,8 +25,8 @@ from ...checks import (
     check_token_ids,
     per_token_temperature,
 )
+from ...common.library import register
 from ...config import PolicyLossConfig
-from ...library import register
 from ...sampling_mask import SamplingMask
 from ..kept_logits.op import check_kept, kept_logits, kept_logits_in_place
 from ..policy_loss.inputs import PolicyLossInputs, prepare_inputs
@@ -191,7 +191,7 @@ def _two_phases(logits, token_ids, temperature, inputs: PolicyLossInputs, in_pla
 
 def _kernels(backend: str):
     """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
 
 
 def _forward(logits, *arguments):

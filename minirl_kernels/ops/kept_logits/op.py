@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...checks import IGNORE_INDEX, always_looks, check_device, token_id_message
-from ...library import register
+from ...common.checks import IGNORE_INDEX, always_looks, check_device, token_id_message
+from ...common.library import register
 from ...sampling_mask import SamplingMask, check_sets
 
 
@@ -119,7 +119,7 @@ _checked_kept = register(
 
 def _keep_in_place(logits: Tensor, ids: Tensor, offsets: Tensor, backend: str) -> None:
     torch.autograd.graph.increment_version(logits)  # whoever saved the logits for a backward learns of it
-    module = {"cpu": ".cpu", "triton": ".triton_kernel"}[backend]  # imported when first called: Triton may be absent
+    module = {"cpu": ".cpu", "triton": ".triton"}[backend]  # imported when first called: Triton may be absent
     importlib.import_module(module, __package__).keep_(logits, KeptRows.of(ids, offsets))
 
 

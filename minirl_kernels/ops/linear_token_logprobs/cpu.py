@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...backends import native
-from ...native_matmul import matmul_into
+from ...common.native_matmul import matmul_into
 from ..kept_logits import cpu as kept_logits
 from ..kept_logits.op import KeptRows
 from ..token_logprobs import cpu as token_logprobs

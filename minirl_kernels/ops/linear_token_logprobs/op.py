@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...backends import resolve
-from ...checks import (
+from ...common.checks import (
     always_looks,
     check_contents,
     check_device,
@@ -25,8 +25,8 @@ from ...checks import (
     check_token_ids,
     per_token_temperature,
 )
-from ...library import register
-from ...memory import rounded
+from ...common.library import register
+from ...common.memory import rounded
 from ...sampling_mask import SamplingMask
 from ..kept_logits.op import check_kept
 from ..token_logprobs.op import token_logprobs
@@ -253,7 +253,7 @@ def linear_gradients(
 
 def _kernels(backend: str):
     """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".gpu"}[backend], __package__)
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
 
 
 def _forward(*arguments):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ...checks import IGNORE_INDEX
+from ...common.checks import IGNORE_INDEX
 
 ELSEWHERE = -1  # what the kernels take for an id that counts and is in another shard
 

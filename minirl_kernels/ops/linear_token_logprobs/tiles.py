@@ -4,7 +4,7 @@ A tile is some hundreds or thousands of rows by the vocabulary, in float32: matm
 puts the gradient of the logits where they were (16-bit gradients fill the first half of each row), and two matmuls
 from that.
 
-`kernels` is a backend's module (cpu.py, gpu.py), which gives rows_per_tile, logits_into, keep_, matmul_into, and
+`kernels` is a backend's module (cpu.py, triton.py), which gives rows_per_tile, logits_into, keep_, matmul_into, and
 forward_of_tile and backward_of_tile, which are token_logprobs on the rows of a tile.
 """
 
@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ...checks import IGNORE_INDEX
+from ...common.checks import IGNORE_INDEX
 from ..kept_logits.op import KeptRows
 
 

@@ -1,6 +1,6 @@
 """What torch calls its products, by the kernels of a backend: below autograd, into `out` if it is given.
 
-Each takes the backend's module (cpu.py, triton_kernel.py) first, then what the operator of torch takes, of one dtype of
+Each takes the backend's module (cpu.py, triton.py) first, then what the operator of torch takes, of one dtype of
 float32, bfloat16 and float16, with any strides. Every element is summed in float32 and rounded once; its bits are a
 function of the reduced dimension and the dtype alone.
 """

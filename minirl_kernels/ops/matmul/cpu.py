@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...backends import native
-from ...native_matmul import copied, matmul_arguments, matmul_into
+from ...common.native_matmul import copied, matmul_arguments, matmul_into
 
 __all__ = ["grouped_into", "matmul_into"]
 

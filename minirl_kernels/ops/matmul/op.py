@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...backends import resolve
-from ...checks import FLOAT_DTYPES, check_device, check_tensor
-from ...library import register
+from ...common.checks import FLOAT_DTYPES, check_device, check_tensor
+from ...common.library import register
 from . import aten
 from .reference import linear_reference, matmul_reference
 
@@ -162,7 +162,7 @@ class _Linear(torch.autograd.Function):
 
 def _kernels(backend: str):
     """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
 
 
 def _matmul(a, b, backend):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ...backends import resolve
-from ...checks import FLOAT_DTYPES, check_dim, check_floats
-from ...library import register
+from ...common.checks import FLOAT_DTYPES, check_dim, check_floats
+from ...common.library import register
 from .layout import reduced_dims, reduced_shape, reduced_size
 from .reference import mean_reference
 
@@ -97,7 +97,7 @@ class _Mean(torch.autograd.Function):
 
 def _kernels(backend: str):
     """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
 
 
 def _forward(x, dim, keepdim, dtype, divide, backend):

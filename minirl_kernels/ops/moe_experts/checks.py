@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...library import register
+from ...common.library import register
 
 
 def experts_message(token: int, experts: Tensor, num_experts: int) -> str:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ...backends import native, resolve
-from ...checks import check_device, check_float_matrix, check_integers, check_like, check_tensor
-from ...library import register
+from ...common.checks import check_device, check_float_matrix, check_integers, check_like, check_tensor
+from ...common.library import register
 from ..moe_routing import Routing
 from .checks import checked_experts
 from .packed import PackedExperts
@@ -189,7 +189,7 @@ class _MoEExperts(torch.autograd.Function):
 
 def _kernels(backend: str):
     """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".gpu"}[backend], __package__)
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
 
 
 def _forward(hidden, weights, experts, gate_up_proj, down_proj, for_backward, backend):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...library import register
+from ...common.library import register
 
 
 def routed_experts_message(row: int, routed_experts: Tensor, num_experts: int) -> str:

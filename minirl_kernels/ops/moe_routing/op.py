@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ...backends import resolve
-from ...checks import check_float_matrix, check_integers, check_like, check_tensor
-from ...library import register
+from ...common.checks import check_float_matrix, check_integers, check_like, check_tensor
+from ...common.library import register
 from .checks import checked_routed_experts
 from .reference import moe_routing_reference
 
@@ -170,7 +170,7 @@ class _MoERouting(torch.autograd.Function):
 
 def _kernels(backend: str):
     """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
 
 
 def _forward(router_logits, top_k, routed_experts, valid, *options_and_backend):

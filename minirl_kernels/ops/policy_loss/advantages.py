@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import check_integers, check_like, check_tensor
-from ...library import register
+from ...common.checks import check_integers, check_like, check_tensor
+from ...common.library import register
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, *, norm_by_std: bool = False) -> Tensor:

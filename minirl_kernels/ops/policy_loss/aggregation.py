@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import check_device, check_integers, check_like
+from ...common.checks import check_device, check_integers, check_like
+from ...common.library import register
 from ...config import PolicyLossConfig
-from ...library import register
 from .layout import Packed, Padded
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...checks import check_device, check_finite, check_like, per_token_float
+from ...common.checks import check_device, check_finite, check_like, per_token_float
 from ...config import PolicyLossConfig
 from .aggregation import token_weights
 from .layout import Packed, Padded, make_layout

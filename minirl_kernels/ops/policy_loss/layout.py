@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import check_device, check_tensor
-from ...library import register
+from ...common.checks import check_device, check_tensor
+from ...common.library import register
 
 
 class Padded:

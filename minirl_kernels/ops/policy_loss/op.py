@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ...autograd import attach_gradient
-from ...checks import check_finite, check_like
+from ...common.autograd import attach_gradient
+from ...common.checks import check_finite, check_like
 from ...config import PolicyLossConfig
 from .inputs import PolicyLossInputs, prepare_inputs
 from .layout import ordered_sum

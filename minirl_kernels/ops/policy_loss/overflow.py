@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import place_of_token
-from ...library import register
+from ...common.checks import place_of_token
+from ...common.library import register
 from .inputs import PolicyLossInputs
 from .reference import log_ratios
 

@@ -1,7 +1,7 @@
 """The objectives, once: from log-probabilities to each token's loss and its derivative, in eager torch.
 
 This file defines what is correct. `token_objective` in C++ is `csrc/common/objective.h`, in Triton it stands in
-`ops/fused_policy_loss/triton_kernel.py`; a property test binds the three.
+`ops/fused_policy_loss/triton.py`; a property test binds the three.
 """
 
 from __future__ import annotations

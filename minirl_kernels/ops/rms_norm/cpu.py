@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...backends import native
-from ...rows import row_arguments, rows_of
+from ...common.rows import row_arguments, rows_of
 
 
 def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...backends import resolve
-from ...checks import FLOAT_DTYPES, check_floats, check_like
-from ...library import register
+from ...common.checks import FLOAT_DTYPES, check_floats, check_like
+from ...common.library import register
 from .reference import rms_norm_reference
 
 _BACKENDS = ("reference", "cpu", "triton")
@@ -67,7 +67,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def _kernels(backend: str):
     """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
 
 
 def _forward(x, weight, eps, backend):

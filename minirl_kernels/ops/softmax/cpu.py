@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...backends import native
-from ...rows import moved_back, moved_last, row_arguments, rows_of
+from ...common.rows import moved_back, moved_last, row_arguments, rows_of
 
 
 def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:

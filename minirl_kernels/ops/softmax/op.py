@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...backends import resolve
-from ...checks import check_dim, check_floats
-from ...library import register
+from ...common.checks import check_dim, check_floats
+from ...common.library import register
 from .reference import softmax_reference
 
 _BACKENDS = ("reference", "cpu", "triton")
@@ -66,7 +66,7 @@ class _Softmax(torch.autograd.Function):
 
 def _kernels(backend: str):
     """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
 
 
 def _forward(x, dim, log, backend):

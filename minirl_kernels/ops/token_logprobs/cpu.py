@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...backends import native
-from ...checks import token_id_message
+from ...common.checks import token_id_message
 
 
 def forward(logits: Tensor, token_ids: Tensor, temperature: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:

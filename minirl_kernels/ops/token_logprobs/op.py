@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ...backends import resolve
-from ...checks import always_looks, check_contents, check_float_matrix, check_token_ids, per_token_temperature
-from ...library import register
+from ...common.checks import always_looks, check_contents, check_float_matrix, check_token_ids, per_token_temperature
+from ...common.library import register
 from ...sampling_mask import SamplingMask
 from ..kept_logits.op import check_kept, kept_logits
 from ..kept_logits.reference import kept_logits_reference
@@ -109,7 +109,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 def _kernels(backend: str):
     """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton_kernel"}[backend], __package__)
+    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
 
 
 def _forward(logits, token_ids, temperature, with_entropy, backend):

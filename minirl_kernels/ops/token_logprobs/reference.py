@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import IGNORE_INDEX
+from ...common.checks import IGNORE_INDEX
 
 
 def token_logprobs_reference(logits: Tensor, token_ids: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,71 @@
+"""A loss whose gradients were made with it: how they are handed to autograd."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+
+from .memory import rounded
+
+
+def attach_gradient(loss: Tensor, tensor: Tensor, grad: Tensor) -> Tensor:
+    """`loss` with d loss / d tensor = grad, added to what gradient it already carries."""
+    return _AttachGradient.apply(loss, tensor, grad)
+
+
+def attach_gradient_once(loss: Tensor, pairs: list[tuple[Tensor, Tensor]], call: str) -> Tensor:
+    """The same for gradients too large to copy: the first backward scales them in place and hands them over.
+
+    pairs: (tensor, grad); a float32 gradient of a 16-bit tensor is rounded after it was scaled.
+    A second backward raises RuntimeError in the name of `call`.
+    """
+    tensors, grads = zip(*pairs, strict=True)
+    return _HandOverGradients.apply(loss, call, *tensors, *grads)
+
+
+class _AttachGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, tensor, grad):
+        ctx.save_for_backward(grad)
+        ctx.dtype = tensor.dtype
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (grad,) = ctx.saved_tensors
+        return grad_output, (grad_output * grad).to(ctx.dtype), None
+
+
+class _HandOverGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, call, *tensors_and_grads):
+        count = len(tensors_and_grads) // 2
+        ctx.dtypes = [tensor.dtype for tensor in tensors_and_grads[:count]]
+        ctx.grads, ctx.call = tensors_and_grads[count:], call
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        if ctx.grads is None:
+            raise RuntimeError(
+                f"{ctx.call} made its gradient in the forward, and an earlier backward has consumed that buffer: "
+                "call it again, or use token_logprobs with policy_loss, where one graph is to be run backward twice"
+            )
+        grads, none = ctx.grads, [None] * len(ctx.grads)
+        if torch.compiler.is_compiling():  # the compiler knows whether anybody else still needs the buffers
+            grads = [grad * grad_output for grad in grads]
+        else:
+            ctx.grads = None
+            for grad in grads:
+                _scale_in_place(grad, grad_output)
+        return grad_output, None, *(rounded(grad, dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)), *none
+
+
+def _scale_in_place(grad: Tensor, factor: Tensor) -> None:
+    # nearly always 1: a pass over the gradient is worth a look, but no wait for a GPU, whose kernel looks itself
+    if grad.device.type == "cuda":
+        importlib.import_module(".triton.scale", __package__).scale_in_place(grad, factor)
+    elif factor.item() != 1:
+        grad.mul_(factor)

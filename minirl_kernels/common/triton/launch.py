@@ -1,0 +1,89 @@
+"""How a kernel is cut and launched, by sizes and dtypes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one row is cut, from V and dtype alone, so that a token's bits do not depend on its neighbours.
+
+    lanes x vec: elements of a tile; threads: of a program.
+    """
+
+    lanes: int
+    vec: int
+    threads: int
+
+    @property
+    def tile(self) -> int:
+        return self.lanes * self.vec
+
+    @property
+    def num_warps(self) -> int:
+        return max(self.threads // (64 if torch.version.hip else 32), 1)
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How a product is cut, never by its number of rows, so that a row's bits do not depend on which others there are.
+
+    rows x columns: of a program's tile; depth: what it sums over at once; stages: how many of those are in flight.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    threads: int
+    stages: int
+
+    @property
+    def tile(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def num_warps(self) -> int:
+        return self.threads // (64 if torch.version.hip else 32)
+
+
+def make_config(vocab_size: int, dtype: torch.dtype, *, threads: int, per_thread: int) -> LaunchConfig:
+    """A tile of `per_thread` logits for each of `threads` threads; for a short row fewer, down to AMD's warp.
+
+    dtype: the narrowest of what is loaded and stored.
+    """
+    wanted = triton.next_power_of_2(vocab_size) // per_thread
+    threads = min(max(wanted, 64), threads)
+    vec = 16 // dtype.itemsize
+    return LaunchConfig(lanes=threads * per_thread // vec, vec=vec, threads=threads)
+
+
+def is_whole(vocab_size: int, dtype: torch.dtype) -> bool:
+    """Whether a row is a whole number of 128-bit accesses."""
+    return vocab_size * dtype.itemsize % 16 == 0
+
+
+def row_strides(x: Tensor) -> tuple[int, int, int]:
+    """(L, stride of B, stride of L) of [B, L, V] or [T, V], which is one batch entry."""
+    return x.shape[-2], x.stride(0) if x.dim() == 3 else 0, x.stride(-2)
+
+
+def launch(kernel, grid: tuple[int, ...], *args, config: LaunchConfig, rows: tuple[Tensor, ...], **constants) -> None:
+    """Run `kernel` over tiles of `rows` (tensors of one shape [..., V]) on their device."""
+    if 0 in grid:
+        return
+    # accesses can be 128 bits where every row begins and ends at a multiple of them
+    aligned = all(n % config.vec == 0 for x in rows for n in (x.shape[-1], *row_strides(x)[1:]))
+    with torch.cuda.device_of(rows[0]):
+        kernel[grid](
+            *args,
+            **constants,
+            LANES=config.lanes,
+            VEC=config.vec,
+            ALIGN=config.vec if aligned else 1,
+            num_warps=config.num_warps,
+        )

@@ -1,0 +1,22 @@
+"""fused_linear_policy_loss on the GPU: the vendor's matmul, and the Triton kernel of fused_policy_loss on each tile."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..fused_policy_loss import triton as fused_policy_loss
+from ..linear_token_logprobs import triton as head
+
+__all__ = ["head", "rows_with_gradient", "sweep_of_tile"]
+
+
+def sweep_of_tile(*arguments) -> tuple[Tensor, ...]:
+    *arguments, bias, softcap = arguments
+    return fused_policy_loss.forward_backward(*arguments, bias, softcap or None)
+
+
+def rows_with_gradient(
+    rows: slice, grad_tile: Tensor, token_grad: Tensor, entropy_grad: Tensor
+) -> tuple[slice, Tensor]:
+    """All of them: whose c_t came out as 0 (clipped) only the device knows, and they add exact zeros."""
+    return rows, grad_tile

@@ -1,0 +1,300 @@
+"""fused_policy_loss on the GPU: one program per token, from its logits to its loss and the gradient of its logits.
+
+A row that fits one tile is read once. A longer one is read twice, less the tile that the first reading ends with and
+the second begins with. They go in opposite directions, so that the second meets first what the caches saw last.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
+from ...common.triton.numbers import LOG2E
+from ...common.triton.row_softmax import (
+    IGNORE_INDEX,
+    barrier_if_narrower,
+    gradient_factors,
+    logit_of_id,
+    softmax_of_row,
+    store_gradient_row,
+)
+from ...common.triton.row_tiles import SIZES, fill_row, row_offset
+
+
+@triton.jit
+def times(weight, factor):
+    """weight * factor, with 0 where one of them is 0 even if the other overflowed; NaN goes through."""
+    nothing = ((factor == 0) & (weight == weight)) | ((weight == 0) & (factor == factor))
+    return tl.where(nothing, 0.0, weight * factor)
+
+
+@triton.jit
+def times_exp(factor, x):
+    """times(exp(x), factor); of a large x in two halves, so that it overflows only where the product does."""
+    half = tl.exp(0.5 * x)
+    product = tl.where(x > 80, factor * half * half, factor * tl.exp(x))
+    return tl.where((factor == 0) & (x == x), 0.0, product)
+
+
+@triton.jit
+def at_most(x, bound):
+    return tl.minimum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def at_least(x, bound):
+    return tl.maximum(x, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def exp_minus_one_minus(x):
+    """exp(x) - 1 - x, by its series where the difference would cancel."""
+    series = 1 / 362880
+    series = series * x + 1 / 40320
+    series = series * x + 1 / 5040
+    series = series * x + 1 / 720
+    series = series * x + 1 / 120
+    series = series * x + 1 / 24
+    series = series * x + 1 / 6
+    series = series * x + 1 / 2
+    return tl.where(tl.abs(x) < 0.5, series * x * x, tl.exp(x) - 1 - x)
+
+
+@triton.jit
+def token_objective(
+    log_prob,
+    log_r,
+    log_w,
+    log_d,
+    advantage,
+    ratio_low,
+    ratio_high,
+    threshold,
+    OBJECTIVE: tl.constexpr,
+    CLIP: tl.constexpr,
+):
+    """(loss, d loss / d log_prob) of a token; `ops/policy_loss/reference.py` defines it.
+
+    Both are linear in the advantage, so an advantage times the token's weight gives its share of the loss.
+    """
+    r = tl.exp(log_r)
+    above, below = (r > ratio_high) & CLIP, (r < ratio_low) & CLIP
+    stopped = ((advantage > 0) & above) | ((advantage < 0) & below)
+    if OBJECTIVE == "minirl" or OBJECTIVE == "reinforce":
+        truncated = tl.exp(log_w) > threshold
+        factor = tl.where(stopped, 0.0, -advantage) * tl.where(truncated, threshold, 1.0)
+        grad = times_exp(factor, tl.where(truncated, 0.0, log_w))
+        loss = times(log_prob, grad) if OBJECTIVE == "minirl" else grad
+    else:
+        truncated = tl.exp(log_d) > threshold
+        bounded = (above | below) if OBJECTIVE == "cispo" else stopped
+        bound = at_most(at_least(r, ratio_low), ratio_high)
+        factor = -advantage * tl.where(truncated, threshold, 1.0) * tl.where(bounded, bound, 1.0)
+        term = times_exp(factor, tl.where(truncated, 0.0, log_d) + tl.where(bounded, 0.0, log_r))
+        if OBJECTIVE == "cispo":
+            loss, grad = times(log_prob, term), term
+        else:
+            tl.static_assert(OBJECTIVE == "grpo")
+            loss, grad = term, tl.where(bounded, 0.0, term)
+    return loss, grad
+
+
+@triton.jit
+def kl_penalty(coef, log_prob, ref_log_prob, ESTIMATOR: tl.constexpr):
+    """coef * (estimate of KL(pi_theta || pi_ref), its derivative by log_prob)."""
+    log_ratio = ref_log_prob - log_prob
+    if ESTIMATOR == "k1":
+        kl, grad = coef * -log_ratio, coef
+    elif ESTIMATOR == "k2":
+        kl, grad = coef * 0.5 * log_ratio * log_ratio, coef * -log_ratio
+    else:
+        tl.static_assert(ESTIMATOR == "k3")
+        unscaled = exp_minus_one_minus(log_ratio)
+        large = times_exp(coef, log_ratio)  # all else is below its rounding error
+        kl = tl.where(log_ratio > 80, large, coef * unscaled)
+        grad = tl.where(log_ratio > 80, -large, coef * -(unscaled + log_ratio))
+    return kl, grad
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fused_policy_loss_kernel(
+    logits,
+    bias,
+    softcap,
+    token_ids,
+    temperature,
+    old_log_probs,
+    behaviour_log_probs,
+    ref_log_probs,
+    advantages,
+    weights,
+    log_probs,
+    entropy,
+    token_loss,
+    token_grad,
+    out,
+    ratio_low,
+    ratio_high,
+    threshold,
+    kl_coef,
+    entropy_coef,
+    L,
+    V,
+    stride_b,
+    stride_l,
+    out_stride_b,
+    out_stride_l,
+    OBJECTIVE: tl.constexpr,
+    CLIP: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    V = V // ALIGN * ALIGN
+    p_out = out + row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN)
+    b_id = tl.load(token_ids + i_t)
+    if (b_id < 0) | (b_id >= V):
+        nothing = tl.where(b_id == IGNORE_INDEX, 0.0, float("nan"))
+        tl.store(log_probs + i_t, nothing)
+        tl.store(entropy + i_t, nothing)
+        tl.store(token_loss + i_t, nothing)
+        tl.store(token_grad + i_t, nothing)
+        fill_row(p_out, nothing, V, LANES, VEC)
+        return
+
+    p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
+    b_temperature = tl.load(temperature + i_t)
+    # where the gradient overwrites it, the barriers of the row's sums stand between this and the first store
+    b_logit = logit_of_id(p_row, b_id, bias, softcap)
+    b_shift, b_log_sum, b_entropy, b_x = softmax_of_row(p_row, V, bias, softcap, b_temperature, LANES, VEC, ONE_TILE)
+    b_log_prob = tl.div_rn(b_logit - b_shift, b_temperature) - b_log_sum
+
+    b_old = b_log_prob
+    if old_log_probs is not None:
+        b_old = tl.load(old_log_probs + i_t)
+    b_behaviour = b_old
+    if behaviour_log_probs is not None:
+        b_behaviour = tl.load(behaviour_log_probs + i_t)
+    b_weight = tl.load(weights + i_t)
+    b_loss, b_c = token_objective(
+        b_log_prob,
+        b_log_prob - b_old,
+        b_log_prob - b_behaviour,
+        b_old - b_behaviour,
+        b_weight * tl.load(advantages + i_t),
+        ratio_low,
+        ratio_high,
+        threshold,
+        OBJECTIVE,
+        CLIP,
+    )
+    if ref_log_probs is not None:
+        b_kl, b_kl_grad = kl_penalty(b_weight * kl_coef, b_log_prob, tl.load(ref_log_probs + i_t), KL_ESTIMATOR)
+        b_loss += b_kl
+        b_c += b_kl_grad
+    # what float32 does not hold is one NaN, not a row of two infinities
+    b_fits = (tl.abs(b_loss) < float("inf")) & (tl.abs(b_c) < float("inf"))
+    b_loss, b_c = tl.where(b_fits, b_loss, float("nan")), tl.where(b_fits, b_c, float("nan"))
+    b_e = -entropy_coef * b_weight
+    tl.store(log_probs + i_t, b_log_prob)
+    tl.store(entropy + i_t, b_entropy)
+    tl.store(token_loss + i_t, b_loss)
+    tl.store(token_grad + i_t, b_c)
+
+    if (b_c == 0) & (b_e == 0):
+        barrier_if_narrower(p_out, p_row)
+        fill_row(p_out, 0.0, V, LANES, VEC)
+        return
+    c = LOG2E / b_temperature
+    k0, k1, at_id = gradient_factors(b_c, b_e, b_log_sum, b_entropy, b_temperature)
+    store_gradient_row(b_x, p_row, p_out, V, bias, softcap, b_id, b_shift, c, k0, k1, at_id, LANES, VEC, ONE_TILE)
+
+
+def forward_backward(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    old_log_probs: Tensor | None,
+    behaviour_log_probs: Tensor | None,
+    ref_log_probs: Tensor | None,
+    advantages: Tensor,
+    weights: Tensor,
+    objective: str,
+    clip: bool,
+    ratio_low: float,
+    ratio_high: float,
+    threshold: float,
+    kl_coef: float,
+    kl_estimator: str,
+    entropy_coef: float,
+    out: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log_probs, entropy, token_loss, token_grad); the gradient goes into `out`, which may be `logits` itself, or
+    16-bit memory that begins each row where that of float32 logits does.
+
+    It is by u = logits, and the loss is of softcap * tanh((u + bias) / softcap); bias [V] float32, either may be None.
+    """
+    results = tuple(torch.empty_like(temperature) for _ in range(4))
+    vocab_size = logits.shape[-1]
+    config = launch_config(vocab_size, logits.dtype, out.dtype)
+    length, *strides = row_strides(logits)
+    _, *out_strides = row_strides(out)
+    launch(
+        fused_policy_loss_kernel,
+        (token_ids.numel(),),
+        logits,
+        bias,
+        softcap,
+        token_ids,
+        temperature,
+        old_log_probs,
+        behaviour_log_probs,
+        ref_log_probs,
+        advantages,
+        weights,
+        *results,
+        out,
+        ratio_low,
+        ratio_high,
+        threshold,
+        kl_coef,
+        entropy_coef,
+        length,
+        vocab_size,
+        *strides,
+        *out_strides,
+        OBJECTIVE=objective,
+        CLIP=clip,
+        KL_ESTIMATOR=kl_estimator,
+        ONE_TILE=vocab_size <= config.tile,
+        config=config,
+        rows=(logits, out),
+    )
+    return results
+
+
+def launch_config(vocab_size: int, dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> LaunchConfig:
+    """At most 1,024 threads, so that each has 64 registers, and no more logits to a thread than these hold.
+
+    One tile: 16 to a thread; 32 if they are 16 bits wide, since packed they take half a register (not on AMD, where
+    that spills). Many tiles: 8, because the next tile waits in registers too. Half of each where rows are not whole
+    128-bit accesses: one logit at a time, each has an address and a predicate.
+
+    One program of 1,024 threads to a processor keeps the rows in flight few, so that the second reading of a long row
+    can come from the second-level cache (132 rows of 304 KB are 40 MB).
+    """
+    narrowest = out_dtype or dtype
+    whole = is_whole(vocab_size, narrowest)
+    one_tile, many_tiles = (16, 8) if whole else (8, 4)
+    if vocab_size > 1024 * one_tile and whole and dtype.itemsize == 2 and not torch.version.hip:
+        one_tile = 32
+    per_thread = one_tile if vocab_size <= 1024 * one_tile else many_tiles
+    return make_config(vocab_size, narrowest, threads=1024, per_thread=per_thread)

@@ -1,0 +1,91 @@
+"""kept_logits on the GPU: one program per row and tile. It writes what is dropped, and reads no logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
+from ...common.triton.row_tiles import SIZES, row_offset, store_tile, tile_offsets
+from .op import KeptRows
+
+
+@triton.jit
+def first_at_least(ids, i_begin, i_end, bound):
+    """The first place of the ascending ids[i_begin:i_end] that holds at least `bound`, or i_end."""
+    while i_begin < i_end:
+        i_middle = i_begin + (i_end - i_begin) // 2
+        if tl.load(ids + i_middle) < bound:
+            i_begin = i_middle + 1
+        else:
+            i_end = i_middle
+    return i_begin
+
+
+@triton.jit(do_not_specialize=[*SIZES, "fill"])
+def kept_logits_kernel(
+    logits,
+    ids,
+    begin,
+    end,
+    fill,
+    L,
+    V,
+    stride_b,
+    stride_l,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    V = V // ALIGN * ALIGN
+    i_tile = tl.program_id(1)
+    i_begin = tl.load(begin + i_t)
+    i_end = tl.load(end + i_t)
+    if i_begin == i_end:
+        return
+    p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
+    b_dropped = tl.full([LANES, VEC], fill, tl.float32)
+    start = i_tile * (LANES * VEC)
+    i_first = first_at_least(ids, i_begin, i_end, start)
+    i_last = first_at_least(ids, i_first, i_end, start + LANES * VEC)
+    if i_first == i_last:
+        store_tile(p_row, b_dropped, i_tile, V, LANES, VEC)
+        return
+    o_v = tile_offsets(LANES, VEC)
+    m_dropped = o_v < V - start
+    for i in range(i_first, i_last):
+        m_dropped = m_dropped & (o_v != tl.load(ids + i) - start)
+    tl.store(p_row + start + o_v, b_dropped.to(p_row.dtype.element_ty), mask=m_dropped)
+
+
+def keep_(logits: Tensor, kept: KeptRows, fill: float = -math.inf) -> None:
+    """`fill` where a token is not in its row's set; logits [B, L, V] or [T, V], any dtype."""
+    vocab_size = logits.shape[-1]
+    config = launch_config(vocab_size, logits.dtype)
+    length, *strides = row_strides(logits)
+    launch(
+        kept_logits_kernel,
+        (logits.shape[:-1].numel(), triton.cdiv(vocab_size, config.tile)),
+        logits,
+        kept.ids,
+        kept.begin,
+        kept.end,
+        fill,
+        length,
+        vocab_size,
+        *strides,
+        config=config,
+        rows=(logits,),
+    )
+
+
+def launch_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
+    """Nothing is reduced, so a program is one tile, small enough that a row makes many. One logit at a time, where rows
+    are not whole accesses, takes more registers: half as many then."""
+    per_thread = (32 if is_whole(vocab_size, dtype) else 16) // dtype.itemsize
+    return make_config(vocab_size, dtype, threads=256, per_thread=per_thread)

@@ -1,0 +1,234 @@
+"""Products of matrices on the GPU: every output is summed by one program, over its terms from the first to the last.
+
+The tile is chosen by N, the dtype and the architecture, never by M, so that a row's sum is made in the same steps
+whatever rows are beside it. Names: as in common/triton/row_tiles.py, and D the reduced dimension, G groups.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...common.triton.launch import TileConfig
+from ...common.triton.numbers import dot, round_to
+from ...common.triton.row_tiles import multiple
+
+# one binary per dtype, layout and alignment: ALIGN says all that the kernel needs to know of these
+SIZES = ["M", "N", "D", "G", "tiles_m", "stride_ab", "stride_a", "stride_bb", "stride_b", "stride_cb", "stride_c"]
+SIZES += ["stride_ob", "stride_o"]
+
+
+@triton.jit
+def tile_of_program(tiles_m, tiles_n, BAND: tl.constexpr):
+    """(matrix, tile of rows, tile of columns): programs that run together share rows and columns, BAND tiles of rows at
+    a time."""
+    i = tl.program_id(0)
+    i_b = i // (tiles_m * tiles_n)
+    i -= i_b * (tiles_m * tiles_n)
+    first = i // (BAND * tiles_n) * BAND
+    i -= first * tiles_n
+    height = tl.minimum(tiles_m - first, BAND)
+    return i_b.to(tl.int64), first + i % height, i // height
+
+
+@triton.jit
+def group_of_block(ends, i_block, M, G, G_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(group, first row, end of the group's rows) of a block of rows; no rows where the first is no less.
+
+    The blocks of group g are those from begin // BLOCK_M + g on: as many as its rows fill or one more, whatever rows
+    come before them. Group G has the rows that are left.
+    """
+    o_g = tl.arange(0, G_BLOCK)
+    b_begins = tl.load(ends + o_g - 1, mask=(o_g > 0) & (o_g <= G), other=0)
+    i_g = tl.sum(((o_g <= G) & (b_begins // BLOCK_M + o_g <= i_block)).to(tl.int32)) - 1
+    begin = tl.maximum(tl.load(ends + i_g - 1, mask=i_g > 0, other=0), 0).to(tl.int64)
+    end = tl.load(ends + i_g, mask=i_g < G, other=M).to(tl.int64)
+    first = begin + (i_block - (begin // BLOCK_M + i_g)) * BLOCK_M
+    return i_g.to(tl.int64), tl.maximum(first, 0), tl.minimum(end, M)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def matmul_kernel(
+    a,
+    b,
+    addend,
+    out,
+    ends,
+    alpha,
+    beta,
+    M,
+    N,
+    D,
+    G,
+    tiles_m,
+    stride_ab,
+    stride_a,
+    stride_bb,
+    stride_b,
+    stride_cb,
+    stride_c,
+    stride_ob,
+    stride_o,
+    GROUPED: tl.constexpr,
+    A_TURNED: tl.constexpr,
+    B_TURNED: tl.constexpr,
+    G_BLOCK: tl.constexpr,
+    BAND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """out = alpha a b + beta addend, which may be None. A_TURNED, B_TURNED: columns are contiguous, not rows.
+
+    GROUPED: what the groups that end at ends are of, "rows" or "terms", or "" if there are none."""
+    M = M if not A_TURNED else multiple(M, ALIGN)
+    N = multiple(N, ALIGN)
+    D = D if A_TURNED and not B_TURNED else multiple(D, ALIGN)
+    stride_a = multiple(stride_a, ALIGN)
+    stride_b = multiple(stride_b, ALIGN)
+    i_b, i_m, i_n = tile_of_program(tiles_m, tl.cdiv(N, BLOCK_N), BAND)
+    first_m = (i_m * BLOCK_M).to(tl.int64)
+    end_m = M.to(tl.int64)
+    begin_d = tl.zeros([], tl.int64)
+    end_d = D.to(tl.int64)
+    if GROUPED == "rows":
+        i_b, first_m, end_m = group_of_block(ends, i_m, M, G, G_BLOCK, BLOCK_M)
+        if first_m >= end_m:
+            return
+        end_d = tl.where(i_b < G, end_d, 0)
+    if GROUPED == "terms":
+        begin_d = tl.maximum(tl.load(ends + i_b - 1, mask=i_b > 0, other=0).to(tl.int64), 0)
+        end_d = tl.minimum(tl.load(ends + i_b).to(tl.int64), end_d)
+    o_m = first_m + tl.arange(0, BLOCK_M)[:, None]
+    m_m = o_m < end_m
+    first_n = (i_n * BLOCK_N).to(tl.int64)
+    o_n = tl.arange(0, BLOCK_N)[None, :]
+    m_n = o_n < N - first_n
+    o_d = tl.arange(0, BLOCK_D)
+    step_a = stride_a.to(tl.int64) if A_TURNED else 1
+    step_b = 1 if B_TURNED else stride_b.to(tl.int64)
+    p_a = a + i_b * multiple(stride_ab, ALIGN) + begin_d * step_a + (o_m if A_TURNED else o_m * stride_a)
+    p_b = b + i_b * multiple(stride_bb, ALIGN) + begin_d * step_b
+    p_b += (first_n + o_n) * stride_b if B_TURNED else first_n + o_n
+    p_a += o_d[None, :] * step_a
+    p_b += o_d[:, None] * step_b
+    terms = (end_d - begin_d).to(tl.int32)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i_d in range(tl.cdiv(terms, BLOCK_D)):
+        m_d = o_d < terms - i_d * BLOCK_D
+        b_a = tl.load(p_a, mask=m_m & m_d[None, :], other=0.0)
+        b_b = tl.load(p_b, mask=m_d[:, None] & m_n, other=0.0)
+        b_sum = dot(b_a, b_b, b_sum)
+        p_a += BLOCK_D * step_a
+        p_b += BLOCK_D * step_b
+    b_sum *= alpha
+    if addend is not None:
+        p_c = addend + i_b * multiple(stride_cb, ALIGN) + o_m * multiple(stride_c, ALIGN) + first_n + o_n
+        b_sum += beta * tl.load(p_c, mask=m_m & m_n, other=0.0).to(tl.float32)
+    o_b = 0 if GROUPED == "rows" else i_b * multiple(stride_ob, ALIGN)
+    p_out = out + o_b + o_m * multiple(stride_o, ALIGN) + first_n + o_n
+    tl.store(p_out, round_to(b_sum, out.dtype.element_ty), mask=m_m & m_n)
+
+
+def matmul_into(
+    out: Tensor, a: Tensor, b: Tensor, *, addend: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    """out = alpha (a @ b) + beta addend: as native_matmul has it, of one dtype."""
+    _launch(out, a, b, out.shape[0] if out.dim() == 3 else 1, addend=addend, alpha=alpha, beta=beta)
+    return out
+
+
+def grouped_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor, grouped: str) -> None:
+    """As cpu.py has it, but for ends out of order or range, of which nobody can tell before the device has run: nothing
+    is read or written beyond a tensor for them."""
+    if grouped == "columns":
+        turned = out.new_empty(out.shape[::-1])
+        _launch(turned, b.mT, a.mT, 1, ends=ends, grouped="rows")
+        out.copy_(turned.T)
+    else:
+        _launch(out, a, b, len(ends) if grouped == "terms" else 1, ends=ends, grouped=grouped)
+
+
+def _launch(out, a, b, batch, *, addend=None, alpha=1.0, beta=1.0, ends=None, grouped="") -> None:
+    a, (stride_ab, a_row, a_column) = _matrix_strides(a)
+    b, (stride_bb, b_row, b_column) = _matrix_strides(b)
+    rows, columns, depth = out.shape[-2], out.shape[-1], a.shape[-1]
+    config = tile_config(columns, out.dtype)
+    groups = len(ends) if ends is not None else 0
+    # those of groups are at least as many as there are, known without asking the device
+    tiles_m = rows // config.rows + groups + 1 if grouped == "rows" else triton.cdiv(rows, config.rows)
+    a_turned, b_turned = a_column != 1, b_row == 1 and b_column != 1
+    *_, stride_cb, stride_c, _ = (0, 0, 0, *(addend.stride() if addend is not None else ()))
+    strides = (
+        stride_ab,
+        a_column if a_turned else a_row,
+        stride_bb,
+        b_column if b_turned else b_row,
+        stride_cb,
+        stride_c,
+        out.stride(0) if out.dim() == 3 else 0,
+        out.stride(-2),
+    )
+    contiguous = (rows if a_turned else depth, depth if b_turned else columns, columns)
+    vec = 16 // out.element_size()
+    with torch.cuda.device_of(out):
+        matmul_kernel[(batch * tiles_m * triton.cdiv(columns, config.columns),)](
+            a,
+            b,
+            addend,
+            out,
+            ends,
+            alpha,
+            beta,
+            rows,
+            columns,
+            depth,
+            groups,
+            tiles_m,
+            *strides,
+            GROUPED=grouped,
+            A_TURNED=a_turned,
+            B_TURNED=b_turned,
+            G_BLOCK=triton.next_power_of_2(groups + 1),
+            BAND=8,
+            BLOCK_M=config.rows,
+            BLOCK_N=config.columns,
+            BLOCK_D=config.depth,
+            # accesses can be 128 bits where all of them are multiples of that
+            ALIGN=vec if all(size % vec == 0 for size in (*contiguous, *strides)) else 1,
+            num_warps=config.num_warps,
+            num_stages=config.stages,
+        )
+
+
+def _matrix_strides(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+    """(x, its strides of batch, row and column), one of the last two 1: x is a copy where neither is.
+
+    That of a dimension of one element is free, and so are all where there is none.
+    """
+    strides, (rows, columns) = x.stride(), x.shape[-2:]
+    row, column = strides[-2], 1 if columns == 1 else strides[-1]
+    if column != 1 and row != 1:
+        if rows != 1 and x.numel():
+            return _matrix_strides(x.contiguous())
+        row = 1
+    return x, (strides[0] if len(strides) == 3 else 0, row, column)
+
+
+# The fewest columns for which a decoded token's product still has 64 programs of the wider tile.
+WIDE = 8192
+
+
+def tile_config(columns: int, dtype: torch.dtype) -> TileConfig:
+    """From N and the dtype alone. Where columns are few, tiles are narrow, so that enough programs read the weight when
+    there is one row. Threads and depth: what leaves registers for an address each, where no access is wide.
+    Float32 is multiplied from registers, and needs more of them for its operands. AMD's shared memory is 64 KiB, a
+    third of the others'."""
+    if dtype == torch.float32:
+        return TileConfig(rows=32, columns=64, depth=16, threads=256, stages=3)
+    return TileConfig(
+        rows=64, columns=128 if columns >= WIDE else 64, depth=32, threads=256, stages=2 if torch.version.hip else 4
+    )

@@ -1,0 +1,219 @@
+"""mean and sum on the GPU: a program sums one block of a row, or of some neighbouring columns.
+
+What is reduced is cut into blocks of a fixed size, and their sums are summed alike until one is left: so a row of any
+length fills the processor, and its order is that of its length alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config
+from ...common.triton.numbers import round_to
+from ...common.triton.row_tiles import SIZES, load_terms, multiple, row_offset
+from .layout import layout_of, reduced_dims, reduced_shape
+
+# elements of a row to a program: a whole number of tiles, and ten programs to a vocabulary's row
+BLOCK = 16_384
+COLUMN_SIZES = ["L", "R", "V", "blocks", "stride_b", "stride_l", "stride_r"]
+
+
+@triton.jit(do_not_specialize=[*SIZES, "blocks"])
+def mean_rows_kernel(
+    x,
+    out,
+    divisor,
+    blocks,
+    L,
+    V,
+    stride_b,
+    stride_l,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    i_out = tl.program_id(0).to(tl.int64)
+    V = V // ALIGN * ALIGN
+    p_row = x + row_offset(i_out // blocks, L, stride_b, stride_l, ALIGN)
+    b_sum = tl.zeros([LANES, VEC], tl.float32)
+    tiles: tl.constexpr = BLOCK // (LANES * VEC)
+    i_first = i_out % blocks * tiles
+    for i in range(tl.minimum(tl.cdiv(V, LANES * VEC) - i_first, tiles)):
+        b_sum += load_terms(p_row, i_first + i, V, LANES, VEC)
+    total = tl.sum(tl.sum(b_sum, 1), 0)
+    tl.store(out + i_out, round_to(tl.div_rn(total, divisor), out.dtype.element_ty))
+
+
+@triton.jit
+def column_offsets(V, COLUMNS: tl.constexpr):
+    """(row of blocks, offsets [1, COLUMNS], which of them are columns) of a program; all are on the first grid axis."""
+    tiles = tl.cdiv(V, COLUMNS)
+    i_program = tl.program_id(0).to(tl.int64)
+    o_c = (i_program % tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    return i_program // tiles, o_c, o_c < V
+
+
+@triton.jit(do_not_specialize=COLUMN_SIZES)
+def mean_columns_kernel(
+    x,
+    out,
+    divisor,
+    blocks,
+    L,
+    R,
+    V,
+    stride_b,
+    stride_l,
+    stride_r,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    V = V // ALIGN * ALIGN
+    i_out, o_c, m_c = column_offsets(V, COLUMNS)
+    start = i_out % blocks * BLOCK
+    p_matrix = x + row_offset(i_out // blocks, L, stride_b, stride_l, ALIGN)
+    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for i in range(tl.cdiv(tl.minimum(R - start, BLOCK), ROWS)):
+        o_r = (start + i * ROWS + tl.arange(0, ROWS))[:, None]
+        b_x = tl.load(p_matrix + o_r * multiple(stride_r, ALIGN) + o_c, mask=(o_r < R) & m_c, other=0.0)
+        b_sum += b_x.to(tl.float32)
+    b_total = tl.div_rn(tl.sum(b_sum, 0)[None, :], divisor)
+    tl.store(out + i_out * V + o_c, round_to(b_total, out.dtype.element_ty), mask=m_c)
+
+
+def forward(
+    x: Tensor, dim: int | tuple[int, ...] | None, keepdim: bool, dtype: torch.dtype | None, divide: bool
+) -> Tensor:
+    """The mean over `dim` where `divide`, else the sum; `dtype` None is that of x."""
+    if dtype not in (None, x.dtype, torch.float32):
+        return forward(x, dim, keepdim, torch.float32, divide).to(dtype)
+    dtype = dtype or x.dtype
+    dims = reduced_dims(x, dim)
+    out = torch.empty(reduced_shape(x, dims, keepdim), dtype=dtype, device=x.device)
+    if out.numel():
+        lie = layout_of(x, dims, transposes=False)
+        sizes = (lie.batch, lie.length, lie.reduced, lie.inner)
+        x = lie.x.as_strided(sizes, (lie.batch_stride, lie.length_stride, lie.reduced_stride, 1))
+        # by which dimensions are reduced, not by their sizes: the two ways have other bits
+        reduce = reduce_rows if lie.trailing else reduce_columns
+        reduce(x, out, lie.reduced if divide else 1)
+    return out
+
+
+def reduce_rows(x: Tensor, out: Tensor, divisor: int) -> None:
+    """The sums of x [B, L, R, 1] over R, divided, into `out` of B L elements."""
+    x = x.squeeze(3)
+    while x.shape[2] > BLOCK:
+        partials = x.new_empty((1, x.shape[0] * x.shape[1], triton.cdiv(x.shape[2], BLOCK)), dtype=torch.float32)
+        reduce_row_blocks(x, partials, 1)
+        x = partials
+    reduce_row_blocks(x, out, divisor)
+
+
+def reduce_row_blocks(x: Tensor, out: Tensor, divisor: int) -> None:
+    """The same for x [B, L, R], one for each block of R."""
+    batch, length, reduced = x.shape
+    launch(
+        mean_rows_kernel,
+        (out.numel(),),
+        x,
+        out,
+        float(divisor),
+        out.numel() // (batch * length),
+        length,
+        reduced,
+        x.stride(0),
+        x.stride(1),
+        BLOCK=BLOCK,
+        config=rows_config(reduced, x.dtype),
+        rows=(x,),
+    )
+
+
+def reduce_columns(x: Tensor, out: Tensor, divisor: int) -> None:
+    """The sums of x [B, L, R, I] over R, divided, into `out` of B L I elements."""
+    block = columns_config().block
+    while x.shape[2] > block:
+        sizes = (1, x.shape[0] * x.shape[1], triton.cdiv(x.shape[2], block), x.shape[3])
+        partials = x.new_empty(sizes, dtype=torch.float32)
+        reduce_column_blocks(x, partials, 1)
+        x = partials
+    reduce_column_blocks(x, out, divisor)
+
+
+def reduce_column_blocks(x: Tensor, out: Tensor, divisor: int) -> None:
+    """The same, one for each block of R."""
+    batch, length, reduced, inner = x.shape
+    strides = x.stride()[:3]
+    outer = out.numel() // inner
+    launch_columns(
+        mean_columns_kernel,
+        outer,
+        x,
+        out,
+        float(divisor),
+        outer // (batch * length),
+        length,
+        reduced,
+        inner,
+        *strides,
+        size=inner,
+        strides=strides,
+        dtype=x.dtype,
+    )
+
+
+def launch_columns(kernel, outer: int, *args, size: int, strides: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Run `kernel` over `outer` times `size` columns of tensors of `dtype`; args[0] is one of them."""
+    config = columns_config()
+    vec = 16 // dtype.itemsize
+    aligned = all(n % vec == 0 for n in (size, *strides))
+    with torch.cuda.device_of(args[0]):
+        kernel[(outer * triton.cdiv(size, config.columns),)](
+            *args,
+            ROWS=config.rows,
+            COLUMNS=config.columns,
+            BLOCK=config.block,
+            ALIGN=vec if aligned else 1,
+            num_warps=config.num_warps,
+        )
+
+
+@dataclass(frozen=True)
+class ColumnConfig:
+    """How columns are cut: always alike, so that the bits of one do not depend on how many there are.
+
+    rows x columns: elements that a program loads at once; block: rows that it sums.
+    """
+
+    rows: int
+    columns: int
+    block: int
+    threads: int
+
+    @property
+    def tile(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def num_warps(self) -> int:
+        return self.threads // (64 if torch.version.hip else 32)
+
+
+def rows_config(reduced: int, dtype: torch.dtype) -> LaunchConfig:
+    """Two accesses in flight to a thread; one element at a time takes as many registers as eight at once."""
+    per_thread = (32 if is_whole(reduced, dtype) else 16) // dtype.itemsize
+    return make_config(min(reduced, BLOCK), dtype, threads=512, per_thread=per_thread)
+
+
+def columns_config() -> ColumnConfig:
+    """64 columns are 128 bytes or more of each row; blocks are short, as columns are few where tokens are many."""
+    return ColumnConfig(rows=32, columns=64, block=1024, threads=128)

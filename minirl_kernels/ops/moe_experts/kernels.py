@@ -1,0 +1,431 @@
+"""moe_experts on the GPU: products over rows, each a pair of a token and one of its experts, sorted by expert.
+
+All rows of a program are of one expert, so that what is no number in its weights reaches no other's tokens. What a row
+gives goes to the place of its pair, where the combine finds those of a token side by side, in the order of its routing.
+
+Names: as in common/triton/row_tiles.py, and D the depth of a product: what it sums over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...common.triton.launch import LaunchConfig, TileConfig, launch, make_config
+from ...common.triton.numbers import LOG2E, dot, round_to
+from ...common.triton.row_tiles import multiple, tile_offsets
+
+# one binary per dtype, K, power of two above E, and alignment: ALIGN says all that a kernel needs to know of these
+SIZES = ["E", "H", "I", "M", "N", "D", "V", "stride_t", "stride_e", "stride_o", "stride_left", "stride_right"]
+# a slice of them begins anywhere
+UNALIGNED = ["weights"]
+
+
+@triton.jit
+def rows_of_block(begins, E, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(expert, first row, end of the expert's rows) of this program, by axis 0; no rows where the first is no less.
+
+    The blocks of expert e are those from begins[e] // BLOCK_M + e on: as many as its rows fill or one more, whatever
+    rows come before them.
+    """
+    i_block = tl.program_id(0)
+    o_e = tl.arange(0, E_BLOCK)
+    b_begins = tl.load(begins + o_e, mask=o_e <= E, other=0)
+    i_e = tl.sum(((o_e <= E) & (b_begins // BLOCK_M + o_e <= i_block)).to(tl.int32)) - 1
+    begin = tl.load(begins + i_e)
+    first = begin + (i_block - (begin // BLOCK_M + i_e)) * BLOCK_M
+    return i_e.to(tl.int64), first, tl.load(begins + i_e + 1)
+
+
+@triton.jit
+def rows_by_columns(
+    p_x, m_m, p_w, m_n, stride_d, D, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """[BLOCK_M, BLOCK_N] in float32, of rows at p_x [BLOCK_M, 1] and columns at p_w [1, BLOCK_N], whose elements are
+    stride_d apart."""
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i_d in range(tl.cdiv(D, BLOCK_D)):
+        o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+        b_x = tl.load(p_x + o_d[None, :], mask=m_m & (o_d < D)[None, :], other=0.0)
+        b_w = tl.load(p_w + o_d[:, None].to(tl.int64) * stride_d, mask=(o_d < D)[:, None] & m_n, other=0.0)
+        b_sum = dot(b_x, b_w, b_sum)
+    return b_sum
+
+
+@triton.jit
+def sigmoids(b_x):
+    """Of x and of -x, by e^-|x|: neither cancels, and where one is too small for a float it is 0."""
+    b_e = tl.exp2(-tl.abs(b_x) * LOG2E)
+    b_large = 1.0 / (1.0 + b_e)
+    b_small = b_e * b_large
+    return tl.where(b_x < 0, b_small, b_large), tl.where(b_x < 0, b_large, b_small)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def experts_up_kernel(
+    hidden,
+    gate_up_proj,
+    pairs,
+    begins,
+    activation,
+    gate_up,
+    E,
+    H,
+    I,
+    stride_t,
+    stride_e,
+    stride_o,
+    K: tl.constexpr,
+    E_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """activation = silu(gate) * up; gate_up, their halves side by side, may be None. Rows of no expert are left out."""
+    i_e, first, end = rows_of_block(begins, E, E_BLOCK, BLOCK_M)
+    if (first >= end) | (i_e == E):
+        return
+    H = multiple(H, ALIGN)
+    I = multiple(I, ALIGN)
+    stride_o = multiple(stride_o, ALIGN)
+    o_m = first + tl.arange(0, BLOCK_M)[:, None]
+    m_m = o_m < end
+    first_n = tl.program_id(1) * BLOCK_N
+    o_n = tl.arange(0, BLOCK_N)[None, :]
+    m_n = o_n < I - first_n
+    b_tokens = tl.load(pairs + o_m, mask=m_m, other=0) // K
+    p_x = hidden + b_tokens * multiple(stride_t, ALIGN)
+    p_w = gate_up_proj + i_e * multiple(stride_e, ALIGN)
+    p_gate = p_w + (first_n + o_n).to(tl.int64) * stride_o
+    p_up = p_w + (I + first_n + o_n).to(tl.int64) * stride_o
+    b_gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i_d in range(tl.cdiv(H, BLOCK_D)):
+        o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+        m_w = (o_d < H)[:, None] & m_n
+        b_x = tl.load(p_x + o_d[None, :], mask=m_m & (o_d < H)[None, :], other=0.0)
+        b_gate = dot(b_x, tl.load(p_gate + o_d[:, None], mask=m_w, other=0.0), b_gate)
+        b_up = dot(b_x, tl.load(p_up + o_d[:, None], mask=m_w, other=0.0), b_up)
+    b_sigmoid, _ = sigmoids(b_gate)
+    dtype: tl.constexpr = activation.dtype.element_ty
+    tl.store(activation + first_n + o_m * I + o_n, round_to(b_gate * b_sigmoid * b_up, dtype), mask=m_m & m_n)
+    if gate_up is not None:
+        p_kept = gate_up + first_n + o_m * (2 * I) + o_n
+        tl.store(p_kept, round_to(b_gate, dtype), mask=m_m & m_n)
+        tl.store(p_kept + I, round_to(b_up, dtype), mask=m_m & m_n)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def experts_product_kernel(
+    x,
+    matrix,
+    pairs,
+    begins,
+    y,
+    E,
+    D,
+    N,
+    stride_e,
+    stride_o,
+    TRANSPOSED: tl.constexpr,
+    E_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """y[pair] = matrix[expert] x[row], the matrix [N, D], or [D, N] where TRANSPOSED; NaN for rows of no expert."""
+    i_e, first, end = rows_of_block(begins, E, E_BLOCK, BLOCK_M)
+    if first >= end:
+        return
+    D = multiple(D, ALIGN)
+    N = multiple(N, ALIGN)
+    stride_o = multiple(stride_o, ALIGN)
+    o_m = first + tl.arange(0, BLOCK_M)[:, None]
+    m_m = o_m < end
+    first_n = tl.program_id(1) * BLOCK_N
+    o_n = tl.arange(0, BLOCK_N)[None, :]
+    m_n = o_n < N - first_n
+    p_y = y + first_n + tl.load(pairs + o_m, mask=m_m, other=0) * N + o_n
+    if i_e == E:
+        tl.store(p_y, tl.full([BLOCK_M, BLOCK_N], float("nan"), tl.float32), mask=m_m & m_n)
+        return
+    p_x = x + o_m * D
+    p_w = matrix + i_e * multiple(stride_e, ALIGN)
+    if TRANSPOSED:
+        b_y = rows_by_columns(p_x, m_m, p_w + first_n + o_n, m_n, stride_o, D, BLOCK_M, BLOCK_N, BLOCK_D)
+    else:
+        p_w += (first_n + o_n).to(tl.int64) * stride_o
+        b_y = rows_by_columns(p_x, m_m, p_w, m_n, 1, D, BLOCK_M, BLOCK_N, BLOCK_D)
+    tl.store(p_y, b_y, mask=m_m & m_n)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+def experts_activation_grad_kernel(
+    grad_out,
+    down_proj,
+    gate_up,
+    weights,
+    pairs,
+    begins,
+    gate_up_grad,
+    weighted,
+    parts,
+    E,
+    H,
+    I,
+    stride_e,
+    stride_o,
+    K: tl.constexpr,
+    E_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """With S = grad_out[token] down_proj[expert]: the gradients of both halves, by weight * S; the activation times
+    its weight, for d down_proj; and parts[pair, this block of I], the sum over it of activation * S. Each may be None.
+    """
+    i_e, first, end = rows_of_block(begins, E, E_BLOCK, BLOCK_M)
+    if first >= end:
+        return
+    H = multiple(H, ALIGN)
+    I = multiple(I, ALIGN)
+    o_m = first + tl.arange(0, BLOCK_M)[:, None]
+    m_m = o_m < end
+    b_pairs = tl.load(pairs + o_m, mask=m_m, other=0)
+    o_parts = b_pairs * tl.num_programs(1) + tl.program_id(1)
+    if i_e == E:
+        if parts is not None:
+            tl.store(parts + o_parts, tl.full([BLOCK_M, 1], float("nan"), tl.float32), mask=m_m)
+        return
+    first_n = tl.program_id(1) * BLOCK_N
+    o_n = tl.arange(0, BLOCK_N)[None, :]
+    m_n = o_n < I - first_n
+    if gate_up_grad is not None or parts is not None:
+        p_x = grad_out + b_pairs // K * H
+        p_w = down_proj + i_e * multiple(stride_e, ALIGN) + first_n + o_n
+        b_s = rows_by_columns(p_x, m_m, p_w, m_n, multiple(stride_o, ALIGN), H, BLOCK_M, BLOCK_N, BLOCK_D)
+    o_row = first_n + o_m * (2 * I)
+    b_gate = tl.load(gate_up + o_row + o_n, mask=m_m & m_n, other=0.0).to(tl.float32)
+    b_up = tl.load(gate_up + I + o_row + o_n, mask=m_m & m_n, other=0.0).to(tl.float32)
+    b_weight = tl.load(weights + b_pairs, mask=m_m, other=0.0)
+    b_sigmoid, b_rest = sigmoids(b_gate)
+    b_silu = b_gate * b_sigmoid
+    dtype: tl.constexpr = gate_up.dtype.element_ty
+    if weighted is not None:
+        tl.store(weighted + first_n + o_m * I + o_n, round_to(b_silu * b_up * b_weight, dtype), mask=m_m & m_n)
+    if parts is not None:
+        tl.store(parts + o_parts, tl.sum(b_silu * b_up * b_s, 1)[:, None], mask=m_m)
+    if gate_up_grad is not None:
+        b_s *= b_weight
+        b_slope = b_sigmoid * (1.0 + b_gate * b_rest)
+        tl.store(gate_up_grad + o_row + o_n, round_to(b_s * b_up * b_slope, dtype), mask=m_m & m_n)
+        tl.store(gate_up_grad + I + o_row + o_n, round_to(b_s * b_silu, dtype), mask=m_m & m_n)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def experts_weight_grad_kernel(
+    left,
+    right,
+    pairs,
+    begins,
+    out,
+    M,
+    N,
+    stride_left,
+    stride_right,
+    K: tl.constexpr,
+    LEFT_BY_TOKEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """out[expert] = the sum over its rows, in their order, of left^T right: one of the two is by token, the other by
+    row. 0 for an expert without rows."""
+    M = multiple(M, ALIGN)
+    N = multiple(N, ALIGN)
+    tiles = tl.cdiv(M, BLOCK_M)
+    i_e = (tl.program_id(0) // tiles).to(tl.int64)
+    o_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    first_n = tl.program_id(1) * BLOCK_N
+    o_n = tl.arange(0, BLOCK_N)[None, :]
+    m_n = o_n < N - first_n
+    begin = tl.load(begins + i_e)
+    end = tl.load(begins + i_e + 1)
+    b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i_d in range(tl.cdiv(end - begin, BLOCK_D).to(tl.int32)):
+        o_d = begin + i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+        b_tokens = tl.load(pairs + o_d, mask=o_d < end, other=0) // K
+        o_left = (b_tokens if LEFT_BY_TOKEN else o_d)[None, :] * multiple(stride_left, ALIGN)
+        o_right = (o_d if LEFT_BY_TOKEN else b_tokens)[:, None] * multiple(stride_right, ALIGN)
+        b_left = tl.load(left + o_left + o_m, mask=(o_d < end)[None, :] & (o_m < M), other=0.0)
+        b_right = tl.load(right + first_n + o_right + o_n, mask=(o_d < end)[:, None] & m_n, other=0.0)
+        b_sum = dot(b_left, b_right, b_sum)
+    p_out = out + first_n + (i_e * M + o_m) * N + o_n
+    tl.store(p_out, round_to(b_sum, out.dtype.element_ty), mask=(o_m < M) & m_n)
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
+def experts_combine_kernel(
+    y, weights, out, V, K: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr
+):
+    """out[t] = the sum over k, in order, of weights[t, k] y[t, k]; without weights where they are None."""
+    i_t = tl.program_id(0).to(tl.int64)
+    V = multiple(V, ALIGN)
+    start = tl.program_id(1) * (LANES * VEC)
+    o_v = tile_offsets(LANES, VEC)
+    m_v = o_v < V - start
+    b_sum = tl.zeros([LANES, VEC], tl.float32)
+    for k in range(K):
+        b_y = tl.load(y + (i_t * K + k) * V + start + o_v, mask=m_v, other=0.0)
+        if weights is not None:
+            b_y *= tl.load(weights + i_t * K + k)
+        b_sum += b_y
+    tl.store(out + i_t * V + start + o_v, round_to(b_sum, out.dtype.element_ty), mask=m_v)
+
+
+class Rows(NamedTuple):
+    """The pairs of a token and one of its experts, as rows."""
+
+    pairs: Tensor  # [T K] int64: token * K + rank, by expert, those of an expert in their order
+    begins: Tensor  # [E + 2] int64: where the rows of each expert begin, then those of no expert, and where they end
+    top_k: int
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.begins) - 2
+
+    def blocks(self, config: TileConfig) -> int:
+        """At least as many as there are, known without asking the device."""
+        pairs = len(self.pairs)
+        return pairs // config.rows + self.num_experts + 1 if pairs else 0
+
+
+def up(hidden: Tensor, gate_up_proj: Tensor, rows: Rows, activation: Tensor, gate_up: Tensor | None) -> None:
+    """activation [T K, I] and gate_up [T K, 2 I] by row."""
+    width = activation.shape[1]
+    tensors = (hidden, gate_up_proj, rows.pairs, rows.begins, activation, gate_up)
+    sizes = (hidden.shape[1], width, hidden.stride(0), *gate_up_proj.stride()[:2])
+    _launch_over_rows(experts_up_kernel, rows, width, tensors, sizes, halved_config(hidden.dtype), K=rows.top_k)
+
+
+def product(x: Tensor, matrix: Tensor, rows: Rows, y: Tensor, *, transposed: bool) -> None:
+    """y [T K, N] float32 by pair, x [T K, D] by row; matrix [E, N, D], or [E, D, N] if transposed."""
+    columns = y.shape[1]
+    tensors = (x, matrix, rows.pairs, rows.begins, y)
+    sizes = (x.shape[1], columns, *matrix.stride()[:2])
+    config = product_config(x.dtype)
+    _launch_over_rows(experts_product_kernel, rows, columns, tensors, sizes, config, TRANSPOSED=transposed)
+
+
+def activation_grad(
+    grad_out: Tensor,
+    down_proj: Tensor,
+    gate_up: Tensor,
+    weights: Tensor,
+    rows: Rows,
+    gate_up_grad: Tensor | None,
+    weighted: Tensor | None,
+    parts: Tensor | None,
+) -> None:
+    """gate_up_grad [T K, 2 I] and weighted [T K, I] by row, parts [T K, weight_parts] float32 by pair; grad_out is
+    contiguous."""
+    _, hidden_size, width = down_proj.shape
+    tensors = (grad_out, down_proj, gate_up, weights, rows.pairs, rows.begins, gate_up_grad, weighted, parts)
+    sizes = (hidden_size, width, *down_proj.stride()[:2])
+    config = halved_config(gate_up.dtype)
+    _launch_over_rows(experts_activation_grad_kernel, rows, width, tensors, sizes, config, K=rows.top_k)
+
+
+def weight_grad(left: Tensor, right: Tensor, rows: Rows, out: Tensor, *, left_by_token: bool) -> None:
+    """out [E, M, N]; left [T, M] and right [T K, N] by row, or left by row and right by token."""
+    config = weight_grad_config(out.dtype)
+    num_experts, height, width = out.shape
+    _launch(
+        experts_weight_grad_kernel,
+        (num_experts * triton.cdiv(height, config.rows), triton.cdiv(width, config.columns)),
+        (left, right, rows.pairs, rows.begins, out),
+        (height, width, left.stride(0), right.stride(0)),
+        config,
+        K=rows.top_k,
+        LEFT_BY_TOKEN=left_by_token,
+    )
+
+
+def combine(y: Tensor, weights: Tensor | None, out: Tensor) -> None:
+    """out [T, V], y [T, K, V] float32, weights [T, K] float32; all contiguous."""
+    columns = out.shape[1]
+    config = combine_config(columns, out.dtype)
+    grid = (out.shape[0], triton.cdiv(columns, config.tile))
+    launch(experts_combine_kernel, grid, y, weights, out, columns, K=y.shape[1], config=config, rows=(out,))
+
+
+def _launch_over_rows(kernel, rows: Rows, columns: int, tensors: tuple, sizes: tuple, config: TileConfig, **constants):
+    grid = (rows.blocks(config), triton.cdiv(columns, config.columns))
+    e_block = triton.next_power_of_2(rows.num_experts + 1)
+    _launch(kernel, grid, (*tensors, rows.num_experts), sizes, config, E_BLOCK=e_block, **constants)
+
+
+def _launch(kernel, grid, args: tuple, sizes: tuple[int, ...], config: TileConfig, **constants) -> None:
+    """sizes: of the contiguous dimensions, and the strides of the others."""
+    if 0 in grid:
+        return
+    vec = 16 // args[0].element_size()
+    with torch.cuda.device_of(args[0]):
+        kernel[grid](
+            *args,
+            *sizes,
+            **constants,
+            BLOCK_M=config.rows,
+            BLOCK_N=config.columns,
+            BLOCK_D=config.depth,
+            # accesses can be 128 bits where all of them are multiples of that
+            ALIGN=vec if all(size % vec == 0 for size in sizes) else 1,
+            num_warps=config.num_warps,
+            num_stages=config.stages,
+        )
+
+
+def product_config(dtype: torch.dtype) -> TileConfig:
+    """64 rows: the fewest that tensor cores multiply at once on sm_90 and sm_100; when a batch is decoded, an expert
+    has fewer still. Threads and depth: what leaves registers for an address each, where rows allow no wide accesses.
+    Float32 is multiplied from registers, and needs more of them for its operands."""
+    if dtype == torch.float32:
+        return TileConfig(rows=64, columns=64, depth=16, threads=256, stages=3)
+    return TileConfig(rows=64, columns=128, depth=32, threads=256, stages=_stages())
+
+
+def halved_config(dtype: torch.dtype) -> TileConfig:
+    """For what has more than one tile of results: gate and up, and the gradient by their activation beside both."""
+    config = product_config(dtype)
+    return replace(config, columns=config.columns // 2)
+
+
+def weight_grad_config(dtype: torch.dtype) -> TileConfig:
+    """Square, as either operand is read again for each tile of the other."""
+    if dtype == torch.float32:
+        return product_config(dtype)
+    return TileConfig(rows=128, columns=128, depth=32, threads=256, stages=_stages())
+
+
+def _stages() -> int:
+    """AMD's shared memory is 64 KiB, a third of the others'."""
+    return 2 if torch.version.hip else 4
+
+
+def weight_parts(width: int, dtype: torch.dtype) -> int:
+    """Of I: d weight is summed over each, then over them."""
+    return triton.cdiv(width, halved_config(dtype).columns)
+
+
+def combine_config(columns: int, dtype: torch.dtype) -> LaunchConfig:
+    """Nothing is reduced across threads: one 128-bit store for each."""
+    return make_config(columns, dtype, threads=256, per_thread=16 // dtype.itemsize)

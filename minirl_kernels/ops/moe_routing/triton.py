@@ -1,0 +1,303 @@
+"""moe_routing on the GPU: one program per token, whose router logits are one tile.
+
+A natural and a replayed call run the same binary, so that the same experts give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...common.triton.launch import LaunchConfig, launch, make_config
+from ...common.triton.row_tiles import SIZES, load_tile, multiple, store_tile, tile_offsets
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# a score's order in the upper bits and the expert's in the lower 16, the lower id above
+PLACE = tl.constexpr(0xFFFF)
+NOTHING = tl.constexpr(-(2**62))
+
+
+@triton.jit
+def scores_of(b_x, shift, SIGMOID: tl.constexpr):
+    """e^(x - shift), or e^(min(x, 0) - shift) / (1 + e^-|x|): the scores up to a factor."""
+    if SIGMOID:
+        b_negative = tl.where(b_x > 0, 0.0, b_x)
+        return tl.exp2((b_negative - shift) * LOG2E) / (1.0 + tl.exp2(-tl.abs(b_x) * LOG2E))
+    return tl.exp2((b_x - shift) * LOG2E)
+
+
+@triton.jit
+def shift_of(b_x, SIGMOID: tl.constexpr):
+    shift = tl.max(b_x)
+    if SIGMOID:
+        shift = tl.minimum(shift, 0.0)
+    return shift
+
+
+@triton.jit
+def ranked(b_s, i_place):
+    """int64 in the order of (score, lower place first): -0 is 0, and NaN is above all."""
+    b_s = tl.where(b_s == 0, 0.0, b_s)
+    b_bits = b_s.to(tl.int32, bitcast=True)
+    b_key = tl.where(b_s == b_s, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    return ((b_key.to(tl.int64) << 16) | PLACE) - i_place
+
+
+@triton.jit
+def place_of(ranked_one):
+    return (ranked_one & PLACE) ^ PLACE
+
+
+@triton.jit
+def score_of(ranked_one):
+    key = (ranked_one >> 16).to(tl.int32)
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def element(b_values, o_k, k):
+    """The k-th of a block, as a scalar."""
+    return tl.sum(tl.where(o_k == k, b_values, 0))
+
+
+@triton.jit
+def keep_best_groups(b_ranked, o_e, V, NUM_GROUPS: tl.constexpr, TOP_K_GROUPS: tl.constexpr, G_BLOCK: tl.constexpr):
+    """NOTHING in place of the experts outside the groups with the largest sums of their two best scores."""
+    o_g = tl.arange(0, G_BLOCK)
+    b_group = o_e // (V // NUM_GROUPS)
+    b_groups = tl.full([G_BLOCK], NOTHING, tl.int64)
+    for i_g in range(NUM_GROUPS):
+        b_own = tl.where(b_group == i_g, b_ranked, NOTHING)
+        best = tl.max(b_own)
+        second = tl.max(tl.where(b_own == best, NOTHING, b_own))
+        b_groups = tl.where(o_g == i_g, ranked(score_of(best) + score_of(second), i_g), b_groups)
+    m_kept = b_group < 0
+    for _ in range(TOP_K_GROUPS):
+        best = tl.max(b_groups)
+        m_kept = m_kept | (b_group == place_of(best))
+        b_groups = tl.where(b_groups == best, NOTHING, b_groups)
+    return tl.where(m_kept, b_ranked, NOTHING)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "stride_valid"], do_not_specialize_on_alignment=["routed_experts", "valid"])
+def moe_routing_fwd_kernel(
+    logits,
+    bias,
+    routed_experts,
+    valid,
+    weights,
+    experts,
+    natural_experts,
+    agreement,
+    mass,
+    margin,
+    scale,
+    V,
+    stride_l,
+    stride_valid,
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    TOP_K_GROUPS: tl.constexpr,
+    G_BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    V = V // ALIGN * ALIGN
+    o_e = tile_offsets(LANES, VEC)
+    o_k = tl.arange(0, K_BLOCK)
+    m_k = o_k < K
+    p_row = logits + i_t * multiple(stride_l, ALIGN)
+    b_x = load_tile(p_row, 0, V, LANES, VEC).to(tl.float32)
+    shift = shift_of(b_x, SIGMOID)
+    b_t = scores_of(b_x, shift, SIGMOID)
+    total = tl.sum(b_t)
+
+    b_selection = b_x
+    if NUM_GROUPS > 1 or bias is not None:
+        b_selection = scores_of(b_x, 0.0, True) if SIGMOID else b_t / total
+        if bias is not None:
+            b_selection += tl.load(bias + o_e, mask=o_e < V, other=0.0)
+    b_ranked = tl.where(o_e < V, ranked(b_selection, o_e), NOTHING)
+    if NUM_GROUPS > 1:
+        b_ranked = keep_best_groups(b_ranked, o_e, V, NUM_GROUPS, TOP_K_GROUPS, G_BLOCK)
+    b_natural = tl.zeros([K_BLOCK], tl.int64)
+    last = tl.max(b_ranked)
+    for k in range(K):
+        last = tl.max(b_ranked)
+        b_natural = tl.where(o_k == k, place_of(last), b_natural)
+        b_ranked = tl.where(b_ranked == last, NOTHING, b_ranked)
+    following = tl.max(b_ranked)
+    kth = score_of(last)
+    next_one = score_of(following)
+    b_margin = tl.where(kth == next_one, 0.0, kth - next_one)  # of two infinities too
+    b_margin = tl.where(following == NOTHING, float("inf"), b_margin)
+
+    replays = tl.load(valid + i_t * stride_valid) != 0
+    b_ids = tl.load(routed_experts + i_t * K + o_k, mask=m_k & replays, other=0)
+    b_ids = tl.where(replays, b_ids, b_natural)
+    outside = tl.sum((m_k & ((b_ids < 0) | (b_ids >= V))).to(tl.int32))
+    same, shared = 0, 0
+    for k in range(K):
+        i_e = element(b_ids, o_k, k)
+        same += tl.sum((m_k & (b_ids == i_e)).to(tl.int32))
+        shared += tl.sum((m_k & (b_natural == i_e)).to(tl.int32))
+    is_bad = (outside > 0) | (same > K)
+    b_ids = tl.where(is_bad, b_natural, b_ids)
+
+    b_xk = tl.load(p_row + b_ids, mask=m_k, other=-float("inf")).to(tl.float32)
+    b_mass = tl.sum(scores_of(b_xk, shift, SIGMOID)) / total
+    if NORMALIZE:
+        b_tk = scores_of(b_xk, shift_of(b_xk, SIGMOID), SIGMOID)
+        b_w = b_tk / tl.sum(b_tk)
+    elif SIGMOID:
+        b_w = scores_of(b_xk, 0.0, True)
+    else:
+        b_w = scores_of(b_xk, shift, False) / total
+    is_broken = is_bad | (total != total)
+    tl.store(weights + i_t * K + o_k, tl.where(is_broken, float("nan"), b_w * scale), mask=m_k)
+    tl.store(experts + i_t * K + o_k, b_ids, mask=m_k)
+    tl.store(natural_experts + i_t * K + o_k, b_natural, mask=m_k)
+    tl.store(agreement + i_t, tl.where(is_bad, float("nan"), shared.to(tl.float32) / K))
+    tl.store(mass + i_t, tl.where(is_bad, float("nan"), b_mass))
+    tl.store(margin + i_t, b_margin)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def moe_routing_bwd_kernel(
+    logits,
+    weights,
+    experts,
+    grad_weights,
+    out,
+    scale,
+    V,
+    stride_l,
+    out_stride_l,
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    SIGMOID: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """d w_i / d x_j = w_i (1[i = j] - p_j), p normalised weights or the softmax; a sigmoid's has 1 - s_j as well."""
+    i_t = tl.program_id(0).to(tl.int64)
+    V = V // ALIGN * ALIGN
+    o_e = tile_offsets(LANES, VEC)
+    o_k = tl.arange(0, K_BLOCK)
+    m_k = o_k < K
+    p_row = logits + i_t * multiple(stride_l, ALIGN)
+    b_ids = tl.load(experts + i_t * K + o_k, mask=m_k, other=0)
+    b_w = tl.load(weights + i_t * K + o_k, mask=m_k, other=0.0)
+    b_g = tl.load(grad_weights + i_t * K + o_k, mask=m_k, other=0.0)
+    dot = tl.sum(b_w * b_g)
+    if NORMALIZE:
+        b_g -= dot / scale
+    b_gk = b_w * b_g
+    if SIGMOID:
+        b_gk *= scores_of(-tl.load(p_row + b_ids, mask=m_k, other=0.0).to(tl.float32), 0.0, True)
+    b_grad = tl.zeros([LANES, VEC], tl.float32)
+    if not NORMALIZE and not SIGMOID:
+        b_x = load_tile(p_row, 0, V, LANES, VEC).to(tl.float32)
+        b_t = scores_of(b_x, shift_of(b_x, False), False)
+        b_grad -= b_t * (dot / tl.sum(b_t))
+    for k in range(K):
+        b_grad += tl.where(o_e == element(b_ids, o_k, k), element(b_gk, o_k, k), 0.0)
+    store_tile(out + i_t * multiple(out_stride_l, ALIGN), b_grad, 0, V, LANES, VEC)
+
+
+def forward(
+    router_logits: Tensor,
+    top_k: int,
+    routed_experts: Tensor | None,
+    valid: Tensor | None,
+    norm_topk_prob: bool,
+    scoring: str,
+    correction_bias: Tensor | None,
+    num_groups: int,
+    top_k_groups: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """The fields of Routing; natural_experts is empty where nothing is replayed: experts are that then."""
+    tokens, num_experts = router_logits.shape
+    weights = router_logits.new_empty((tokens, top_k), dtype=torch.float32)
+    experts, natural = (torch.empty_like(weights, dtype=torch.int64) for _ in range(2))
+    agreement, mass, margin = (weights.new_empty(tokens) for _ in range(3))
+    if routed_experts is None:
+        valid = torch.zeros((), dtype=torch.bool, device=router_logits.device).expand(tokens)
+    elif valid is None:
+        valid = torch.ones((), dtype=torch.bool, device=router_logits.device).expand(tokens)
+    launch(
+        moe_routing_fwd_kernel,
+        (tokens,),
+        router_logits,
+        correction_bias,
+        experts if routed_experts is None else routed_experts.long().contiguous(),
+        valid,
+        weights,
+        experts,
+        natural,
+        agreement,
+        mass,
+        margin,
+        scale,
+        num_experts,
+        router_logits.stride(0),
+        valid.stride(0),
+        K=top_k,
+        K_BLOCK=triton.next_power_of_2(top_k),
+        NUM_GROUPS=num_groups,
+        TOP_K_GROUPS=top_k_groups,
+        G_BLOCK=triton.next_power_of_2(num_groups),
+        NORMALIZE=norm_topk_prob,
+        SIGMOID=scoring == "sigmoid",
+        config=launch_config(num_experts, router_logits.dtype),
+        rows=(router_logits,),
+    )
+    return weights, experts, experts.new_empty(0) if routed_experts is None else natural, agreement, mass, margin
+
+
+def backward(
+    router_logits: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    grad_weights: Tensor,
+    norm_topk_prob: bool,
+    scoring: str,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """d router_logits into `out`."""
+    top_k, num_experts = experts.shape[1], router_logits.shape[1]
+    launch(
+        moe_routing_bwd_kernel,
+        (experts.shape[0],),
+        router_logits,
+        weights,
+        experts,
+        grad_weights,
+        out,
+        scale,
+        num_experts,
+        router_logits.stride(0),
+        out.stride(0),
+        K=top_k,
+        K_BLOCK=triton.next_power_of_2(top_k),
+        NORMALIZE=norm_topk_prob,
+        SIGMOID=scoring == "sigmoid",
+        config=launch_config(num_experts, router_logits.dtype),
+        rows=(router_logits, out),
+    )
+
+
+def launch_config(num_experts: int, dtype: torch.dtype) -> LaunchConfig:
+    """One 128-bit access per thread: a row is short, and most of the time goes into picking its largest."""
+    return make_config(num_experts, dtype, threads=1024, per_thread=16 // dtype.itemsize)

@@ -1,0 +1,173 @@
+"""softmax on the GPU: one program per row."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...common.rows import matrices_of, moved_back, moved_last
+from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
+from ...common.triton.numbers import LOG2E, exponent
+from ...common.triton.row_softmax import sums_of_row
+from ...common.triton.row_tiles import SIZES, load_terms, load_tile, row_offset, store_tile
+
+
+@triton.jit
+def softmax_tile(b_x, shift, log_sum, scale, LOG: tl.constexpr):
+    b_x = b_x.to(tl.float32) - shift
+    if LOG:
+        return b_x - log_sum
+    return tl.exp2(exponent(b_x, LOG2E)) * scale
+
+
+@triton.jit(do_not_specialize=SIZES)
+def softmax_fwd_kernel(
+    x,
+    out,
+    L,
+    V,
+    stride_b,
+    stride_l,
+    out_stride_b,
+    out_stride_l,
+    LOG: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    V = V // ALIGN * ALIGN
+    p_row = x + row_offset(i_t, L, stride_b, stride_l, ALIGN)
+    p_out = out + row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN)
+    shift, row_sum, _, b_x = sums_of_row(p_row, V, None, None, LOG2E, LANES, VEC, ONE_TILE)
+    log_sum, scale = tl.log(row_sum), 1.0 / row_sum
+    i_last = tl.cdiv(V, LANES * VEC) - 1
+    if not ONE_TILE:
+        for i_tile in range(i_last):
+            b_next = load_tile(p_row, i_tile + 1, V, LANES, VEC, EVICT="evict_first")
+            store_tile(p_out, softmax_tile(b_x, shift, log_sum, scale, LOG), i_tile, V, LANES, VEC, EVICT="evict_first")
+            b_x = b_next
+    store_tile(p_out, softmax_tile(b_x, shift, log_sum, scale, LOG), i_last, V, LANES, VEC, EVICT="evict_first")
+
+
+@triton.jit
+def load_both(p_grad, p_output, i_tile, V, LANES: tl.constexpr, VEC: tl.constexpr):
+    return load_terms(p_grad, i_tile, V, LANES, VEC), load_terms(p_output, i_tile, V, LANES, VEC)
+
+
+@triton.jit
+def gradient_of_softmax(b_g, b_y, row_sum, LOG: tl.constexpr):
+    """p (g - sum(p g)) for a softmax p; g - e^q sum(g) for its logarithm q."""
+    if LOG:
+        return b_g - tl.exp2(exponent(b_y, LOG2E)) * row_sum
+    return b_y * (b_g - row_sum)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "output_stride_b", "output_stride_l"])
+def softmax_bwd_kernel(
+    grad,
+    output,
+    out,
+    L,
+    V,
+    stride_b,
+    stride_l,
+    output_stride_b,
+    output_stride_l,
+    out_stride_b,
+    out_stride_l,
+    LOG: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    V = V // ALIGN * ALIGN
+    p_grad = grad + row_offset(i_t, L, stride_b, stride_l, ALIGN)
+    p_output = output + row_offset(i_t, L, output_stride_b, output_stride_l, ALIGN)
+    p_out = out + row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN)
+    b_sum = tl.zeros([LANES], tl.float32)
+    i_last = tl.cdiv(V, LANES * VEC) - 1
+    if not ONE_TILE:
+        for i in range(i_last):  # from the end, so that a full tile is left on chip for the second reading
+            b_g, b_y = load_both(p_grad, p_output, i_last - i, V, LANES, VEC)
+            b_sum += tl.sum(b_g if LOG else b_g * b_y, 1)
+    b_g, b_y = load_both(p_grad, p_output, 0, V, LANES, VEC)
+    b_sum += tl.sum(b_g if LOG else b_g * b_y, 1)
+    row_sum = tl.sum(b_sum, 0)
+    store_tile(p_out, gradient_of_softmax(b_g, b_y, row_sum, LOG), 0, V, LANES, VEC)
+    if not ONE_TILE:
+        for i in range(i_last):
+            b_g, b_y = load_both(p_grad, p_output, i + 1, V, LANES, VEC)
+            store_tile(p_out, gradient_of_softmax(b_g, b_y, row_sum, LOG), i + 1, V, LANES, VEC)
+
+
+def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
+    """softmax along `dim`, or the logarithm of it; `dtype` is that of x, or float32."""
+    x = moved_last(x, dim)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel():
+        size = x.shape[-1]
+        rows, out_rows = matrices_of(x, out)
+        config = forward_config(size, x.dtype)
+        length, *strides = row_strides(rows)
+        launch(
+            softmax_fwd_kernel,
+            (rows.shape[:-1].numel(),),
+            rows,
+            out_rows,
+            length,
+            size,
+            *strides,
+            *row_strides(out_rows)[1:],
+            LOG=log,
+            ONE_TILE=size <= config.tile,
+            config=config,
+            rows=(rows, out_rows),
+        )
+    return moved_back(out, dim)
+
+
+def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
+    """d x from that of the output and the output, which share a dtype; `dtype`, that of x, is theirs, or 16-bit."""
+    grad, output = moved_last(grad, dim), moved_last(output, dim)
+    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    if grad.numel():
+        size = grad.shape[-1]
+        grad_rows, output_rows, out_rows = matrices_of(grad, output, out)
+        config = backward_config(size, dtype)
+        length, *strides = row_strides(grad_rows)
+        launch(
+            softmax_bwd_kernel,
+            (grad_rows.shape[:-1].numel(),),
+            grad_rows,
+            output_rows,
+            out_rows,
+            length,
+            size,
+            *strides,
+            *row_strides(output_rows)[1:],
+            *row_strides(out_rows)[1:],
+            LOG=log,
+            ONE_TILE=size <= config.tile,
+            config=config,
+            rows=(grad_rows, output_rows, out_rows),
+        )
+    return moved_back(out, dim)
+
+
+def forward_config(size: int, dtype: torch.dtype) -> LaunchConfig:
+    """At most 1,024 threads of 64 registers; a tile's float32 values and the next tile are in them."""
+    per_thread = 16 if is_whole(size, dtype) else 8
+    if size > 1024 * per_thread:
+        per_thread //= 2
+    return make_config(size, dtype, threads=1024, per_thread=per_thread)
+
+
+def backward_config(size: int, dtype: torch.dtype) -> LaunchConfig:
+    """As the forward, with two tensors to read; `dtype` is that of what is written, the narrowest."""
+    return make_config(size, dtype, threads=1024, per_thread=8 if is_whole(size, dtype) else 4)

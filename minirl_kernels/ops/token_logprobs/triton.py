@@ -1,0 +1,224 @@
+"""token_logprobs on the GPU: one program per token forward, one per token and tile backward.
+
+One per token backward too where the gradient is narrower than the logits and lies over them: tiles of a row that were
+programs of their own would write what others read.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
+from ...common.triton.numbers import LOG2E
+from ...common.triton.row_softmax import (
+    ELSEWHERE,
+    IGNORE_INDEX,
+    gradient_factors,
+    gradient_tile,
+    logit_of_id,
+    softmax_of_row,
+    store_gradient_row,
+)
+from ...common.triton.row_tiles import SIZES, fill_row, load_tile, row_offset, store_tile
+
+
+@triton.jit(do_not_specialize=SIZES)
+def token_logprobs_fwd_kernel(
+    logits,
+    bias,
+    softcap,
+    token_ids,
+    temperature,
+    log_probs,
+    entropy,
+    shift,
+    log_sum,
+    L,
+    V,
+    stride_b,
+    stride_l,
+    WITH_ENTROPY: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    V = V // ALIGN * ALIGN
+    b_id = tl.load(token_ids + i_t)
+    if (b_id < 0) | (b_id >= V):
+        nothing = tl.where(b_id == IGNORE_INDEX, 0.0, float("nan"))
+        tl.store(log_probs + i_t, nothing)
+        tl.store(shift + i_t, nothing)
+        tl.store(log_sum + i_t, nothing)
+        if WITH_ENTROPY:
+            tl.store(entropy + i_t, nothing)
+        return
+    p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
+    b_temperature = tl.load(temperature + i_t)
+    b_logit = logit_of_id(p_row, b_id, bias, softcap)
+    b_shift, b_log_sum, b_entropy, _ = softmax_of_row(p_row, V, bias, softcap, b_temperature, LANES, VEC, ONE_TILE)
+    tl.store(log_probs + i_t, tl.div_rn(b_logit - b_shift, b_temperature) - b_log_sum)
+    tl.store(shift + i_t, b_shift)
+    tl.store(log_sum + i_t, b_log_sum)
+    if WITH_ENTROPY:
+        tl.store(entropy + i_t, b_entropy)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def token_logprobs_bwd_kernel(
+    logits,
+    bias,
+    softcap,
+    token_ids,
+    temperature,
+    shift,
+    log_sum,
+    entropy,
+    grad_log_probs,
+    grad_entropy,
+    out,
+    L,
+    V,
+    stride_b,
+    stride_l,
+    out_stride_b,
+    out_stride_l,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ONE_TILE: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64)
+    V = V // ALIGN * ALIGN
+    i_tile = tl.program_id(1)
+    BY_ROW: tl.constexpr = out.dtype.element_ty != logits.dtype.element_ty
+    p_out = out + row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN)
+    b_id = tl.load(token_ids + i_t)
+    b_c = tl.load(grad_log_probs + i_t)
+    b_e = 0.0
+    b_entropy = 0.0
+    if grad_entropy is not None:
+        b_e = tl.load(grad_entropy + i_t)
+        b_entropy = tl.load(entropy + i_t)
+    # where there are no shards, ELSEWHERE is out of range: the forward has left NaN in log_sum, which makes NaN here
+    if (b_id < ELSEWHERE) | (b_id >= V) | ((b_c == 0) & (b_e == 0)):
+        nothing = tl.where((b_id == IGNORE_INDEX) | ((b_id >= ELSEWHERE) & (b_id < V)), 0.0, float("nan"))
+        if BY_ROW:
+            fill_row(p_out, nothing, V, LANES, VEC)
+        else:
+            store_tile(p_out, tl.full([LANES, VEC], nothing, tl.float32), i_tile, V, LANES, VEC)
+        return
+    b_temperature = tl.load(temperature + i_t)
+    b_log_sum = tl.load(log_sum + i_t)
+    k0, k1, at_id = gradient_factors(b_c, b_e, b_log_sum, b_entropy, b_temperature)
+    b_shift = tl.load(shift + i_t)
+    p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
+    b_x = load_tile(p_row, i_tile, V, LANES, VEC)
+    c = LOG2E / b_temperature
+    if BY_ROW:
+        store_gradient_row(b_x, p_row, p_out, V, bias, softcap, b_id, b_shift, c, k0, k1, at_id, LANES, VEC, ONE_TILE)
+    else:
+        b_grad = gradient_tile(b_x, i_tile, V, bias, softcap, b_id, b_shift, c, k0, k1, at_id, LANES, VEC)
+        store_tile(p_out, b_grad, i_tile, V, LANES, VEC)
+
+
+def forward(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    with_entropy: bool,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, ...]:
+    """(log_probs, entropy or empty, shift, log_sum), each of token_ids' shape, of softcap * tanh((logits + bias) /
+    softcap); bias [V] float32, either may be None."""
+    log_probs, shift, log_sum = (torch.empty_like(temperature) for _ in range(3))
+    entropy = torch.empty_like(temperature) if with_entropy else temperature.new_empty(0)
+    vocab_size = logits.shape[-1]
+    config = forward_config(vocab_size, logits.dtype)
+    length, *strides = row_strides(logits)
+    launch(
+        token_logprobs_fwd_kernel,
+        (token_ids.numel(),),
+        logits,
+        bias,
+        softcap,
+        token_ids,
+        temperature,
+        log_probs,
+        entropy,
+        shift,
+        log_sum,
+        length,
+        vocab_size,
+        *strides,
+        WITH_ENTROPY=with_entropy,
+        ONE_TILE=vocab_size <= config.tile,
+        config=config,
+        rows=(logits,),
+    )
+    return log_probs, entropy, shift, log_sum
+
+
+def backward(
+    logits: Tensor,
+    token_ids: Tensor,
+    temperature: Tensor,
+    shift: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_log_probs: Tensor,
+    grad_entropy: Tensor | None,
+    out: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> None:
+    """d logits into `out`, which may be `logits` itself, or 16-bit memory that begins each row where that of float32
+    logits does. bias and softcap as in the forward."""
+    vocab_size = logits.shape[-1]
+    config = backward_config(vocab_size, logits.dtype, out.dtype)
+    tiles = 1 if out.dtype != logits.dtype else triton.cdiv(vocab_size, config.tile)
+    length, *strides = row_strides(logits)
+    _, *out_strides = row_strides(out)
+    launch(
+        token_logprobs_bwd_kernel,
+        (token_ids.numel(), tiles),
+        logits,
+        bias,
+        softcap,
+        token_ids,
+        temperature,
+        shift,
+        log_sum,
+        entropy,
+        grad_log_probs,
+        grad_entropy,
+        out,
+        length,
+        vocab_size,
+        *strides,
+        *out_strides,
+        ONE_TILE=vocab_size <= config.tile,
+        config=config,
+        rows=(logits, out),
+    )
+
+
+def forward_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
+    """512 threads with two accesses each, and as many in flight for the next tile: a few programs fill a processor.
+    One logit at a time, where rows are not whole accesses, takes more registers: half as many then."""
+    per_thread = (32 if is_whole(vocab_size, dtype) else 16) // dtype.itemsize
+    return make_config(vocab_size, dtype, threads=512, per_thread=per_thread)
+
+
+def backward_config(vocab_size: int, dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> LaunchConfig:
+    """Nothing is reduced, so a program is one tile, small enough that a row makes many. Where a program is a row, twice
+    the threads keep more of it in flight; one logit at a time takes more registers, as in the forward."""
+    if out_dtype is None or out_dtype == dtype:
+        return make_config(vocab_size, dtype, threads=256, per_thread=32 // dtype.itemsize)
+    per_thread = 8 if is_whole(vocab_size, out_dtype) else 4
+    return make_config(vocab_size, out_dtype, threads=512, per_thread=per_thread)

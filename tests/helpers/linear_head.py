@@ -1,0 +1,47 @@
+"""What the tests of the two linear losses share: random heads, and the eager way through logits."""
+
+from __future__ import annotations
+
+import torch
+from policy_batches import SLACK
+
+TINY_TEMPERATURE = 2.0**-17
+
+
+def random_head(tokens, hidden_size, vocab_size, dtype=torch.float32, seed=0, with_bias=False):
+    """(hidden [T, H], weight [V, H], token_ids [T], bias [V] or None); logits of a standard deviation of about 2."""
+    gen = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, hidden_size, generator=gen).to(dtype)
+    weight = (2 * torch.randn(vocab_size, hidden_size, generator=gen) / hidden_size**0.5).to(dtype)
+    bias = torch.randn(vocab_size, generator=gen).to(dtype) if with_bias else None
+    return hidden, weight, torch.randint(vocab_size, (tokens,), generator=gen), bias
+
+
+def cancelling_head(tokens, hidden_size, vocab_size, dtype):
+    """Logits that are 0 but for rounding, [x, x] [w, -w]^T: at TINY_TEMPERATURE any other order of a sum shows."""
+    hidden, weight, token_ids, _ = random_head(tokens, hidden_size, vocab_size, dtype)
+    return torch.cat([hidden, hidden], 1), torch.cat([weight, -weight], 1), token_ids
+
+
+def assert_matrices_as_exact(actual, eager, exact):
+    """The error of `actual` against float64 is at most that of the eager path in the same dtype, plus SLACK.
+
+    By the 2-norm of all that was computed: what rounding does to a single sum of hundreds of terms is one draw, and
+    ours are summed in another order than the eager path's. Even so two draws of the last rounding differ, by less than
+    a thirty-second of what it costs.
+    """
+    assert actual.dtype == eager.dtype
+    assert actual.shape == exact.shape == eager.shape
+    if exact.numel():
+        scale = exact.norm().where(exact.any(), 1.0)
+        ours, theirs = ((x.double() - exact.double()).norm() / scale for x in (actual, eager))
+        slack = SLACK + torch.finfo(actual.dtype).eps / 64
+        assert ours <= theirs + slack, f"off by {ours:.3g} of the norm, the eager path by {theirs:.3g}"
+
+
+def logits(hidden, weight, bias, dtype, *, softcap=None, scale=1.0):
+    """In float64, or as eager torch has it: the matmul in the dtype of hidden, the rest in float32."""
+    if dtype == torch.float64:
+        hidden, weight, bias = (None if x is None else x.double() for x in (hidden, weight, bias))
+    out = torch.nn.functional.linear(hidden, weight, bias).to(dtype) * scale
+    return out if softcap is None else softcap * torch.tanh(out / softcap)

@@ -1,0 +1,23 @@
+"""What each of two processes does in a test of collectives; a spawned process finds it by this module's name."""
+
+import torch
+from policy_batches import random_batch
+
+from minirl_kernels import PolicyLossConfig, policy_loss
+
+LENGTHS = [5, 1, 4, 9, 3, 7]
+
+
+def metrics_of(batch, config=PolicyLossConfig(), layout="packed", **changes):
+    arguments = {**batch.arguments(layout), **changes}
+    log_probs, entropy = (batch.lay_out(values, layout) for values in (batch.log_probs, batch.entropy))
+    return policy_loss(log_probs, **{"entropy": entropy, "config": config, **arguments}).metrics
+
+
+def reduce_a_part(rank, path):
+    batch = random_batch(LENGTHS)
+    part = metrics_of(batch.responses(*((0, 2), (2, 6))[rank]))
+    before = part.sums.clone()
+    reduced = part.all_reduce()
+    assert torch.equal(part.sums, before)
+    torch.save({"sums": reduced.sums, "maxima": reduced.maxima}, path / f"{rank}.pt")
