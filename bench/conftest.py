@@ -12,6 +12,7 @@ import pytest
 import report
 import torch
 from harness import TOLERANCE, check_agreement, measure
+from source import source
 
 from minirl_kernels.env import environment
 
@@ -71,6 +72,12 @@ def surroundings(request, device):
     }
 
 
+@pytest.fixture(scope="session")
+def measured_source():
+    """The commit, taken before anything ran."""
+    return source()
+
+
 @pytest.fixture
 def threads(request):
     before = torch.get_num_threads()
@@ -81,7 +88,7 @@ def threads(request):
 
 
 @pytest.fixture
-def compare(benchmark, request, device, surroundings, threads):
+def compare(benchmark, request, device, surroundings, measured_source, threads):
     """Check all contenders against ours on a small batch, then time them in turns on the large one."""
     config = request.config
     scale = config.getoption("scale") or DEFAULT_SCALE[device.type]
@@ -106,6 +113,7 @@ def compare(benchmark, request, device, surroundings, threads):
             "dtype": str(dtype).removeprefix("torch."),
             "shape": shape,
             "threads": threads,
+            "source": measured_source,
             "headline": headline,
             "floor_bytes": floor_bytes(batch),
             "flops": flops(batch) if flops else None,
