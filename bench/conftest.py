@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import report
 import torch
+from full_tables import render_full
 from harness import TOLERANCE, check_agreement, measure
 from source import source
 
@@ -29,7 +30,9 @@ def pytest_addoption(parser):
         "--seconds", type=float, default=10, help="length of a case's timed rounds, at least 3 (default: 10)"
     )
     group.addoption("--machine", help="what to call this machine (default: the model of its GPU or processor)")
-    group.addoption("--results", type=Path, default=report.RESULTS, help="folder for the JSON (default: %(default)s)")
+    group.addoption(
+        "--results", type=Path, default=report.ROOT / report.RESULTS, help="folder for the JSON (default: %(default)s)"
+    )
 
 
 def pytest_configure(config):
@@ -160,6 +163,7 @@ def pytest_terminal_summary(terminalreporter, config):
     records = list(config.stash[RECORDS].values())
     if records:
         terminalreporter.write_sep("=", "measured")
-        terminalreporter.write_line(report.render_full(records))
+        for record in records:
+            terminalreporter.write_line(render_full(record))
         terminalreporter.write_line(f"JSON: {config.getoption('results')}")
-        terminalreporter.write_line("`python bench/report.py` writes it into README.md and bench/README.md.")
+        terminalreporter.write_line("`python bench/report.py` makes the tables and charts of bench/results.")
