@@ -1,4 +1,4 @@
-"""Made-up mini-batches: what the ops are given, and how it is put back after a run that overwrote it."""
+"""Made-up mini-batches with logits, which are written again after a run that overwrote them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
+from harness import Inputs
 from torch import Tensor
 
 from minirl_kernels import PolicyLossConfig
@@ -14,7 +15,7 @@ RESPONSES = 4
 
 
 @dataclass
-class PolicyBatch:
+class PolicyBatch(Inputs):
     """RESPONSES responses of equal length, every token in the loss; logits are [B, L, V] and require grad."""
 
     logits: Tensor
@@ -22,7 +23,7 @@ class PolicyBatch:
     old_log_probs: Tensor
     rollout_log_probs: Tensor
     advantages: Tensor  # [B]
-    grad_log_probs: Tensor  # [B, L], what a loss would send back
+    grad_log_probs: Tensor  # [B, L], as a loss would return it to the op
     grad_entropy: Tensor
     config: PolicyLossConfig = PolicyLossConfig()
     _original: Tensor = field(init=False, repr=False)
@@ -45,7 +46,7 @@ class PolicyBatch:
 
 
 def policy_batch(tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> PolicyBatch:
-    """`tokens` rows of logits; a third of the tokens is truncated, none masked (ours would skip part of such a row)."""
+    """`tokens` rows of logits; a third of the tokens is truncated and none is masked, since ours skips masked rows."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (RESPONSES, tokens // RESPONSES)
 
@@ -62,7 +63,7 @@ def policy_batch(tokens: int, vocab_size: int, dtype: torch.dtype, device: torch
     for response, ids, out in zip(logits, token_ids, log_probs, strict=True):  # float32 copies of one response only
         response.copy_(2 * normal(*response.shape))
         out.copy_(torch.log_softmax(response.float(), -1).gather(-1, ids[:, None]).squeeze(-1))
-    # far enough from log 0.8, log 1.27 and log 5 that bfloat16 rounding in a peer tips no token over a bound
+    # far from log 0.8, log 1.27 and log 5: bfloat16 rounding in a peer moves no token across a bound
     old_log_probs = log_probs - choose([-0.1, 0.1])
     rollout_log_probs = old_log_probs - choose([-0.1, 0.1, 2.5])
     return PolicyBatch(

@@ -1,4 +1,4 @@
-"""attention: whole sequences, forward and with backward, and a token of each from a cache, against torch's own."""
+"""attention beside torch's: whole sequences, forward and with backward, and decoding one token from a cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Contender
+from harness import Contender, Inputs
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,8 +18,8 @@ HEADS = {"heads": 16, "key_heads": 8, "size": 128}
 
 
 @dataclass
-class Sequences:
-    """In the layout that a model has them in: rows of queries by token, keys and values by head as in a cache."""
+class Sequences(Inputs):
+    """Queries by token, keys and values by head, as a model and its cache lay them out."""
 
     q: Tensor  # [B, Hq, L, D], as k and v requires grad
     k: Tensor  # [B, Hkv, S, D]
@@ -27,12 +27,9 @@ class Sequences:
     spans: Tensor
     grad_out: Tensor  # [B, L, Hq, D]
 
-    def restore(self) -> None:
-        """Nothing here is overwritten."""
-
 
 def sequences(tokens, length, keys, heads, key_heads, size, *, dtype, device) -> Sequences:
-    """`tokens` queries, `length` of each sequence, the last of its `keys`."""
+    """`tokens` queries; each sequence has `keys` keys, and its last `length` tokens are queries."""
     generator = torch.Generator(device).manual_seed(0)
     batch = tokens // length
 
@@ -61,7 +58,7 @@ def _sdpa(batch):
 
 
 def _eager(batch):
-    """As transformers has it."""
+    """As transformers computes it."""
     k, v = (x.repeat_interleave(batch.q.shape[1] // x.shape[1], 1) for x in (batch.k, batch.v))
     scores = batch.q @ k.mT * batch.q.shape[3] ** -0.5
     queries, keys = scores.shape[2:]
@@ -90,7 +87,7 @@ def contenders(batch, way):
 
 
 def _score_flops(batch):
-    """Of the two products of a forward, over the scores that are seen."""
+    """The two products of a forward over the scores that the causal mask admits."""
     queries, keys = batch.q.shape[2], batch.k.shape[2]
     seen = queries * keys - queries * (queries - 1) // 2
     return 4 * batch.q.shape[0] * batch.q.shape[1] * batch.q.shape[3] * seen
@@ -120,5 +117,4 @@ def test_attention(compare, device, dtype, what, way, tokens, length, keys):
         dtype=dtype,
         floor_bytes=lambda batch: passes * sum(x.nbytes for x in (batch.q, batch.k, batch.v, batch.grad_out)),
         flops=lambda batch: _score_flops(batch) * (1 if way is forward else 3),
-        headline=length == 512,
     )

@@ -1,4 +1,4 @@
-"""What the mode costs the example: the rollout of a step, and its updates, in the mode and as torch computes them."""
+"""The cost of batch-invariant mode in the example: the rollout of a step, and its updates, with and without it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Bar, Contender
+from harness import Bar, Contender, Inputs
 from minirl.batch import Batch
 from minirl.config import TrainConfig
 from minirl.config_file import load_config
@@ -40,16 +40,15 @@ class Run:
 
 
 @dataclass
-class Runs:
+class Runs(Inputs):
+    """With the mode and without. Updates change the weights, and their time does not depend on the weights."""
+
     on: Run
     off: Run
 
-    def restore(self) -> None:
-        """What updates change is of no weight for their time."""
-
 
 def runs(tokens, *, dtype, device) -> Runs:
-    """`tokens`: prompts of a mini-batch."""
+    """`tokens` is the number of prompts of a mini-batch."""
     config = replace(
         CONFIG,
         threads=None,
@@ -61,14 +60,14 @@ def runs(tokens, *, dtype, device) -> Runs:
 
 
 def rollout(run: Run):
-    """All responses of a step, sampled and graded."""
+    """Sample and grade all responses of a step."""
     with computing(run.config):
         batch, _ = run.trainer.collect(1)
     return {"responses": torch.tensor(len(batch))}
 
 
 def updates(run: Run):
-    """The pass before them too, which computes old_log_probs."""
+    """All updates of a step, each after the pass that computes old_log_probs."""
     with computing(run.config):
         for minibatch in run.minibatches:
             run.trainer.with_old_log_probs(minibatch)
@@ -91,5 +90,4 @@ def test_batch_invariant(compare, device, dtype, what):
         dtype=dtype,
         floor_bytes=lambda batch: sum(weight.nbytes for weight in batch.on.trainer.model.parameters()),
         bars=[Bar(ON, "time", OFF, 1.3)] if device.type == "cpu" else [],
-        headline=True,
     )

@@ -1,4 +1,4 @@
-"""The elementwise functions whose bits do not depend on the place, against torch's own, whose bits do."""
+"""Elementwise functions, whose bits do not depend on an element's place, beside torch's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Contender
+from harness import Contender, Inputs
 from torch import Tensor
 
 from minirl_kernels import gelu, mish, sigmoid, silu, softplus
@@ -24,12 +24,9 @@ FUNCTIONS = {
 
 
 @dataclass
-class Activations:
+class Activations(Inputs):
     x: Tensor  # [T, H], requires grad
     grad: Tensor
-
-    def restore(self) -> None:
-        """Nothing here is overwritten."""
 
 
 def activations(tokens, hidden_size, *, dtype, device) -> Activations:
@@ -66,7 +63,7 @@ def contenders(batch, name, run):
     [
         ("forward", forward, 2),
         ("forward + backward", forward_backward, 5),
-    ],  # x, out; x, the gradient, and what it makes
+    ],  # x and the result; x, the gradient, the result and d x
     ids=["forward", "forward_backward"],
 )
 def test_elementwise(compare, device, dtype, name, what, run, passes):

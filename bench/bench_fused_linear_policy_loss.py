@@ -1,4 +1,4 @@
-"""fused_linear_policy_loss, forward and backward: the alternatives from hidden states, and the three bare matmuls."""
+"""fused_linear_policy_loss, forward and backward, beside the alternatives and the three bare matmuls."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def contenders(batch):
 
 
 def cpu_bars(dtype, hidden_size):
-    """What is promised on a CPU; nobody has promised anything for a GPU."""
+    """The bars of a CPU; a GPU has none."""
     naive = 2 if hidden_size <= 256 else 1.2 if dtype == torch.float32 else 1.35
     return [
         Bar(OURS, "time", BARE, 1.15),
@@ -78,5 +78,4 @@ def test_forward_backward(compare, device, dtype, tokens, hidden_size, vocab_siz
         floor_bytes=lambda batch: 2 * element * (batch.hidden.numel() + batch.weight.numel()),
         flops=lambda batch: 6 * batch.hidden.numel() * batch.weight.shape[0],
         bars=cpu_bars(dtype, hidden_size) if device.type == "cpu" else [],
-        headline=True,
     )

@@ -1,4 +1,4 @@
-"""fused_policy_loss from logits, forward and backward: both its modes, the alternatives, and copies of the logits."""
+"""fused_policy_loss, forward and backward, in both modes, beside the alternatives and copies of the logits."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def contenders(batch):
 
 
 def cpu_bars(dtype):
-    """What is promised at the vocabulary of Qwen3 on a CPU; nobody has promised anything for a GPU."""
+    """The bars of a CPU at the vocabulary of Qwen3; a GPU has none."""
     half = dtype != torch.float32
     return [
         *(Bar(mode, "speed", peers.EAGER, 20 if half else 10) for mode in (FRESH, OVERWRITE)),
         *(Bar(mode, "speed", peers.TRL, 6) for mode in (FRESH, OVERWRITE)),
         Bar(OVERWRITE, "time", WARM_COPY, 4 if half else 2),
         Bar(FRESH, "time", FRESH_COPY, 2 if half else 1.5),
-        # below half a bit per float32 logit: nothing of T * V entries fits in that
+        # less than half a bit per float32 logit: no array of T * V entries fits
         Bar(OVERWRITE, "memory", FRESH_COPY, 0.015),
     ]
 
@@ -76,5 +76,4 @@ def test_forward_backward(compare, device, dtype, vocab_size):
         dtype=dtype,
         floor_bytes=lambda batch: 2 * batch.logits.nbytes,  # every logit read once, its gradient written once
         bars=cpu_bars(dtype) if large and device.type == "cpu" else [],
-        headline=large,
     )

@@ -1,4 +1,4 @@
-"""linear, called and in batch-invariant mode, with and without its gradients, against torch's own."""
+"""linear, called and in batch-invariant mode, with and without its gradients, beside torch's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Bar, Contender
+from harness import Bar, Contender, Inputs
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,13 +17,10 @@ OURS, CALLED, TORCH = "F.linear in batch_invariant_mode", "linear", "F.linear"
 
 
 @dataclass
-class LinearBatch:
+class LinearBatch(Inputs):
     x: Tensor  # [T, K], as weight requires grad
     weight: Tensor  # [N, K]
     grad_out: Tensor  # [T, N]
-
-    def restore(self) -> None:
-        """Nothing here is overwritten."""
 
 
 def linear_batch(tokens, in_features, out_features, *, dtype, device) -> LinearBatch:
@@ -59,7 +56,7 @@ def contenders(batch, way):
 
 
 def cpu_bars(tokens):
-    """What is promised on a CPU, of decoding and of training."""
+    """The bars of a CPU, for decoding and for training."""
     if tokens <= 16:
         return [Bar(OURS, "speed", TORCH, 1)]
     return [Bar(OURS, "speed", TORCH, 0.9)] if tokens >= 512 else []
@@ -77,7 +74,7 @@ def cpu_bars(tokens):
 )
 def test_matmul(compare, device, dtype, way, tokens, in_features, out_features):
     passes = 1 if way is forward else 3  # the weight is read, read again, and its gradient written
-    with batch_invariant_mode():  # around it all: entering it costs more than a product
+    with batch_invariant_mode():  # around all runs, since entering it costs more than a product
         compare(
             "forward" if way is forward else "forward + backward",
             make=partial(linear_batch, dtype=dtype, device=device),
@@ -88,5 +85,4 @@ def test_matmul(compare, device, dtype, way, tokens, in_features, out_features):
             floor_bytes=lambda batch: passes * (batch.x.nbytes + batch.weight.nbytes + batch.grad_out.nbytes),
             flops=lambda batch: passes * 2 * batch.x.shape[0] * batch.weight.numel(),
             bars=cpu_bars(tokens) if device.type == "cpu" else [],
-            headline=in_features == out_features and tokens in (1, 16, 512),
         )

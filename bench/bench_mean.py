@@ -1,4 +1,4 @@
-"""mean and sum over rows, over columns (a bias' gradient) and over everything, against torch's own."""
+"""mean and sum over rows, over columns (the gradient of a bias) and over everything, beside torch's."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Contender
+from harness import Contender, Inputs
 from torch import Tensor
 
 import minirl_kernels
 
 
 @dataclass
-class MatrixBatch:
+class MatrixBatch(Inputs):
     x: Tensor  # [T, H]
-
-    def restore(self) -> None:
-        """Nothing here is overwritten."""
 
 
 def matrix_batch(tokens, hidden_size, *, dtype, device) -> MatrixBatch:
     generator = torch.Generator(device).manual_seed(0)
-    # not around 0, where two orders of the sum would share no digit
+    # positive values, since sums around 0 share no digit in two orders
     return MatrixBatch(torch.rand(tokens, hidden_size, device=device, generator=generator).to(dtype))
 
 

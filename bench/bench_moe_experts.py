@@ -1,4 +1,4 @@
-"""moe_experts, forward, and forward with backward, against what transformers runs and the bare matmuls."""
+"""moe_experts, forward and with backward, beside transformers, two inference engines and the bare matmuls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import experts_peers
 import pytest
 import torch
 from experts_peers import SGLANG, VLLM, packed
-from harness import Bar, Contender
+from harness import Bar, Contender, Inputs
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,7 +20,7 @@ SHAPE = {"hidden_size": 2048, "intermediate_size": 768, "num_experts": 16, "top_
 
 
 @dataclass
-class ExpertsBatch:
+class ExpertsBatch(Inputs):
     hidden: Tensor  # [T, H], as all but experts requires grad
     weights: Tensor  # [T, K] float32
     experts: Tensor  # [T, K]
@@ -31,9 +31,6 @@ class ExpertsBatch:
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         return self.hidden, self.weights, self.gate_up_proj, self.down_proj
-
-    def restore(self) -> None:
-        """Nothing here is overwritten."""
 
 
 def experts_batch(tokens, hidden_size, intermediate_size, num_experts, top_k, *, dtype, device) -> ExpertsBatch:
@@ -62,7 +59,7 @@ def _ours(batch):
 
 
 def _packed_before(batch):
-    """Ours in a rollout engine, as the engines' own kernels beside it."""
+    """Ours as in a rollout engine, which packs the weights once for many calls."""
     weights = pack_experts(batch.gate_up_proj.detach(), batch.down_proj.detach())
     return lambda batch: moe_experts(batch.hidden, (batch.weights, batch.experts), *weights)
 
@@ -81,7 +78,7 @@ def _theirs(implementation, batch):
     parameters = {"gate_up_proj": batch.gate_up_proj, "down_proj": batch.down_proj}
 
     def run(batch):
-        # the router of Qwen3-MoE hands its weights over in the dtype of the model
+        # the router of Qwen3-MoE returns its weights in the dtype of the model
         arguments = (batch.hidden, batch.experts, batch.weights.to(batch.hidden.dtype))
         return torch.func.functional_call(module, parameters, arguments)
 
@@ -101,7 +98,7 @@ def forward_backward(function, batch):
 
 
 def bare_matmuls(batch, backward):
-    """Those that no way of doing the work can do without, expert by expert, on rows that are gathered beforehand."""
+    """The matmuls of every implementation, expert by expert, on rows gathered before."""
     operands = []
     for expert, (gate_up, down) in enumerate(zip(batch.gate_up_proj.detach(), batch.down_proj.detach(), strict=True)):
         tokens = (batch.experts == expert).nonzero()[:, 0]
@@ -136,7 +133,7 @@ def contenders(batch, way):
 
 
 def cpu_bars(tokens, way, dtype):
-    """What is promised on a CPU."""
+    """The bars of a CPU."""
     if way is forward:
         engines = [VLLM] if dtype == torch.float32 else [VLLM, SGLANG]
         return [
@@ -169,5 +166,4 @@ def test_moe_experts(compare, device, dtype, tokens, way):
             (2 if way is forward else 6) * batch.experts.numel() * batch.gate_up_proj[0].numel() * 3 // 2
         ),
         bars=cpu_bars(tokens, way, dtype) if device.type == "cpu" else [],
-        headline=tokens == 512,
     )

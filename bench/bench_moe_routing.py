@@ -1,14 +1,14 @@
-"""moe_routing: natural experts forward, and replayed ones forward and backward, against what transformers computes."""
+"""moe_routing beside transformers' formulas: natural experts forward, replayed experts forward and backward."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
-from harness import Contender
+from harness import Contender, Inputs
+from peers import no_compiler
 from torch import Tensor
 
 from minirl_kernels import moe_routing
@@ -19,11 +19,11 @@ DEEPSEEK = {"num_experts": 256, "top_k": 8, "num_groups": 8, "top_k_groups": 4}
 
 
 @dataclass
-class RouterBatch:
-    """With groups, a sigmoid with a bias as DeepSeek-V3 has it; without, a softmax over the chosen as Qwen3-MoE has."""
+class RouterBatch(Inputs):
+    """With groups: a sigmoid with a bias, as in DeepSeek-V3. Without: a softmax over the chosen, as in Qwen3-MoE."""
 
     logits: Tensor  # [T, E], requires grad
-    experts: Tensor  # [T, K] uint8, half of them those of other logits
+    experts: Tensor  # [T, K] uint8, chosen by drifted logits
     grad_weights: Tensor
     bias: Tensor | None
     num_groups: int | None
@@ -40,9 +40,6 @@ class RouterBatch:
             "top_k_groups": self.top_k_groups,
             "scale": 2.5,
         }
-
-    def restore(self) -> None:
-        """Nothing here is overwritten."""
 
 
 def router_batch(tokens, num_experts, top_k, *, dtype, device, num_groups=None, top_k_groups=None) -> RouterBatch:
@@ -76,7 +73,7 @@ def replayed(batch, **where):
 
 
 def _their_choice(logits, top_k, bias, num_groups, top_k_groups):
-    """(scores, natural experts), as the routers of transformers compute them."""
+    """Scores and natural experts, as transformers' routers compute them."""
     if num_groups is None:
         scores = torch.softmax(logits, -1, dtype=torch.float)
         return scores, torch.topk(scores, top_k, dim=-1).indices
@@ -97,7 +94,7 @@ def _their_weights(logits, experts, top_k, bias, num_groups, top_k_groups):
     return weights, shared.float().mean(-1)
 
 
-# fullgraph, so that running out of recompilations raises instead of quietly measuring eager torch
+# fullgraph: at dynamo's limit of recompilations it raises and does not fall back to eager torch
 _their_weights_compiled = torch.compile(_their_weights, dynamic=False, fullgraph=True)
 
 
@@ -118,7 +115,6 @@ def their_replayed(batch, weights_of):
 
 def contenders(batch, ours, theirs):
     logits = batch.logits.detach()
-    no_compiler = logits.device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++")))
     return [
         Contender(OURS, partial(ours, batch), kind="ours"),
         Contender("its reference", partial(ours, batch, backend="reference")),
@@ -126,7 +122,7 @@ def contenders(batch, ours, theirs):
         Contender(
             "torch.compile of them",
             partial(theirs, batch, _their_weights_compiled),
-            missing="torch.compile finds no C++ compiler" if no_compiler else None,
+            missing=no_compiler(logits.device),
         ),
         Contender("copy into a fresh tensor", lambda: {"copy": logits.clone()}, kind="floor"),
     ]

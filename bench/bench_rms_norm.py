@@ -1,4 +1,4 @@
-"""rms_norm, forward and with both gradients, against torch's own and what transformers computes."""
+"""rms_norm, forward and with both gradients, beside torch's and transformers' formulas."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Contender
+from harness import Contender, Inputs
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,13 +17,10 @@ OURS, EPS = "rms_norm", 1e-6
 
 
 @dataclass
-class NormBatch:
+class NormBatch(Inputs):
     x: Tensor  # [T, H], requires grad, as does weight [H]
     weight: Tensor
     grad: Tensor
-
-    def restore(self) -> None:
-        """Nothing here is overwritten."""
 
 
 def norm_batch(tokens, hidden_size, *, dtype, device) -> NormBatch:

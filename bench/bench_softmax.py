@@ -1,4 +1,4 @@
-"""softmax and log_softmax, forward and with backward, against torch's own."""
+"""softmax and log_softmax, forward and with backward, beside torch's."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from functools import partial
 
 import pytest
 import torch
-from harness import Contender
+from harness import Contender, Inputs
 from torch import Tensor
 
 from minirl_kernels import log_softmax, softmax
 
 
 @dataclass
-class RowsBatch:
+class RowsBatch(Inputs):
     x: Tensor  # [T, V], requires grad
     grad: Tensor
-
-    def restore(self) -> None:
-        """Nothing here is overwritten."""
 
 
 def rows_batch(tokens, vocab_size, *, dtype, device) -> RowsBatch:

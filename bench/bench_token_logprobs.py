@@ -59,5 +59,4 @@ def test_token_logprobs(compare, device, dtype, vocab_size, what, ours, alternat
         small={"tokens": 12, "vocab_size": 515},
         dtype=dtype,
         floor_bytes=lambda batch: passes * batch.logits.nbytes,
-        headline=large,
     )

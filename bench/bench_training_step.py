@@ -1,4 +1,4 @@
-"""One update of the example's model (forward, loss, backward): without logits, with them, and as eager torch has it."""
+"""One update of the example's model (forward, loss, backward): without logits, with logits, and in eager torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Contender
+from harness import Contender, Inputs
 from minirl.batch import Batch
 from minirl.config_file import load_config
 from minirl.models import autocast, build_model
@@ -24,22 +24,19 @@ from minirl_kernels.integrations.transformers import enable_log_probs
 
 CONFIG = load_config(Path(__file__).resolve().parent.parent / "examples" / "arithmetic.toml")
 TOKENIZER = character_tokenizer(ArithmeticTask.characters)
-WIDTH = 9  # of "49+49=98" with its end
+WIDTH = 9  # tokens of "49+49=98" and its end token
 OURS = "model(…, token_ids, policy_loss)"
 LOGITS, EAGER = "logits and fused_policy_loss(overwrite_logits=True)", "logits and eager torch"
 
 
 @dataclass
-class Step:
+class Step(Inputs):
     """A model, and a mini-batch of whole groups in one micro-batch, before its first update."""
 
     model: PreTrainedModel
     batch: Batch
-    loss: dict[str, Tensor]  # what every policy loss is told of the batch
+    loss: dict[str, Tensor]  # the arguments that every policy loss takes
     dtype: torch.dtype
-
-    def restore(self) -> None:
-        """Nothing here is overwritten."""
 
     def forward(self, **arguments):
         batch = self.batch
@@ -48,7 +45,7 @@ class Step:
 
 
 def make_step(tokens: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Step:
-    """Right answers to tokens / WIDTH / group_size sums; half of each group is told that it was right."""
+    """Correct answers to tokens / WIDTH / group_size sums; half of each group gets the reward."""
     group_size = CONFIG.rollout.group_size
     model = build_model(CONFIG.model, TOKENIZER, derive_seed(CONFIG.seed, "weights"))
     if vocab_size != len(TOKENIZER):
@@ -130,5 +127,4 @@ def test_update(compare, device, dtype, responses, vocab_size):
         dtype=dtype,
         # every weight read once, its gradient written once
         floor_bytes=lambda step: 2 * sum(weight.nbytes for weight in step.model.parameters()),
-        headline=True,
     )

@@ -1,4 +1,4 @@
-"""`pytest bench/`: options, the device, the thread counts, `compare`, the tables at the end, the JSON."""
+"""`pytest bench/`: its options, device and thread counts, the fixture `compare`, and the JSON and tables at the end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from minirl_kernels.env import environment
 
 RECORDS = pytest.StashKey[dict]()
 PEER_PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy")
-# launch costs would be most of a GPU's time on what a CPU does in a second
+# on a CPU's sizes a GPU would spend most of its time on launches
 DEFAULT_SCALE = {"cpu": 1.0, "cuda": 4.0}
 
 
@@ -29,7 +29,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--seconds", type=float, default=10, help="length of a case's timed rounds, at least 3 (default: 10)"
     )
-    group.addoption("--machine", help="what to call this machine (default: the model of its GPU or processor)")
+    group.addoption("--machine", help="a name for this machine (default: the model of its GPU or processor)")
     group.addoption(
         "--results", type=Path, default=report.ROOT / report.RESULTS, help="folder for the JSON (default: %(default)s)"
     )
@@ -37,15 +37,15 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[RECORDS] = {}
-    # torch.compile's own use of torch.jit, repeated for every case
+    # torch.compile itself uses torch.jit, and warns again in every case
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")
 
 
 def pytest_generate_tests(metafunc):
-    """Every benchmark on one thread and on all of them; a GPU's does not care."""
+    """Run every benchmark on one thread and on all threads; on a GPU once."""
     if "compare" in metafunc.fixturenames:
         counts = [None] if torch.cuda.is_available() else sorted({1, torch.get_num_threads()})
-        # indirect: through the fixture below, which is what sets the number
+        # indirect: the fixture below sets the number
         metafunc.parametrize(
             "threads", counts, indirect=True, ids=lambda count: "gpu" if count is None else f"{count}threads"
         )
@@ -58,7 +58,7 @@ def device():
 
 @pytest.fixture(scope="session")
 def surroundings(request, device):
-    """What a reader of the numbers must know, taken before anything ran."""
+    """The machine and its versions, taken before anything ran."""
     found = environment()
     model = found["gpus"][0] if device.type == "cuda" else found["processor"]["name"]
     return {
@@ -77,7 +77,7 @@ def surroundings(request, device):
 
 @pytest.fixture(scope="session")
 def measured_source():
-    """The commit, taken before anything ran."""
+    """The commit that is measured, taken before anything ran."""
     return source()
 
 
@@ -92,19 +92,20 @@ def threads(request):
 
 @pytest.fixture
 def compare(benchmark, request, device, surroundings, measured_source, threads):
-    """Check all contenders against ours on a small batch, then time them in turns on the large one."""
+    """A function that checks all contenders against ours on a small batch, then times them in turns on a large one."""
     config = request.config
     scale = config.getoption("scale") or DEFAULT_SCALE[device.type]
 
-    def run(what, *, make, contenders, shape, small, dtype, floor_bytes, flops=None, bars=(), headline=False):
-        """One case of this file's op.
+    def run(what, *, make, contenders, shape, small, dtype, floor_bytes, flops=None, bars=()):
+        """Measure one case of this file's op.
 
-        make(**shape) is a batch with restore(); contenders(batch) lists what competes on it; floor_bytes(batch) is
-        what no way of doing the work can do without moving, flops(batch) likewise where arithmetic is the limit.
-        bars: what is promised of the case. headline: whether the project's README shows it.
+        make(**shape): the `Inputs`. contenders(inputs): a list of `Contender`s with one of ours at least.
+        shape, small: sizes of the timed batch and of the checked batch. floor_bytes(inputs): bytes that any
+        implementation must move. flops(inputs): floating-point operations, if arithmetic limits the op.
+        bars: the `Bar`s of the case.
         """
         assert threads in (None, torch.get_num_threads())
-        torch.compiler.reset()  # each case compiles its own shapes; without this dynamo's limit is soon met
+        torch.compiler.reset()  # each case compiles its own shapes, and dynamo limits their number
         batch = make(**small)
         check_agreement(contenders(batch), batch.restore, TOLERANCE[dtype])
         if benchmark.disabled:
@@ -117,7 +118,6 @@ def compare(benchmark, request, device, surroundings, measured_source, threads):
             "shape": shape,
             "threads": threads,
             "source": measured_source,
-            "headline": headline,
             "floor_bytes": floor_bytes(batch),
             "flops": flops(batch) if flops else None,
             "contenders": measure(benchmark, contenders(batch), batch.restore, device, config.getoption("seconds")),
@@ -142,7 +142,7 @@ def _first_line(path):
 
 
 def pytest_benchmark_group_stats():
-    """No table of pytest-benchmark's own: its rows would mix the contenders of a case."""
+    """Suppress pytest-benchmark's own table: its rows would mix the contenders of a case."""
     return []
 
 

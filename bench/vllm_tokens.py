@@ -1,9 +1,9 @@
-"""What the mode costs vLLM on a CPU: tokens per second of processor time, of the example's model on one thread.
+"""The cost of batch-invariant mode in vLLM on a CPU: tokens per second of processor time on one thread.
 
     OMP_NUM_THREADS=1 MINIRL_BATCH_INVARIANT=1 python bench/vllm_tokens.py float32
 
-and the same without MINIRL_BATCH_INVARIANT; float32, bfloat16 or autocast. Processor time, since other work on the
-machine does not count, which a step of a few milliseconds would otherwise be lost in.
+and the same without MINIRL_BATCH_INVARIANT. The argument is float32, bfloat16 or autocast; the model is the example's.
+Processor time leaves out other work on the machine, which a step of a few milliseconds is short beside.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(setting: str) -> None:
     prompts = [{"prompt_token_ids": [3 + (7 * i + 3 * j) % 60 for j in range(10 + i % 20)]} for i in range(SEQUENCES)]
     sampling = SamplingParams(max_tokens=NEW_TOKENS, logprobs=0, detokenize=False, ignore_eos=True)
     seconds = []
-    for _ in range(1 + ROUNDS):  # the first compiles, where anything does
+    for _ in range(1 + ROUNDS):  # the first round compiles
         llm.reset_prefix_cache()
         start = time.process_time()
         llm.generate(prompts, sampling, use_tqdm=False)

@@ -19,7 +19,6 @@ def measured_case(**changes):
         "shape": {"tokens": 512, "vocab_size": 151_936},
         "threads": 2,
         "source": SOURCE,
-        "headline": True,
         "floor_bytes": 1_000_000_000,
         "flops": None,
         "contenders": [
