@@ -10,7 +10,7 @@ import matplotlib
 from headlines import FROM_HIDDEN_STATES, FROM_LOGITS, LOG_PROBS, Work, without_entropy
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from records import find, machine, median
+from records import machine, measured, median
 from source import sources_in_words
 from units import durations, memory
 
@@ -84,13 +84,13 @@ def panels(results: dict[str, dict]) -> list[list[Bars]]:
 
 
 def _work_panels(work, case, names):
-    entries = [find(case, name) for name in names]
+    entries = [measured(case, name) for name in names]
     times, peaks = [median(entry) for entry in entries], [entry["peak_bytes"] for entry in entries]
     ours = [entry["kind"] == "ours" for entry in entries]
     shown = list(names.values())
     return [
         Bars(work, shown, ours, times, durations(times)),
-        Bars(work, shown, ours, peaks, [memory(size) for size in peaks]),
+        Bars(work, shown, ours, [size or 0 for size in peaks], [memory(size) for size in peaks]),
     ]
 
 

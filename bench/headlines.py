@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from records import find, median, short_machine
+from records import measured, median, short_machine
 from source import note_in_words
 from units import durations, faster, markdown_table, memory
 
@@ -17,7 +17,7 @@ class Work:
     sizes: str
     result: str  # the name of its JSON file without the ending
     what: str
-    shape: dict[str, int]  # the sizes that tell it from other cases
+    shape: dict[str, int]  # the sizes that `sizes` tells
     dtype: str = "bfloat16"
     threads: int = 2
 
@@ -49,27 +49,27 @@ FROM_LOGITS = Work(
     sizes="512 tokens, 151,936 vocabulary entries, forward and backward",
     result="fused_policy_loss-cpu-amd-epyc",
     what="forward + backward",
-    shape={"vocab_size": 151_936},
+    shape={"tokens": 512, "vocab_size": 151_936},
 )
 FROM_HIDDEN_STATES = Work(
     name="Policy loss from hidden states",
     sizes="2,048 tokens, hidden size 1,024, 151,936 vocabulary entries, forward and backward",
     result="fused_linear_policy_loss-cpu-amd-epyc",
     what="forward + backward",
-    shape={"vocab_size": 151_936},
+    shape={"tokens": 2048, "hidden_size": 1024, "vocab_size": 151_936},
 )
 LOG_PROBS = Work(
     name="Token log-probabilities and entropy",
     sizes="512 tokens, 151,936 vocabulary entries, forward",
     result="token_logprobs-cpu-amd-epyc",
     what="forward",
-    shape={"vocab_size": 151_936},
+    shape={"tokens": 512, "vocab_size": 151_936},
 )
 EXPERTS = {
     "name": "Mixture of experts",
     "sizes": "512 tokens, hidden size 2,048, 4 of 16 experts, forward and backward",
     "what": "forward + backward",
-    "shape": {"tokens": 512},
+    "shape": {"tokens": 512, "hidden_size": 2048, "num_experts": 16, "top_k": 4},
 }
 EXPERTS_INTEL = Work(result="moe_experts-cpu-intel-r-xeon-r-processor", **EXPERTS)
 EXPERTS_AMD = Work(result="moe_experts-cpu-amd-epyc", **EXPERTS)
@@ -127,7 +127,7 @@ def render_readme(results: dict[str, dict], comparisons: tuple[Comparison, ...] 
 def _row(comparison, results, notes):
     case = comparison.work.case(results)
     processor = short_machine(results[comparison.work.result])
-    ours, theirs = find(case, comparison.ours), find(case, comparison.theirs)
+    ours, theirs = measured(case, comparison.ours), measured(case, comparison.theirs)
     return [
         comparison.work.name,
         comparison.theirs_in_words,

@@ -13,8 +13,19 @@ def load(folder: Path) -> dict[str, dict]:
 
 
 def find(case: dict, name: str) -> dict:
-    """The contender of a case by its name."""
-    return next(entry for entry in case["contenders"] if entry["name"] == name)
+    """The contender of a case by its name; raises ValueError if there is none."""
+    entries = {entry["name"]: entry for entry in case["contenders"]}
+    if name not in entries:
+        raise ValueError(f"{case['what']!r} has no contender {name!r}; its contenders are {', '.join(entries)}")
+    return entries[name]
+
+
+def measured(case: dict, name: str) -> dict:
+    """The contender of a case by its name; raises ValueError if it did not run."""
+    entry = find(case, name)
+    if not entry["seconds"]:
+        raise ValueError(f"{name!r} did not run in {case['what']!r} ({entry['missing']}); it must be measured")
+    return entry
 
 
 def median(entry: dict) -> float | None:

@@ -38,6 +38,14 @@ def test_an_alternative_that_does_less_is_named():
     assert "no entropy" not in render_readme({"some_op": measured_record()}, (EAGER,))
 
 
+def test_an_alternative_that_did_not_run_is_an_error():
+    results = {"some_op": measured_record()}
+    with pytest.raises(ValueError, match=r"'absent' did not run .* \(absent is not installed\)"):
+        render_readme(results, (Comparison(WORK, "ours", "absent", "an absent one"),))
+    with pytest.raises(ValueError, match="no contender 'unknown'; its contenders are ours, eager, absent, copy"):
+        render_readme(results, (Comparison(WORK, "ours", "unknown", "an unknown one"),))
+
+
 @pytest.mark.parametrize(
     ("results", "number"),
     [({}, 0), ({"some_op": measured_record(measured_case(threads=1))}, 0),
