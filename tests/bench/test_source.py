@@ -1,5 +1,6 @@
 """A result tells which commit was measured, and says so where nobody can know."""
 
+import shutil
 import subprocess
 
 import pytest
@@ -9,6 +10,8 @@ from source import source, sources_in_words
 @pytest.fixture
 def checkout(tmp_path):
     """A repository with one commit, which holds a package."""
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").touch()
     (tmp_path / "bench" / "results").mkdir(parents=True)
