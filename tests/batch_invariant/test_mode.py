@@ -155,8 +155,9 @@ def test_what_a_gpu_is_given_computes_the_same():
 
 def test_the_head_on_a_gpu_leaves_the_vendors_matmul():
     pytest.importorskip("triton", reason="triton is not installed")
+    from verify.launches import captured
+
     from minirl_kernels.ops.matmul import triton as kernels
-    from minirl_kernels.verify.launches import captured
 
     hidden, weight = normal(6, 32).requires_grad_(), normal(40, 32, seed=1).requires_grad_()
     ids = torch.arange(6)

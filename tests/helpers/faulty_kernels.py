@@ -1,13 +1,15 @@
-"""Kernels with one fault each, for the checks of minirl_kernels.verify to find."""
+"""Kernels with one fault each, which the checks in tests/verify must find."""
 
 from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
+from verify.case import Case
+from verify.logits import LogitRows
+from verify.rows import RowKernel
 
 from minirl_kernels.common.triton.launch import LaunchConfig
-from minirl_kernels.verify.cases import Case, Kernel
 
 
 @triton.jit
@@ -158,5 +160,5 @@ CALLS = {
 def faulty_case(name: str, vocab_size: int = 100) -> Case:
     """Rows of float32 with 4 elements between them."""
     config = LaunchConfig(lanes=8, vec=4, threads=32)
-    kernel = Kernel(name, CALLS[name], lambda vocab_size, dtype: config, lambda config, vocab_size: 1.0)
-    return Case(kernel, vocab_size, torch.float32, padding=4)
+    kernel = RowKernel(name, LogitRows.make, CALLS[name], lambda vocab_size, dtype: config)
+    return kernel.case(vocab_size, torch.float32, padding=4)

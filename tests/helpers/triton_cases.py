@@ -47,7 +47,7 @@ def _call_device_function(self, *args, **kwargs):
 interpreter.InterpretedFunction.__call__ = _call_device_function
 
 
-# To prepare for a look at whether integers overflow is a third of what is left: minirl_kernels.verify has that look.
+# Looking for integers that overflow takes a third of the remaining time; the checks in tests/verify look for them.
 interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
 

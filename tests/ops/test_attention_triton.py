@@ -17,9 +17,9 @@ from attention_cases import (
     ours,
     random_case,
 )
+from verify.launches import captured
 
 from minirl_kernels.ops.attention import kernels
-from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
 

@@ -12,15 +12,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from policy_batches import batch_at_bounds, random_batch
 from triton_cases import DTYPES, TOKEN_LEVEL, check_fused_policy_loss, random_logits, variants
+from verify import bounds, traffic
+from verify.interpreter import recording
+from verify.launches import captured
 
 from minirl_kernels import PolicyLossConfig, fused_policy_loss
 from minirl_kernels.common.triton.scale import scale_in_place
 from minirl_kernels.ops.fused_policy_loss.op import fused_policy_loss_forward
 from minirl_kernels.ops.fused_policy_loss.triton import forward_backward, kl_penalty, token_objective
 from minirl_kernels.ops.policy_loss import reference
-from minirl_kernels.verify import bounds, traffic
-from minirl_kernels.verify.interpreter import recording
-from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
 

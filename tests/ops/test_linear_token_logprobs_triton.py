@@ -9,6 +9,7 @@ import triton_cases
 from linear_head import random_head
 from linear_logprobs_cases import OPTIONS, call, check_against_equations, upstream
 from triton_cases import DTYPES, random_ids, random_logits
+from verify.launches import captured
 
 from minirl_kernels import linear_token_logprobs
 from minirl_kernels.common.triton.launch import row_strides
@@ -17,7 +18,6 @@ from minirl_kernels.ops.linear_token_logprobs import triton as head
 from minirl_kernels.ops.linear_token_logprobs.tiles import gradient_in_place
 from minirl_kernels.ops.matmul.vendor import matmul_into
 from minirl_kernels.ops.token_logprobs import triton as kernels
-from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
 HALVES = (torch.bfloat16, torch.float16)

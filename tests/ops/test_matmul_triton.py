@@ -12,13 +12,13 @@ from matmul_cases import (
     check_matmul,
     matrix,
 )
+from verify import bounds
+from verify.interpreter import recording
+from verify.launches import captured
 
 from minirl_kernels import linear, matmul
 from minirl_kernels.ops.matmul import aten
 from minirl_kernels.ops.matmul import triton as kernels
-from minirl_kernels.verify import bounds
-from minirl_kernels.verify.interpreter import recording
-from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
 

@@ -5,10 +5,10 @@ import torch
 import triton_cases
 from row_bits import strided
 from triton_cases import DTYPES, check_mean, random_logits
+from verify.launches import captured
 
 import minirl_kernels as mk
 from minirl_kernels.ops.mean import triton as kernels
-from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
 CALLS = pytest.mark.parametrize("divide", [False, True], ids=["sum", "mean"])

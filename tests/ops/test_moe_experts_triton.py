@@ -20,11 +20,11 @@ from experts_cases import (
     ours,
     random_case,
 )
+from verify import bounds
+from verify.interpreter import recording
+from verify.launches import captured
 
 from minirl_kernels.ops.moe_experts import kernels, triton
-from minirl_kernels.verify import bounds
-from minirl_kernels.verify.interpreter import recording
-from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 import triton_cases
 from routing_cases import KINDS, check_moe_routing, forward_backward, random_experts
+from verify import bounds
+from verify.interpreter import recording
+from verify.launches import captured
 
 from minirl_kernels import moe_routing
 from minirl_kernels.ops.moe_routing.op import moe_routing_backward, moe_routing_forward
-from minirl_kernels.verify import bounds
-from minirl_kernels.verify.interpreter import recording
-from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
 

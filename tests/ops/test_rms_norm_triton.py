@@ -5,10 +5,10 @@ import torch
 import triton_cases
 from row_bits import strided
 from triton_cases import DTYPES, check_rms_norm, random_logits
+from verify.launches import captured
 
 from minirl_kernels import rms_norm
 from minirl_kernels.ops.rms_norm import triton as kernels
-from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
 

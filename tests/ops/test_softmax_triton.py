@@ -7,10 +7,10 @@ import torch
 import triton_cases
 from row_bits import strided
 from triton_cases import DTYPES, check_softmax, random_logits
+from verify.launches import captured
 
 from minirl_kernels import log_softmax, softmax
 from minirl_kernels.ops.softmax import triton as kernels
-from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
 CALLS = pytest.mark.parametrize("log", [False, True], ids=["softmax", "log_softmax"])

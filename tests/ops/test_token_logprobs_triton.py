@@ -7,13 +7,13 @@ import pytest
 import torch
 import triton_cases
 from triton_cases import DTYPES, check_token_logprobs, random_ids, random_logits
+from verify import bounds
+from verify.interpreter import recording
+from verify.launches import captured
 
 from minirl_kernels import token_logprobs
 from minirl_kernels.ops.token_logprobs.op import token_logprobs_forward
 from minirl_kernels.ops.token_logprobs.triton import backward
-from minirl_kernels.verify import bounds
-from minirl_kernels.verify.interpreter import recording
-from minirl_kernels.verify.launches import captured
 
 pytestmark = triton_cases.interpreter_only()
 

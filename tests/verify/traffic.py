@@ -1,12 +1,15 @@
-"""Bytes that a launch moves, against the floor: each input once (once for each tile of a product), each output once."""
+"""Bytes that a launch moves, against the most that it may: each input and each output once.
+
+The input of a product counts once for each tile that needs it.
+"""
 
 from __future__ import annotations
 
 import math
 from typing import NamedTuple
 
-from .cases import AnyCase
-from .interpreter import Launch, recording
+from verify.case import Case
+from verify.interpreter import Launch, recording
 
 
 class Traffic(NamedTuple):
@@ -17,15 +20,15 @@ class Traffic(NamedTuple):
 
 
 def traffic(*launches: Launch) -> Traffic:
-    """Of one launch, or of several together."""
+    """Bytes that all of the launches move together."""
     return Traffic(
         sum(int(launch.addresses("load", "atomic")[2].sum()) for launch in launches),
         sum(int(launch.addresses("store", "atomic")[2].sum()) for launch in launches),
     )
 
 
-def measure(case: AnyCase) -> tuple[Traffic, Traffic]:
-    """(what the case moves, what it may move at most)."""
+def measure(case: Case) -> tuple[Traffic, Traffic]:
+    """(the bytes that the case moves, the most that it may move)."""
     with recording() as launches:
         outputs = case.run()
     programs = sum(math.prod(launch.grid) for launch in launches)
@@ -33,7 +36,7 @@ def measure(case: AnyCase) -> tuple[Traffic, Traffic]:
     return traffic(*launches), Traffic(case.most_loaded(programs), stored)
 
 
-def check(case: AnyCase) -> list[str]:
+def check(case: Case) -> list[str]:
     moved, allowed = measure(case)
     return [
         f"{case}: {name} {here:,} bytes where {bound:,} are enough"

@@ -1,5 +1,4 @@
-"""The Triton kernels of attention and how to call them, one at a time: those of the cases that have sequences of
-queries and keys where the others have rows of logits."""
+"""Cases of the kernels of attention."""
 
 from __future__ import annotations
 
@@ -9,32 +8,31 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from verify.case import Case, allow_wide_accesses, gap
 
-from ..ops.attention import kernels, triton
-from ..ops.attention.kernels import TileConfig
+from minirl_kernels.ops.attention import kernels, triton
+from minirl_kernels.ops.attention.kernels import TileConfig
 
 
 @dataclass(frozen=True)
 class Sizes:
-    queries: tuple[int, ...]  # of each sequence
+    queries: tuple[int, ...]  # of each sequence, as are keys
     keys: tuple[int, ...]
     key_heads: int
-    group: int  # heads of queries that share one of keys
+    group: int  # heads of queries for each head of keys
     key_size: int
     value_size: int
     padding: int = 0  # elements between two heads
 
     def __str__(self) -> str:
-        apart = f", {self.padding} between heads" if self.padding else ""
         heads = f"{self.key_heads} heads of keys for {self.group} each"
-        return (
-            f"{self.queries} queries of {self.keys} keys, {heads}, D = {self.key_size}, Dv = {self.value_size}{apart}"
-        )
+        size = f"D = {self.key_size}, Dv = {self.value_size}{gap(self.padding, 'heads')}"
+        return f"{self.queries} queries of {self.keys} keys, {heads}, {size}"
 
 
 @dataclass(frozen=True)
 class Operands:
-    """What the kernels read; what is in it does not matter here."""
+    """All inputs of the kernels. The checks do not look at their values."""
 
     q: Tensor  # [1, Hq, Tq, D]
     k: Tensor
@@ -47,7 +45,7 @@ class Operands:
 
     @classmethod
     def make(cls, sizes: Sizes, dtype: torch.dtype, *, traps: bool = False) -> Operands:
-        """The same every time; with traps, a sequence without queries, one without keys, and more queries than keys."""
+        """Traps are a sequence without queries, one without keys, and one of more queries than keys."""
         random = torch.Generator().manual_seed(sizes.key_size)
         queries, keys = sizes.queries, sizes.keys
         if traps:
@@ -75,61 +73,39 @@ class Operands:
 
 
 @dataclass(frozen=True)
-class AttentionKernel:
-    """call(operands) launches it once and returns all that it writes; config(size, dtype) is its launch configuration.
+class Kernel:
+    """A kernel with one set of options: launch(operands) as Case has it, and its configuration.
 
-    loads(sizes, config, split, bytes of an element): the bytes that it loads beside where its blocks are; where a head
-    is split, the products of rows load both sides for each.
+    loads(sizes, config, split, bytes of an element): the bytes that it loads, without the places of its blocks. A head
+    is split if it has more than one block along its size; each product of rows then loads both of its sides.
     """
 
     name: str
-    call: Callable[[Operands], tuple[Tensor, ...]]
+    launch: Callable[[Operands], tuple[Tensor, ...]]
     config: Callable[[int, torch.dtype], TileConfig]
     loads: Callable[[Sizes, TileConfig, bool, int], int]
 
+    def case(self, sizes: Sizes, dtype: torch.dtype) -> Case:
+        widest = max(sizes.key_size, sizes.value_size)
+        config = partial(self.config, widest, dtype)
 
-@dataclass(frozen=True)
-class AttentionCase:
-    """What cases.Case is for the others."""
+        def most_loaded(programs):
+            return self.loads(sizes, config(), config().depth < widest, dtype.itemsize) + 8 * 7 * programs
 
-    kernel: AttentionKernel
-    sizes: Sizes
-    dtype: torch.dtype
-
-    unit = "queries"
-    stores_wide = False
-
-    def run(self, *, traps: bool = False) -> tuple[Tensor, ...]:
-        return self.kernel.call(Operands.make(self.sizes, self.dtype, traps=traps))
-
-    @property
-    def unit_bytes(self) -> int:
-        sizes = self.sizes
-        return sum(sizes.queries) * sizes.key_heads * sizes.group * sizes.key_size * self.dtype.itemsize
-
-    def most_loaded(self, programs: int) -> int:
-        split = self.config.depth < max(self.sizes.key_size, self.sizes.value_size)
-        return self.kernel.loads(self.sizes, self.config, split, self.dtype.itemsize) + 8 * 7 * programs
-
-    @property
-    def config(self) -> TileConfig:
-        return self.kernel.config(max(self.sizes.key_size, self.sizes.value_size), self.dtype)
-
-    @property
-    def size(self) -> str:
-        return str(self.sizes.key_size)
-
-    @property
-    def loads_wide(self) -> bool:
-        sizes = (self.sizes.key_size, self.sizes.value_size, self.sizes.padding)
-        return all(size * self.dtype.itemsize % 16 == 0 for size in sizes)
-
-    @property
-    def on_tensor_cores(self) -> bool:
-        return self.dtype.itemsize == 2
-
-    def __str__(self) -> str:
-        return f"{self.kernel.name}, {str(self.dtype).removeprefix('torch.')}, {self.sizes}"
+        return Case(
+            name=self.name,
+            dtype=dtype,
+            size=str(sizes.key_size),
+            sizes=str(sizes),
+            operands=partial(Operands.make, sizes, dtype),
+            launch=self.launch,
+            config=config,
+            most_loaded=most_loaded,
+            unit="queries",
+            unit_bytes=sum(sizes.queries) * sizes.key_heads * sizes.group * sizes.key_size * dtype.itemsize,
+            loads_wide=allow_wide_accesses(dtype, sizes.key_size, sizes.value_size, sizes.padding),
+            on_tensor_cores=dtype.itemsize == 2,
+        )
 
 
 SCALE = 0.1
@@ -161,7 +137,7 @@ def _backward_kv(
 
 
 def _blocks_of_rows(sizes: Sizes, config: TileConfig) -> Iterator[tuple[int, int, int]]:
-    """(rows, keys that any of them sees, blocks of those) of each program and sequence, causal."""
+    """(rows, keys that any of the rows sees, blocks of those keys) of each program and sequence, causal."""
     for queries, keys in zip(sizes.queries, sizes.keys, strict=True):
         rows = queries * sizes.group
         for first in range(0, rows, config.rows):
@@ -171,7 +147,7 @@ def _blocks_of_rows(sizes: Sizes, config: TileConfig) -> Iterator[tuple[int, int
 
 
 def _loads_of_forward(sizes: Sizes, config: TileConfig, split: bool, item: int) -> int:
-    """Its rows once and their keys once for each block of rows; split, the rows for each block of keys."""
+    """Each block of rows loads its rows once and its keys once; if split, its rows once for each block of keys."""
     d, dv = sizes.key_size, sizes.value_size
     elements = sum(
         rows * d * (blocks if split else 1) + seen * (d + dv) for rows, seen, blocks in _blocks_of_rows(sizes, config)
@@ -180,7 +156,7 @@ def _loads_of_forward(sizes: Sizes, config: TileConfig, split: bool, item: int) 
 
 
 def _loads_of_backward_q(sizes: Sizes, config: TileConfig, split: bool, item: int) -> int:
-    """The same, with the rows of out and grad_out; split, of keys a second time."""
+    """As the forward, and the rows of out and grad_out; if split, the keys a second time."""
     d, dv = sizes.key_size, sizes.value_size
     elements = sum(
         rows * (2 * dv + (d + dv) * (blocks if split else 1) - (0 if split else dv))
@@ -192,7 +168,7 @@ def _loads_of_backward_q(sizes: Sizes, config: TileConfig, split: bool, item: in
 
 
 def _loads_of_backward_kv(sizes: Sizes, config: TileConfig, split: bool, item: int) -> int:
-    """Its keys once, and for each block of them the rows that see any, from the first of their block on."""
+    """Each block of keys loads its keys once, and every block of rows of which a row may see one of the keys."""
     d, dv = sizes.key_size, sizes.value_size
     loaded = 0
     for queries, keys in zip(sizes.queries, sizes.keys, strict=True):
@@ -208,40 +184,40 @@ def _loads_of_backward_kv(sizes: Sizes, config: TileConfig, split: bool, item: i
 
 
 KERNELS = (
-    AttentionKernel("attention", _forward, kernels.attention_config, _loads_of_forward),
-    AttentionKernel("attention backward q", _backward_q, kernels.backward_q_config, _loads_of_backward_q),
-    AttentionKernel("attention backward k, v", _backward_kv, kernels.backward_kv_config, _loads_of_backward_kv),
+    Kernel("attention", _forward, kernels.attention_config, _loads_of_forward),
+    Kernel("attention backward q", _backward_q, kernels.backward_q_config, _loads_of_backward_q),
+    Kernel("attention backward k, v", _backward_kv, kernels.backward_kv_config, _loads_of_backward_kv),
 )
 
 
-def _other_branches() -> Iterator[AttentionKernel]:
-    """The kernels again with other options, until every branch that a compiler would see has been in one of them."""
+def _other_branches() -> Iterator[Kernel]:
+    """The options that compile the branches of the kernels that KERNELS does not compile."""
     forward, _, backward_kv = KERNELS
     for kernel in KERNELS:
-        yield replace(kernel, name=f"{kernel.name}, not causal", call=partial(kernel.call, causal=False))
-    yield replace(forward, name="attention without a backward", call=partial(_forward, for_backward=False))
-    yield replace(backward_kv, name="attention backward k", call=partial(_backward_kv, of_v=False))
-    yield replace(backward_kv, name="attention backward v", call=partial(_backward_kv, of_k=False))
+        yield replace(kernel, name=f"{kernel.name}, not causal", launch=partial(kernel.launch, causal=False))
+    yield replace(forward, name="attention without a backward", launch=partial(_forward, for_backward=False))
+    yield replace(backward_kv, name="attention backward k", launch=partial(_backward_kv, of_v=False))
+    yield replace(backward_kv, name="attention backward v", launch=partial(_backward_kv, of_k=False))
 
 
-def interpreter_cases() -> Iterator[AttentionCase]:
-    """A block of everything; several, in sizes that none divides; heads that lie apart."""
+def interpreter_cases() -> Iterator[Case]:
+    """One block of each size; several blocks, in sizes that no block divides; heads with a gap between them."""
     for kernel in KERNELS:
-        yield AttentionCase(kernel, Sizes((9, 3), (9, 5), 2, 1, 16, 16), torch.float32)
-        yield AttentionCase(kernel, Sizes((50, 1), (70, 33), 2, 3, 37, 21, padding=3), torch.bfloat16)
-        yield AttentionCase(kernel, Sizes((40,), (40,), 1, 2, 24, 40, padding=8), torch.float16)
+        yield kernel.case(Sizes((9, 3), (9, 5), 2, 1, 16, 16), torch.float32)
+        yield kernel.case(Sizes((50, 1), (70, 33), 2, 3, 37, 21, padding=3), torch.bfloat16)
+        yield kernel.case(Sizes((40,), (40,), 1, 2, 24, 40, padding=8), torch.float16)
 
 
-def compile_cases() -> Iterator[AttentionCase]:
-    """Every launch configuration; the code depends on D and on the group too, which are a model's own."""
+def compile_cases() -> Iterator[Case]:
+    """Every launch configuration. The code depends on D and on the group too, which differ from model to model."""
 
     def sizes(size):
         return Sizes((16, 3), (16, 20), 2, 4, size, size)
 
     for kernel in KERNELS:
         for size in (64, 128, 256, 80, 63):
-            yield AttentionCase(kernel, sizes(size), torch.bfloat16)
-            yield AttentionCase(kernel, sizes(size), torch.float32)
-        yield AttentionCase(kernel, sizes(128), torch.float16)
+            yield kernel.case(sizes(size), torch.bfloat16)
+            yield kernel.case(sizes(size), torch.float32)
+        yield kernel.case(sizes(128), torch.float16)
     for kernel in _other_branches():
-        yield AttentionCase(kernel, sizes(128), torch.bfloat16)
+        yield kernel.case(sizes(128), torch.bfloat16)

@@ -1,5 +1,4 @@
-"""The Triton kernels of moe_experts and how to call them, one at a time: those of the cases that have pairs of a token
-and an expert where the others have rows of logits."""
+"""Cases of the kernels of moe_experts. A row is a pair of a token and an expert."""
 
 from __future__ import annotations
 
@@ -9,10 +8,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from verify.case import Case, allow_wide_accesses, blocks, gap
 
-from ..common.triton.launch import LaunchConfig, TileConfig
-from ..ops.moe_experts import kernels, triton
-from ..ops.moe_experts.kernels import Rows
+from minirl_kernels.common.triton.launch import LaunchConfig, TileConfig
+from minirl_kernels.ops.moe_experts import kernels, triton
+from minirl_kernels.ops.moe_experts.kernels import Rows
 
 
 @dataclass(frozen=True)
@@ -22,21 +22,20 @@ class Sizes:
     num_experts: int
     hidden_size: int
     intermediate_size: int
-    padding: int = 0  # elements between two rows of what may be strided
+    padding: int = 0  # elements between two rows of a tensor that may be strided
 
     @property
     def pairs(self) -> int:
         return self.tokens * self.top_k
 
     def __str__(self) -> str:
-        apart = f", {self.padding} between rows" if self.padding else ""
         experts = f"{self.tokens} tokens to {self.top_k} of {self.num_experts} experts"
-        return f"{experts}, H = {self.hidden_size}, I = {self.intermediate_size}{apart}"
+        return f"{experts}, H = {self.hidden_size}, I = {self.intermediate_size}{gap(self.padding)}"
 
 
 @dataclass(frozen=True)
 class Operands:
-    """What the kernels read; what is in it does not matter here."""
+    """All inputs of the kernels. The checks do not look at their values."""
 
     hidden: Tensor  # [T, H]
     grad_out: Tensor  # [T, H]
@@ -49,7 +48,7 @@ class Operands:
 
     @classmethod
     def make(cls, sizes: Sizes, dtype: torch.dtype, *, traps: bool = False) -> Operands:
-        """The same every time; with traps, an expert without tokens, and two pairs without an expert."""
+        """Traps are an expert without tokens, and two pairs without an expert."""
         random = torch.Generator().manual_seed(sizes.hidden_size)
 
         def normal(*shape):
@@ -75,7 +74,7 @@ class Operands:
         )
 
     def with_expert(self, by_row: Tensor) -> Tensor:
-        """The rows that have one; the others are not written."""
+        """The rows that have an expert; the kernels write no others."""
         return by_row[: self.rows.begins[-2]]
 
 
@@ -84,71 +83,46 @@ PARTS = 5  # of I, for d weights
 
 
 @dataclass(frozen=True)
-class ExpertsKernel:
-    """call(operands) launches it once and returns all that it writes; config(sizes, dtype) is its launch configuration.
+class Kernel:
+    """A kernel with one set of options: launch(operands) as Case has it, and its configuration.
 
-    loads(sizes, config, blocks, bytes of an element): the bytes that it loads beside begins; the rows fill `blocks`.
+    loads(sizes, config, row_blocks, bytes of an element): the bytes that it loads, without the begins of the experts.
+    The rows of all experts fill row_blocks blocks.
     """
 
     name: str
-    call: Callable[[Operands], tuple[Tensor, ...]]
+    launch: Callable[[Operands], tuple[Tensor, ...]]
     config: Callable[[Sizes, torch.dtype], Config]
     loads: Callable[[Sizes, Config, int, int], int]
     multiplies: bool = True
 
+    def case(self, sizes: Sizes, dtype: torch.dtype) -> Case:
+        config = partial(self.config, sizes, dtype)
 
-@dataclass(frozen=True)
-class ExpertsCase:
-    """What cases.Case is for the others."""
+        def most_loaded(programs):
+            row_blocks = 0
+            if isinstance(config(), TileConfig):
+                begins = Operands.make(sizes, dtype).rows.begins
+                row_blocks = sum(blocks(rows, config().rows) for rows in begins.diff().tolist())
+            begins_of_experts = programs * 8 * (sizes.num_experts + 3)
+            return self.loads(sizes, config(), row_blocks, dtype.itemsize) + begins_of_experts
 
-    kernel: ExpertsKernel
-    sizes: Sizes
-    dtype: torch.dtype
-
-    unit = "hidden states"
-
-    def run(self, *, traps: bool = False) -> tuple[Tensor, ...]:
-        return self.kernel.call(Operands.make(self.sizes, self.dtype, traps=traps))
-
-    @property
-    def unit_bytes(self) -> int:
-        return self.sizes.tokens * self.sizes.hidden_size * self.dtype.itemsize
-
-    def most_loaded(self, programs: int) -> int:
-        blocks = 0
-        if isinstance(self.config, TileConfig):
-            begins = Operands.make(self.sizes, self.dtype).rows.begins
-            blocks = sum(_tiles(rows, self.config.rows) for rows in begins.diff().tolist())
-        of_begins = programs * 8 * (self.sizes.num_experts + 3)
-        return self.kernel.loads(self.sizes, self.config, blocks, self.dtype.itemsize) + of_begins
-
-    @property
-    def config(self) -> Config:
-        return self.kernel.config(self.sizes, self.dtype)
-
-    @property
-    def size(self) -> str:
-        return f"{self.sizes.hidden_size} × {self.sizes.intermediate_size}"
-
-    @property
-    def loads_wide(self) -> bool:
-        sizes = (self.sizes.hidden_size, self.sizes.intermediate_size, self.sizes.padding)
-        return all(size * self.dtype.itemsize % 16 == 0 for size in sizes)
-
-    @property
-    def stores_wide(self) -> bool:
-        return self.loads_wide and not self.kernel.multiplies
-
-    @property
-    def on_tensor_cores(self) -> bool:
-        return self.kernel.multiplies and self.dtype.itemsize == 2
-
-    def __str__(self) -> str:
-        return f"{self.kernel.name}, {str(self.dtype).removeprefix('torch.')}, {self.sizes}"
-
-
-def _tiles(size: int, tile: int) -> int:
-    return -(-size // tile)
+        is_aligned = allow_wide_accesses(dtype, sizes.hidden_size, sizes.intermediate_size, sizes.padding)
+        return Case(
+            name=self.name,
+            dtype=dtype,
+            size=f"{sizes.hidden_size} × {sizes.intermediate_size}",
+            sizes=str(sizes),
+            operands=partial(Operands.make, sizes, dtype),
+            launch=self.launch,
+            config=config,
+            most_loaded=most_loaded,
+            unit="hidden states",
+            unit_bytes=sizes.tokens * sizes.hidden_size * dtype.itemsize,
+            loads_wide=is_aligned,
+            stores_wide=is_aligned and not self.multiplies,
+            on_tensor_cores=self.multiplies and dtype.itemsize == 2,
+        )
 
 
 def _up(operands: Operands, *, for_backward: bool = True) -> tuple[Tensor, ...]:
@@ -195,44 +169,46 @@ def _combine(operands: Operands, *, weights: bool = True) -> tuple[Tensor, ...]:
 
 
 def _sum_of_parts(operands: Operands) -> tuple[Tensor, ...]:
-    """The combine as the gradient of the weights has it: a pair where it has tokens."""
+    """The combine with pairs in the place of tokens, which is how the gradient of the weights uses it."""
     parts = torch.ones(len(operands.gate_up), PARTS, 1)
     out = torch.empty_like(parts[:, 0])
     kernels.combine(parts, None, out)
     return (out,)
 
 
-def _loads_over_rows(of_row, of_matrix, columns, *, beside=0):
-    """Each row and its pair once for every tile of columns, each expert's matrix once for every block of its rows; all
-    in elements, as functions of (H, I)."""
+def _loads_over_rows(row_size, matrix_size, columns, *, beside=0):
+    """A row and its pair once for every tile of columns, an expert's matrix once for every block of the expert's rows.
 
-    def loads(sizes, config, blocks, item):
+    row_size, matrix_size and columns are functions of (H, I) that count elements.
+    """
+
+    def loads(sizes, config, row_blocks, item):
         h, i = sizes.hidden_size, sizes.intermediate_size
-        tiles = _tiles(columns(h, i), config.columns)
-        return tiles * sizes.pairs * (of_row(h, i) * item + 8 + beside) + blocks * of_matrix(h, i) * item
+        tiles = blocks(columns(h, i), config.columns)
+        return tiles * sizes.pairs * (row_size(h, i) * item + 8 + beside) + row_blocks * matrix_size(h, i) * item
 
     return loads
 
 
-def _loads_of_activation_grad(sizes, config, blocks, item):
-    of_gate_up = 2 * sizes.pairs * sizes.intermediate_size * item
+def _loads_of_activation_grad(sizes, config, row_blocks, item):
+    gate_up = 2 * sizes.pairs * sizes.intermediate_size * item
     over_rows = _loads_over_rows(lambda h, i: h, lambda h, i: h * i, lambda h, i: i, beside=4)
-    return over_rows(sizes, config, blocks, item) + of_gate_up
+    return over_rows(sizes, config, row_blocks, item) + gate_up
 
 
 def _loads_of_weight_grad(height, width):
-    """Either operand once for every tile of the other, the pairs once for every tile of both."""
+    """Each operand once for every tile of the other operand, the pairs once for every tile of the product."""
 
-    def loads(sizes, config, blocks, item):
+    def loads(sizes, config, row_blocks, item):
         m, n = (size(sizes.hidden_size, sizes.intermediate_size) for size in (height, width))
-        down, across = _tiles(m, config.rows), _tiles(n, config.columns)
+        down, across = blocks(m, config.rows), blocks(n, config.columns)
         return sizes.pairs * ((across * m + down * n) * item + 8 * down * across)
 
     return loads
 
 
-def _loads_of_combine(sizes, config, blocks, item):
-    return 4 * sizes.pairs * (sizes.hidden_size + _tiles(sizes.hidden_size, config.tile))
+def _loads_of_combine(sizes, config, row_blocks, item):
+    return 4 * sizes.pairs * (sizes.hidden_size + blocks(sizes.hidden_size, config.tile))
 
 
 def _of_products(sizes: Sizes, dtype: torch.dtype) -> TileConfig:
@@ -240,43 +216,43 @@ def _of_products(sizes: Sizes, dtype: torch.dtype) -> TileConfig:
 
 
 KERNELS = (
-    ExpertsKernel(
+    Kernel(
         "moe_experts up",
         _up,
         lambda sizes, dtype: kernels.halved_config(dtype),
         _loads_over_rows(lambda h, i: h, lambda h, i: 2 * i * h, lambda h, i: i),
     ),
-    ExpertsKernel(
+    Kernel(
         "moe_experts down",
         partial(_product, transposed=False),
         _of_products,
         _loads_over_rows(lambda h, i: i, lambda h, i: h * i, lambda h, i: h),
     ),
-    ExpertsKernel(
+    Kernel(
         "moe_experts d hidden",
         partial(_product, transposed=True),
         _of_products,
         _loads_over_rows(lambda h, i: 2 * i, lambda h, i: 2 * i * h, lambda h, i: h),
     ),
-    ExpertsKernel(
+    Kernel(
         "moe_experts d activation",
         _activation_grad,
         lambda sizes, dtype: kernels.halved_config(dtype),
         _loads_of_activation_grad,
     ),
-    ExpertsKernel(
+    Kernel(
         "moe_experts d gate_up_proj",
         partial(_weight_grad, of_down=False),
         lambda sizes, dtype: kernels.weight_grad_config(dtype),
         _loads_of_weight_grad(lambda h, i: 2 * i, lambda h, i: h),
     ),
-    ExpertsKernel(
+    Kernel(
         "moe_experts d down_proj",
         partial(_weight_grad, of_down=True),
         lambda sizes, dtype: kernels.weight_grad_config(dtype),
         _loads_of_weight_grad(lambda h, i: h, lambda h, i: i),
     ),
-    ExpertsKernel(
+    Kernel(
         "moe_experts combine",
         _combine,
         lambda sizes, dtype: kernels.combine_config(sizes.hidden_size, dtype),
@@ -286,44 +262,50 @@ KERNELS = (
 )
 
 
-# the gradient of the weights sums over parts as a combine does over a token's pairs
-SUM_OF_PARTS = ExpertsKernel(
+# the gradient of the weights sums over parts of I as a combine sums over the pairs of a token
+SUM_OF_PARTS = Kernel(
     "moe_experts combine, d weights",
     _sum_of_parts,
     lambda sizes, dtype: kernels.combine_config(1, dtype),
-    lambda sizes, config, blocks, item: 4 * PARTS * sizes.pairs,
+    lambda sizes, config, row_blocks, item: 4 * PARTS * sizes.pairs,
     multiplies=False,
 )
 
 
-def _other_branches() -> Iterator[ExpertsKernel]:
+def _other_branches() -> Iterator[Kernel]:
+    """The options that compile the branches of the kernels that KERNELS does not compile."""
     up, _, _, activation_grad, *_, combine = KERNELS
-    yield replace(up, name=f"{up.name}, nothing kept", call=partial(_up, for_backward=False))
+    yield replace(up, name=f"{up.name}, nothing kept", launch=partial(_up, for_backward=False))
     names = ("gate_up_grad", "weighted", "parts")
     for only in names:
-        call = partial(_activation_grad, **{name: name == only for name in names})
-        multiplies = only != "weighted"
-        yield replace(activation_grad, name=f"{activation_grad.name}, {only} alone", call=call, multiplies=multiplies)
-    yield replace(combine, name=f"{combine.name}, no weights", call=partial(_combine, weights=False))
+        yield replace(
+            activation_grad,
+            name=f"{activation_grad.name}, {only} alone",
+            launch=partial(_activation_grad, **{name: name == only for name in names}),
+            multiplies=only != "weighted",
+        )
+    yield replace(combine, name=f"{combine.name}, no weights", launch=partial(_combine, weights=False))
 
 
-def interpreter_cases() -> Iterator[ExpertsCase]:
-    """One tile of everything; several, in sizes that none divides; rows that lie apart."""
+def interpreter_cases() -> Iterator[Case]:
+    """One tile of each size; several tiles, in sizes that no tile divides; rows with a gap between them."""
     for kernel in KERNELS:
-        yield ExpertsCase(kernel, Sizes(9, 2, 3, 32, 16), torch.float32)
-        yield ExpertsCase(kernel, Sizes(45, 3, 4, 137, 131, padding=3), torch.bfloat16)
-        yield ExpertsCase(kernel, Sizes(100, 2, 2, 144, 136, padding=8), torch.float16)
+        yield kernel.case(Sizes(9, 2, 3, 32, 16), torch.float32)
+        yield kernel.case(Sizes(45, 3, 4, 137, 131, padding=3), torch.bfloat16)
+        yield kernel.case(Sizes(100, 2, 2, 144, 136, padding=8), torch.float16)
 
 
-def compile_cases() -> Iterator[ExpertsCase]:
-    """The code depends on H and I by whether a row is a whole number of 128-bit accesses, and on E by its power of
-    two alone."""
+def compile_cases() -> Iterator[Case]:
+    """The code depends on whether a row is a whole number of 128-bit accesses, and on the power of two of E.
+
+    It depends on no other property of H, I and E.
+    """
     whole, odd = Sizes(16, 8, 128, 256, 128), Sizes(16, 8, 128, 255, 127)
     for kernel in KERNELS:
         for dtype in (torch.bfloat16, torch.float32):
-            yield ExpertsCase(kernel, whole, dtype)
-            yield ExpertsCase(kernel, odd, dtype)
-        yield ExpertsCase(kernel, whole, torch.float16)
+            yield kernel.case(whole, dtype)
+            yield kernel.case(odd, dtype)
+        yield kernel.case(whole, torch.float16)
     for kernel in _other_branches():
-        yield ExpertsCase(kernel, whole, torch.bfloat16)
-    yield ExpertsCase(SUM_OF_PARTS, odd, torch.float32)
+        yield kernel.case(whole, torch.bfloat16)
+    yield SUM_OF_PARTS.case(odd, torch.float32)

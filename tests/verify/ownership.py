@@ -1,16 +1,16 @@
-"""Who writes what: each output element by exactly one program, and nothing that another program reads."""
+"""Each output element is written by exactly one program, and no other program reads it."""
 
 from __future__ import annotations
 
 import numpy as np
 from torch import Tensor
 
-from .cases import AnyCase
-from .interpreter import Launch, recorded
+from verify.case import Case
+from verify.interpreter import Launch, recorded
 
 
 def conflicts(launch: Launch) -> list[str]:
-    """Addresses that two programs write, that one writes and another reads, and atomics, whose order is anybody's."""
+    """Addresses that two programs write, or one writes and another reads; and atomics, whose order is undefined."""
     faults = [f"{launch.kernel}: uses an atomic" for access in launch.accesses if access.kind == "atomic"][:1]
     stored, writers, _ = launch.addresses("store", "atomic")
     owned = np.unique(np.stack([stored, writers.astype(np.uint64)], axis=1), axis=0)
@@ -29,7 +29,7 @@ def conflicts(launch: Launch) -> list[str]:
 
 
 def unwritten(launches: list[Launch], outputs: tuple[Tensor, ...]) -> list[str]:
-    """Outputs with elements that no launch has written, so that they hold whatever was in that memory."""
+    """Outputs of which no launch has written some elements."""
     stored = np.concatenate([launch.addresses("store", "atomic")[0] for launch in launches])
     faults = []
     for number, output in enumerate(outputs):
@@ -47,7 +47,7 @@ def element_addresses(tensor: Tensor) -> np.ndarray:
     return (tensor.data_ptr() + offsets.ravel() * tensor.element_size()).astype(np.uint64)
 
 
-def check(case: AnyCase) -> list[str]:
+def check(case: Case) -> list[str]:
     launches, outputs = recorded(case)
     faults = [fault for launch in launches for fault in conflicts(launch)] + unwritten(launches, outputs)
     return [f"{case}: {fault}" for fault in faults]

@@ -1,7 +1,8 @@
-"""Inside a program: nothing is overwritten that another of its threads may still have to read.
+"""A program does not overwrite an element that another of its threads may still have to read.
 
-The interpreter runs a program as one thread; on hardware its warps drift apart until a barrier. An element that is
-read and written as it is stays with its thread. Elements of another width over the same memory do not.
+The interpreter runs a program as one thread. On hardware the warps of a program drift apart until a barrier. An
+element that is read and written at the same width stays with its thread; elements of another width over the same
+memory do not.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from itertools import groupby
 
 import numpy as np
 
-from .cases import AnyCase
-from .interpreter import Access, Launch, recorded
+from verify.case import Case
+from verify.interpreter import Access, Launch, recorded
 
 UNIT = 2  # bytes of the narrowest element
 
 
 def races(launch: Launch) -> list[str]:
-    """Programs that store over what they have loaded at another width since their last barrier, or load what they have
-    stored."""
+    """Programs that load what they have stored, or store over what they have loaded at another width.
+
+    A barrier ends the second kind: the loads before it are done.
+    """
     overwriting, rereading = [], []
     for program, accesses in groupby(launch.accesses, key=lambda access: access.program):
         loaded, stored = [], []
@@ -33,8 +36,8 @@ def races(launch: Launch) -> list[str]:
                 others = [earlier for earlier in loaded if earlier.size != access.size]
                 overwriting += [program for earlier in others if _overlap(earlier, access)]
     return [
-        f"{launch.kernel}: {len(set(programs))} programs {what}, the first of them {programs[0]}"
-        for programs, what in (
+        f"{launch.kernel}: {len(set(programs))} programs {fault}, the first of them {programs[0]}"
+        for programs, fault in (
             (overwriting, "overwrite what their threads may still have to read"),
             (rereading, "read what they have overwritten"),
         )
@@ -42,7 +45,7 @@ def races(launch: Launch) -> list[str]:
     ]
 
 
-def check(case: AnyCase) -> list[str]:
+def check(case: Case) -> list[str]:
     launches, _ = recorded(case)
     return [f"{case}: {fault}" for launch in launches for fault in races(launch)]
 
@@ -55,5 +58,5 @@ def _overlap(a: Access, b: Access) -> bool:
 
 
 def _units(access: Access) -> np.ndarray:
-    """Every UNIT bytes that it touches."""
+    """The address of every UNIT bytes that the access touches."""
     return (access.addresses[:, None] + np.arange(0, access.size, UNIT, dtype=np.uint64)).ravel()

@@ -1,4 +1,4 @@
-"""A record of what a kernel did in Triton's interpreter: each load and store, by which program, at which addresses."""
+"""A record of a kernel in Triton's interpreter: each load and store, its program and its addresses."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, interpreter_builder
 
-from .cases import AnyCase
+from verify.case import Case
 
 
 class Access(NamedTuple):
-    """The active lanes of one load or store of one program; or a barrier of its threads, which has none."""
+    """The active lanes of one load or store of one program; or a barrier of its threads, which has no lanes."""
 
     kind: str  # "load", "store", "atomic" or "barrier"
     program: int
@@ -48,14 +48,14 @@ class Launch:
 
 @contextmanager
 def recording(order: Sequence[int] | None = None) -> Iterator[list[Launch]]:
-    """Record the launches made inside; `order` is the one in which their programs run, else as they are numbered.
+    """Record the launches made inside; their programs run in `order`, or else in the order of their numbers.
 
-    Raises RuntimeError where Triton was imported without TRITON_INTERPRET=1.
+    Raises RuntimeError if Triton was imported without TRITON_INTERPRET=1.
     """
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("Triton does not interpret: set TRITON_INTERPRET=1 before it is imported")
     launches: list[Launch] = []
-    # what overflows to -inf in a kernel is bounded there
+    # kernels bound the values that overflow to -inf
     with np.errstate(over="ignore"), ExitStack() as stack:
 
         def wrap(owner, name, make):
@@ -72,10 +72,10 @@ def recording(order: Sequence[int] | None = None) -> Iterator[list[Launch]]:
 
 
 @lru_cache(maxsize=1)
-def recorded(case: AnyCase) -> tuple[list[Launch], tuple[Tensor, ...]]:
-    """(launches of a case with traps, what they wrote), in one run for all checks that read them one after the other.
+def recorded(case: Case) -> tuple[list[Launch], tuple[Tensor, ...]]:
+    """(launches of a case with traps, its outputs); the last case is kept, so that all checks share one run.
 
-    Raises triton's InterpreterError where a sum or a product of integers overflows.
+    Raises triton's InterpreterError if a sum or a product of integers overflows.
     """
     checked = replace(interpreter_builder.options, debug=True, sanitize_overflow=True)
     with mock.patch.object(interpreter_builder, "options", checked), recording() as launches:

@@ -1,4 +1,4 @@
-"""The launches that a call would make: its kernels, grids and arguments, with nothing run."""
+"""The launches that a call makes: kernels, grids and arguments. No kernel runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class CapturedLaunch(NamedTuple):
 
 @contextmanager
 def captured() -> Iterator[list[CapturedLaunch]]:
-    """Capture the launches made inside, instead of running them."""
+    """Capture the launches made inside; their kernels do not run."""
     launches: list[CapturedLaunch] = []
 
     def run(self, *args, grid, warmup, **kwargs):

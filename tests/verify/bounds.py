@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from .cases import AnyCase
-from .interpreter import Launch, recorded
+from verify.case import Case
+from verify.interpreter import Launch, recorded
 
 
 def outside(launch: Launch) -> list[str]:
-    """Loads and stores that are of no element of any tensor argument."""
+    """One line for each kind of access of which some addresses are no element of a tensor argument."""
     faults = []
     for kind in ("load", "store", "atomic"):
         addresses, programs, _ = launch.addresses(kind)
@@ -26,13 +26,13 @@ def outside(launch: Launch) -> list[str]:
     return faults
 
 
-def check(case: AnyCase) -> list[str]:
+def check(case: Case) -> list[str]:
     launches, _ = recorded(case)
     return [f"{case}: {fault}" for launch in launches for fault in outside(launch)]
 
 
 def _is_element(tensor: Tensor, addresses: np.ndarray) -> np.ndarray:
-    """By its strides, taken from the widest: what is left of an offset in the end must be nothing."""
+    """Take the index along each axis from the offset, the widest stride first; an element leaves no rest."""
     rest = addresses.astype(np.int64) - tensor.data_ptr()
     inside = rest >= 0
     size_of = tensor.element_size()

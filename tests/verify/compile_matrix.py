@@ -1,4 +1,4 @@
-"""What every kernel, in every launch configuration, needs of each GPU: compiled ahead of time, with no GPU there."""
+"""The needs of every kernel, in every launch configuration, on each GPU: compiled ahead of time, without a GPU."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from .cases import AnyCase, compile_cases
-from .launches import CapturedLaunch, captured
+import minirl_kernels
+from verify.case import Case
+from verify.cases import SOURCES, compile_cases
+from verify.launches import CapturedLaunch, captured
 
-PACKAGE = Path(__file__).resolve().parent.parent
+PACKAGE = Path(minirl_kernels.__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Needs:
         return f"{numbers} / {self.tensor_cores}" if self.tensor_cores else numbers
 
 
-def needs(case: AnyCase, part: Part) -> Needs:
-    # the launcher asks which vendor's torch this is
+def needs(case: Case, part: Part) -> Needs:
+    # a launcher asks torch for the vendor
     with mock.patch.object(torch.version, "hip", "0" if part.target.backend == "hip" else None), captured() as launches:
         case.run()
     (launch,) = launches
@@ -75,7 +77,7 @@ def needs(case: AnyCase, part: Part) -> Needs:
 
 
 def compile_launch(launch: CapturedLaunch, target: GPUTarget) -> CompiledKernel:
-    """As a real launch with these arguments would be: specialised to their types and alignments."""
+    """Compile as a real launch with these arguments does, which specialises to their types and alignments."""
     kernel, backend = launch.kernel, make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.args, **launch.kwargs)
@@ -84,11 +86,11 @@ def compile_launch(launch: CapturedLaunch, target: GPUTarget) -> CompiledKernel:
     return triton.compile(source, target=target, options=options.__dict__)
 
 
-def faults(case: AnyCase, name: str, found: Needs) -> list[str]:
-    """What of it the part cannot give, or wastes."""
+def faults(case: Case, name: str, found: Needs) -> list[str]:
+    """The needs that the part cannot meet, and the wide accesses and tensor cores that the kernel leaves unused."""
     part = PARTS[name]
     with mock.patch.object(torch.version, "hip", "0" if part.target.backend == "hip" else None):
-        threads = case.config.threads
+        threads = case.config().threads
     reasons = []
     if found.spilled:
         reasons.append(f"spills {found.spilled} bytes of each thread")
@@ -105,26 +107,30 @@ def faults(case: AnyCase, name: str, found: Needs) -> list[str]:
     return [f"{case}, {name}: {reason}" for reason in reasons]
 
 
-def table_row(case: AnyCase) -> tuple[str, list[str]]:
+def table_row(case: Case) -> tuple[str, list[str]]:
     """(line of the table, its faults)."""
     found = {name: needs(case, part) for name, part in PARTS.items()}
     wrong = [fault for name in found for fault in faults(case, name, found[name])]
     dtype = str(case.dtype).removeprefix("torch.")
-    cells = [case.kernel.name, dtype, case.size, str(case.config.tile), str(case.config.threads)]
+    cells = [case.name, dtype, case.size, str(case.config().tile), str(case.config().threads)]
     return "| " + " | ".join(cells + [str(cell) for cell in found.values()]) + " |", wrong
 
 
 def header() -> str:
     return f"""# Compile matrix of the Triton kernels
 
-Written by `python -m minirl_kernels.verify compile`; a test fails when it no longer tells the truth.
+Written by `python tests/verify compile`. A test fails when the sources have changed since.
 
-Each kernel, in each launch configuration that it can have, compiled ahead of time by the compiler of triton
-{triton.__version__} with the alignments of real tensors. A cell is *registers per thread / bytes spilled per thread /
-bytes of shared memory / widest global load in bits / widest global store in bits*, and *tensor-core instructions* where
-there are any. Nothing here was run on a GPU.
-A vocabulary of 50,257 is odd, so that its rows allow no 128-bit access. token_logprobs writes no logits. The size of
-moe_experts is H × I, of which the code asks no more than that either; that of attention is the size of a head.
+Each kernel, in each launch configuration that it can have, compiled ahead of time by triton {triton.__version__}, with
+the alignments of real tensors. Nothing here was run on a GPU.
+
+A cell is *registers per thread / bytes spilled per thread / bytes of shared memory / widest global load in bits /
+widest global store in bits*, and then the *tensor-core instructions* if there are any.
+
+The size is V for kernels over logits, the number of experts for moe_routing, H × I for moe_experts, N × K for matmul,
+the size of a head for attention, and the size of a row for the others. Rows of an odd size, such as the vocabulary of
+50,257, allow no access of 128 bits. token_logprobs writes no logits. The code of moe_experts depends on H and I only by
+whether they are whole numbers of accesses of 128 bits.
 
 Sources: `{fingerprint()}`
 
@@ -134,23 +140,24 @@ Sources: `{fingerprint()}`
 
 
 def fingerprint() -> str:
-    """Of the code of all kernels and launchers, but not of its comments and layout."""
-    sources = sorted(
-        [
-            *PACKAGE.glob("ops/*/triton.py"),
-            *PACKAGE.glob("ops/*/kernels.py"),
-            *PACKAGE.glob("common/triton/*.py"),
-            *PACKAGE.glob("verify/*cases.py"),
-        ]
-    )
+    """A hash of the code of all kernels, launchers and cases. Comments, docstrings and layout do not count."""
+    sources = [
+        *PACKAGE.glob("ops/*/triton.py"),
+        *PACKAGE.glob("ops/*/kernels*.py"),
+        *PACKAGE.glob("common/triton/*.py"),
+        *SOURCES,
+        *(Path(__file__).with_name(f"{name}.py") for name in ("case", "rows", "columns", "logits")),
+    ]
+    # by name: the package and the tests lie in different places on different machines
+    sources.sort(key=lambda path: (path.parent.name, path.name))
     code = "".join(ast.unparse(_without_docstrings(ast.parse(path.read_text()))) for path in sources)
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 
 
 def write(path: Path) -> list[str]:
-    """Compile everything on all cores, saying so line by line, and write the table; returns the faults."""
+    """Compile every case on all cores, print each row, and write the table; returns the faults."""
     lines, wrong = [], []
-    # spawned: what has run torch may not be forked; cases are told by their number, since kernels are not pickled
+    # spawned, because a process that has run torch must not be forked; by number, because kernels cannot be pickled
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         for line, found in pool.map(_row_of, range(len(_all_cases()))):
             print(line, flush=True)
@@ -161,7 +168,7 @@ def write(path: Path) -> list[str]:
 
 
 @functools.cache
-def _all_cases() -> list[AnyCase]:
+def _all_cases() -> list[Case]:
     return list(compile_cases())
 
 
@@ -192,7 +199,7 @@ def _read_cubin(cubin: bytes, *, multiplies: bool) -> tuple[int, int, str]:
             return subprocess.run([tool.path, *options, file.name], check=True, capture_output=True, text=True).stdout
 
         usage = output_of(triton.knobs.nvidia.cuobjdump, "-res-usage")
-        # to disassemble takes as long as all the rest
+        # to disassemble takes as long as all other steps together
         tensor_cores = _tensor_cores_in(output_of(triton.knobs.nvidia.nvdisasm, "--print-code")) if multiplies else ""
     registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
     return registers, stack + local, tensor_cores
@@ -208,7 +215,7 @@ def _tensor_cores_in(assembly: str) -> str:
 
 
 def _widest_in_ptx(ptx: str, access: str) -> int:
-    """Copies to shared memory are loads too."""
+    """In bits. Copies to shared memory count as loads."""
     found = re.findall(rf"\b{access}\.global\S*?(?:\.v(\d))?\.b(\d+)\b", ptx)
     widths = [int(count or 1) * int(bits) for count, bits in found]
     if access == "ld":

@@ -1,4 +1,4 @@
-"""The same bits in whatever order the programs of a launch run."""
+"""A launch gives the same bits in every order of its programs."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cases import AnyCase
-from .interpreter import recorded, recording
+from verify.case import Case
+from verify.interpreter import recorded, recording
 
 
-def check(case: AnyCase) -> list[str]:
+def check(case: Case) -> list[str]:
     (launch,), expected = recorded(case)
     programs = np.arange(np.prod(launch.grid))
     orders = {
@@ -27,5 +27,5 @@ def check(case: AnyCase) -> list[str]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """As integers, so that NaN equals itself."""
+    """As integers, because NaN does not equal itself."""
     return tensor.contiguous().view(torch.uint8)

@@ -1,0 +1,36 @@
+"""Cases of the kernel of kept_logits, which writes -inf outside of each token's set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from verify.case import Case
+from verify.logits import EXPONENTS, LogitRows
+from verify.rows import RowKernel, compiled, interpreted
+
+from minirl_kernels.ops.kept_logits import triton
+from minirl_kernels.ops.kept_logits.op import KeptRows
+
+
+def _launch(rows: LogitRows) -> tuple[Tensor, ...]:
+    """The sets are the first token, no set, the last token, and two in the middle; a row without a set stays."""
+    vocab_size = rows.logits.shape[1]
+    middle = vocab_size // 2
+    ids = torch.tensor([0, vocab_size - 1, middle, middle + 1], dtype=torch.int32)
+    begin, end = (torch.tensor(places, dtype=torch.int32) for places in ([0, 1, 1, 2], [1, 1, 2, 4]))
+    triton.keep_(rows.logits, KeptRows(ids, begin, end))
+    first, _, last, both = rows.logits
+    return first[1:], last[:-1], both[:middle], both[middle + 2 :]
+
+
+KERNEL = RowKernel("kept_logits", LogitRows.make, _launch, triton.launch_config, reads=lambda config, size: 0.0)
+
+
+def interpreter_cases() -> Iterator[Case]:
+    yield from interpreted(KERNEL)
+
+
+def compile_cases() -> Iterator[Case]:
+    yield from compiled(KERNEL, EXPONENTS)

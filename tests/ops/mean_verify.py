@@ -1,0 +1,42 @@
+"""Cases of the kernels of mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from verify.case import Case
+from verify.columns import column_kernel, compiled_columns, interpreted_columns
+from verify.rows import RowKernel, Rows, compiled, interpreted
+
+from minirl_kernels.ops.mean import triton
+
+
+def _of_rows(rows: Rows) -> tuple[Tensor, ...]:
+    """A row of several blocks needs more launches; this is the first of them."""
+    count, size = rows.x.shape
+    out = torch.empty(count, -(-size // triton.BLOCK))
+    triton.reduce_row_blocks(rows.x[None], out, size)
+    return (out,)
+
+
+def _of_columns(rows: Rows) -> tuple[Tensor, ...]:
+    count, size = rows.x.shape
+    out = torch.empty(-(-count // triton.columns_config().block), size)
+    triton.reduce_column_blocks(rows.x[None, None], out, count)
+    return (out,)
+
+
+OF_ROWS = RowKernel("mean", Rows.make, _of_rows, triton.rows_config, streams_out=False)
+OF_COLUMNS = column_kernel("mean of columns", _of_columns, reads=1)
+
+
+def interpreter_cases() -> Iterator[Case]:
+    yield from interpreted(OF_ROWS)
+    yield from interpreted_columns(OF_COLUMNS)
+
+
+def compile_cases() -> Iterator[Case]:
+    yield from compiled(OF_ROWS, range(6, 15))
+    yield from compiled_columns(OF_COLUMNS)

@@ -1,0 +1,111 @@
+"""Operands of the kernels over rows of logits, and the variants of those kernels on tiles of a linear head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from minirl_kernels.common.checks import IGNORE_INDEX
+from minirl_kernels.ops.linear_token_logprobs.tiles import gradient_in_place
+from verify.case import Case
+from verify.rows import GPT2_VOCAB, QWEN3_VOCAB, RowKernel, launch_configurations
+
+EXPONENTS = range(9, 16)  # of the powers of two up to the largest row of one tile
+
+
+@dataclass(frozen=True)
+class LogitRows:
+    """[T, V] logits, and [T] for each of the others but the bias."""
+
+    logits: Tensor
+    token_ids: Tensor
+    temperature: Tensor
+    values: Tensor  # log-probabilities, advantages, weights or gradients; the checks do not look at the values
+    bias: Tensor  # [V]
+
+    @classmethod
+    def make(cls, rows: int, vocab_size: int, dtype: torch.dtype, padding: int, *, traps: bool = False) -> LogitRows:
+        """Traps are one token without a gradient, one ignored token and one token out of range."""
+        random = torch.Generator().manual_seed(vocab_size)
+        buffer = torch.randn(rows, vocab_size + padding, generator=random).to(dtype)
+        token_ids = torch.randint(vocab_size, (rows,), generator=random)
+        values = torch.rand(rows, generator=random) - 1.5
+        if traps:
+            values[0], token_ids[1], token_ids[2] = 0, IGNORE_INDEX, vocab_size
+        bias = torch.randn(vocab_size, generator=random)
+        return cls(buffer[:, :vocab_size], token_ids, torch.full((rows,), 0.7), values, bias)
+
+    def empty_grad(self) -> Tensor:
+        """Memory for a gradient of the logits."""
+        return torch.empty_like(self.logits, memory_format=torch.contiguous_format)
+
+    def head(self) -> dict:
+        """The options of a linear head that come between its product and the logits."""
+        return {"softcap": 3.0, "bias": self.bias}
+
+
+def with_head(kernel: RowKernel, launch: Callable[..., tuple[Tensor, ...]], *, sweeps: int) -> RowKernel:
+    """The kernel with softcap and bias: it reads a bias, as long as a row, in each sweep over the row."""
+    return replace(
+        kernel,
+        name=f"{kernel.name}, softcap, bias",
+        launch=lambda rows: launch(rows, **rows.head()),
+        reads=lambda config, vocab_size: kernel.reads(config, vocab_size) + sweeps,
+    )
+
+
+def narrowed(kernel: RowKernel, launch_into: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype) -> RowKernel:
+    """The kernel on tiles of a linear head: a 16-bit gradient takes the memory of the float32 logits."""
+    return replace(
+        kernel,
+        name=f"{kernel.name}, {str(dtype).removeprefix('torch.')} in place",
+        launch=_into_logits(launch_into, dtype),
+        config=partial(kernel.config, out_dtype=dtype),
+        out_dtype=dtype,
+    )
+
+
+def _into_logits(launch_into, dtype):
+    return lambda rows, **options: launch_into(rows, gradient_in_place(rows.logits, dtype), **options)
+
+
+@dataclass(frozen=True)
+class TileKernels:
+    """The variants of a kernel on tiles of a linear head, whose logits are float32."""
+
+    plain: RowKernel
+    headed: RowKernel
+    half: RowKernel
+
+    @classmethod
+    def of(cls, kernel: RowKernel, launch_into: Callable[..., tuple[Tensor, ...]], *, sweeps: int) -> TileKernels:
+        """launch_into(rows, grad, **head) launches a kernel that writes its gradient of the logits to grad."""
+        plain = narrowed(kernel, launch_into, torch.bfloat16)
+        headed = with_head(plain, _into_logits(launch_into, torch.bfloat16), sweeps=sweeps)
+        return cls(plain, headed, half=narrowed(kernel, launch_into, torch.float16))
+
+    def interpreted(self) -> Iterator[Case]:
+        for kernel in (self.plain, self.headed):
+            yield from interpreted_with_head(kernel)
+
+    def compiled(self) -> Iterator[Case]:
+        powers = [2**exponent for exponent in EXPONENTS]
+        yield from launch_configurations(self.plain, torch.float32, powers, QWEN3_VOCAB)
+        yield from launch_configurations(self.plain, torch.float32, [power - 1 for power in powers], GPT2_VOCAB)
+        yield from compiled_with_head(self.headed)
+        yield self.half.case(QWEN3_VOCAB, torch.float32)
+
+
+def interpreted_with_head(kernel: RowKernel) -> Iterator[Case]:
+    yield kernel.case(777, torch.float32, padding=15)
+    yield kernel.case(20_011, torch.float32)
+    yield kernel.case(40_000, torch.float32, padding=8)
+
+
+def compiled_with_head(kernel: RowKernel) -> Iterator[Case]:
+    yield kernel.case(QWEN3_VOCAB, torch.float32)
+    yield kernel.case(GPT2_VOCAB, torch.float32)
