@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
+from dtypes import DTYPES
 from policy_batches import tables_of_one_order
 
 from minirl_kernels import backends
 from minirl_kernels.common.native_matmul import matmul_into
 
 pytestmark = pytest.mark.usefixtures("cpu")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # around the panels (6, 14 rows; 8, 16, 32 columns), the blocks (512 columns, 1008 rows) and the chunks (256, 512)
 SHAPES = [
     (1, 1, 1), (1, 5, 3), (2, 7, 1023), (3, 16, 31), (15, 33, 17), (14, 32, 512), (29, 70, 513), (40, 530, 1025),

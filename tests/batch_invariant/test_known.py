@@ -4,13 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from dtypes import DTYPES
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from minirl_kernels.batch_invariant.known import CONDITIONS, INVARIANT, is_invariant
 
 aten = torch.ops.aten
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZE = 960  # whole vectors of every width
 
 UNARY = {

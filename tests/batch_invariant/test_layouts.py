@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from dtypes import DTYPES
 from torch.nn import functional as F
 
 from minirl_kernels import batch_invariant_mode
 from minirl_kernels.batch_invariant import audit
 
 pytestmark = pytest.mark.usefixtures("cpu")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 B, L, K, N = 6, 7, 192, 40
 
 

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from dtypes import DTYPES
 from policy_batches import SLACK
 from torch.nn import functional as F
 
@@ -20,7 +21,6 @@ from minirl_kernels.batch_invariant.operations import operations, rms_norm, rms_
 from minirl_kernels.ops.rms_norm import cpu as rms_norm_kernels
 
 pytestmark = pytest.mark.usefixtures("cpu")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 K, N = 1560, 96
 
 

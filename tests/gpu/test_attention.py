@@ -3,8 +3,6 @@
 import pytest
 import torch
 from attention_cases import (
-    DTYPES,
-    assert_same_bits,
     cancelling_case,
     check_a_query_in_any_batch,
     check_extreme_scores,
@@ -17,6 +15,8 @@ from attention_cases import (
     ours,
     random_case,
 )
+from dtypes import DTYPES
+from policy_batches import assert_same_bits
 
 DEVICE = "cuda"
 SHAPES = [

@@ -1,22 +1,14 @@
 """fused_linear_policy_loss on a GPU: what the interpreter checks, and what only hardware can say."""
 
-import warnings
 from dataclasses import replace
 
 import pytest
 import torch
+from dtypes import DTYPES
+from gpu_waits import count_waits
 from linear_head import random_head
-from linear_loss_cases import (
-    LENGTHS,
-    OPTIONS,
-    PRESETS,
-    TOKENS,
-    batch_of,
-    call,
-    check_against_equations,
-    head_and_batch,
-)
-from triton_cases import DTYPES
+from linear_loss_cases import OPTIONS, TOKENS, batch_of, call, check_against_equations, head_and_batch
+from policy_batches import LENGTHS, PRESETS
 
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss
 
@@ -62,9 +54,9 @@ def test_rows_of_many_blocks(vocab_size, dtype, config):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_tiles_and_responses_without_advantage(dtype, monkeypatch):
-    from minirl_kernels.ops.linear_token_logprobs import gpu
+    from minirl_kernels.ops.linear_token_logprobs import triton
 
-    monkeypatch.setattr(gpu, "rows_per_tile", lambda *_: 128)
+    monkeypatch.setattr(triton, "rows_per_tile", lambda *_: 128)
     head, batch = head_and_batch(64, 4097, dtype, lengths=[120, 90, 77, 150])
     batch = replace(batch, advantages=torch.tensor([0.0, 1.0, 0.0, -0.5]))
     check_against_equations(head, batch, PolicyLossConfig(), "triton", DEVICE)
@@ -89,19 +81,11 @@ def test_the_gpu_is_waited_for_once(factor):
         out = fused_linear_policy_loss(hidden, weight, token_ids, bias=bias, **arguments)
         return torch.autograd.grad(out.loss * factor, (hidden, weight, bias))
 
-    run()  # compiles
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert sum("synchronizing" in str(warning.message) for warning in caught) == 1
+    assert count_waits(run) == 1
 
 
 def test_the_logits_never_exist():
-    from minirl_kernels.ops.linear_token_logprobs.gpu import rows_per_tile
+    from minirl_kernels.ops.linear_token_logprobs.triton import rows_per_tile
 
     tokens, hidden_size, vocab_size = 16_384, 64, 50_257
     lengths = [tokens // 4] * 4

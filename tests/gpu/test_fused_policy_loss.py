@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from policy_batches import batch_at_bounds, random_batch
-from triton_cases import DTYPES, TOKEN_LEVEL, check_fused_policy_loss, random_logits, variants
+from dtypes import DTYPES
+from policy_batches import TOKEN_LEVEL, batch_at_bounds, random_batch
+from triton_cases import check_fused_policy_loss, random_logits, variants
 
 from minirl_kernels import PolicyLossConfig, fused_policy_loss
 

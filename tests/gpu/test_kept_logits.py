@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from kept_cases import DTYPES, check_linear, check_token_logprobs, random_mask
+from dtypes import DTYPES
+from kept_cases import check_linear, check_token_logprobs, random_mask
 from linear_head import random_head
 from linear_logprobs_cases import OPTIONS
 from triton_cases import random_ids, random_logits

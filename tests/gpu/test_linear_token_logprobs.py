@@ -1,12 +1,12 @@
 """linear_token_logprobs on a GPU: what the interpreter checks, and what only hardware can say."""
 
-import warnings
-
 import pytest
 import torch
+from dtypes import DTYPES
+from equations import upstream
+from gpu_waits import count_waits
 from linear_head import random_head
-from linear_logprobs_cases import OPTIONS, call, check_against_equations, upstream
-from triton_cases import DTYPES
+from linear_logprobs_cases import OPTIONS, call, check_against_equations
 
 from minirl_kernels import linear_token_logprobs
 
@@ -34,9 +34,9 @@ def test_rows_of_many_blocks(vocab_size, dtype, options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_tiles(dtype, monkeypatch):
-    from minirl_kernels.ops.linear_token_logprobs import gpu
+    from minirl_kernels.ops.linear_token_logprobs import triton
 
-    monkeypatch.setattr(gpu, "rows_per_tile", lambda *_: 128)
+    monkeypatch.setattr(triton, "rows_per_tile", lambda *_: 128)
     check_against_equations(random_head(300, 64, 4097, dtype), "triton", DEVICE)
 
 
@@ -72,17 +72,6 @@ def test_a_pass_waits_for_the_gpu_once():
     grad = upstream(token_ids.cpu())[0].to(DEVICE)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
 
-    def waits(run):
-        run()  # compiles
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                run()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return sum("synchronizing" in str(warning.message) for warning in caught)
-
-    assert waits(lambda: linear_token_logprobs(*leaves, token_ids)) == 1
+    assert count_waits(lambda: linear_token_logprobs(*leaves, token_ids)) == 1
     log_probs = linear_token_logprobs(*leaves, token_ids)
-    assert waits(lambda: torch.autograd.grad(log_probs, leaves, grad, retain_graph=True)) == 1
+    assert count_waits(lambda: torch.autograd.grad(log_probs, leaves, grad, retain_graph=True)) == 1

@@ -2,15 +2,8 @@
 
 import pytest
 import torch
-from matmul_cases import (
-    DTYPES,
-    cancelling,
-    check_a_row_in_any_batch_and_place,
-    check_bmm,
-    check_linear,
-    check_matmul,
-    matrix,
-)
+from dtypes import DTYPES
+from matmul_cases import cancelling, check_a_row_in_any_batch_and_place, check_bmm, check_linear, check_matmul, matrix
 
 from minirl_kernels import matmul
 from minirl_kernels.ops.matmul import aten

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from dtypes import DTYPES
 from row_bits import cancelling
-from triton_cases import DTYPES, check_mean, random_logits
+from triton_cases import check_mean, random_logits
 
 import minirl_kernels as mk
 

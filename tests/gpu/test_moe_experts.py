@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from dtypes import DTYPES
 from experts_cases import (
-    DTYPES,
     TINY_SIZES,
-    assert_same_bits,
     cancelling_case,
     check_a_token_in_any_batch_and_place,
     check_an_expert_that_is_no_number_reaches_its_own_tokens_alone,
@@ -19,6 +18,7 @@ from experts_cases import (
     ours,
     random_case,
 )
+from policy_batches import assert_same_bits
 
 DEVICE = "cuda"
 SIZES = [(23, 4, 4, 33, 31), (300, 1, 1, 20, 301), (40, 3, 9, 530, 17), (500, 8, 60, 256, 136), (1000, 4, 16, 512, 192)]
@@ -82,12 +82,12 @@ def test_an_expert_that_is_none(wrong):
 
 @pytest.mark.parametrize(("tokens", "top_k", "num_experts"), [(0, 2, 3), (1, 8, 128), (700, 8, 128), (70_000, 2, 5)])
 def test_the_native_sort_is_that_of_torch(tokens, top_k, num_experts):
-    from minirl_kernels.ops.moe_experts import gpu
+    from minirl_kernels.ops.moe_experts import triton
 
-    if not gpu.has_native_sort():
+    if not triton.has_native_sort():
         pytest.skip("the native module was built without MINIRL_CUDA=ON")
     keys = torch.randint(-1, num_experts + 1, (tokens * top_k,), device=DEVICE)
-    assert_same_bits(gpu.native_sort(keys, num_experts), gpu.torch_sort(keys, num_experts))
+    assert_same_bits(triton.native_sort(keys, num_experts), triton.torch_sort(keys, num_experts))
 
 
 def test_nothing_waits_for_the_gpu():

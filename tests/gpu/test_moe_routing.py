@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
+from dtypes import DTYPES
 from routing_cases import KINDS, check_moe_routing, forward_backward, random_experts
-from triton_cases import DTYPES, random_logits
+from triton_cases import random_logits
 
 DEVICE = "cuda"
 

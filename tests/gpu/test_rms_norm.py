@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from dtypes import DTYPES
 from row_bits import cancelling
-from triton_cases import DTYPES, check_rms_norm, random_logits
+from triton_cases import check_rms_norm, random_logits
 
 from minirl_kernels.ops.rms_norm.triton import backward, forward
 

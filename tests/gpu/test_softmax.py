@@ -3,7 +3,8 @@ say."""
 
 import pytest
 import torch
-from triton_cases import DTYPES, check_softmax, random_logits
+from dtypes import DTYPES
+from triton_cases import check_softmax, random_logits
 
 from minirl_kernels import log_softmax, softmax
 from minirl_kernels.ops.softmax import triton as kernels

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from triton_cases import DTYPES, check_token_logprobs, random_ids, random_logits
+from dtypes import DTYPES
+from triton_cases import check_token_logprobs, random_ids, random_logits
 
 from minirl_kernels import token_logprobs
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from linear_head import assert_matrices_as_exact
+from policy_batches import assert_same_bits
 from torch.nn import functional as F
 
 from minirl_kernels import attention
 from minirl_kernels.ops.attention import attention_over_spans
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @dataclass
@@ -143,12 +142,6 @@ def equations(case):
         outs.append((weights.to(q.dtype) @ v).transpose(0, 1))
         q0, k0 = q0 + queries, k0 + keys
     return torch.cat(outs)
-
-
-def assert_same_bits(actual, expected):
-    for values, right in zip(actual, expected, strict=True):
-        assert values.dtype == right.dtype
-        assert torch.equal(values, right)
 
 
 def check_values_and_gradients(case, backend):

@@ -20,6 +20,27 @@ def token_log_probs(logits, token_ids, temperature=1.0):
     return log_probs.masked_fill(ignored, 0), -(log_p.exp() * log_p).sum(-1).masked_fill(ignored, 0)
 
 
+def upstream(token_ids):
+    """Gradients of the log-probabilities and of the entropy, which differ from token to token."""
+    steps = torch.arange(token_ids.numel()).reshape(token_ids.shape)
+    return (1.5 - steps % 4).float(), (0.75 - steps % 3).float()
+
+
+def token_log_probs_and_gradients(leaves, logits, token_ids, temperature=1.0):
+    """[log-probabilities, entropy, gradient of each leaf under `upstream`]; the logits are made from the leaves."""
+    outs = token_log_probs(logits, token_ids, temperature)
+    grads = torch.autograd.grad(outs, leaves, [values.to(logits.dtype) for values in upstream(token_ids)])
+    return [*(out.detach() for out in outs), *grads]
+
+
+def policy_loss_and_gradients(leaves, log_probs, entropy, batch, config, **counts):
+    """[loss, log-probabilities, entropy, gradient of each leaf]; a token outside of the mask has 0 for the two."""
+    loss = policy_loss(log_probs, entropy, batch, config, **counts)
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    per_token = [values.detach().where(batch.loss_mask, 0.0) for values in (log_probs, entropy)]
+    return [loss.detach(), *per_token, *grads]
+
+
 def policy_loss(log_probs, entropy, batch, config, *, num_responses=None, num_tokens=None, num_groups=None):
     """The loss of a whole batch; log_probs and entropy are [T], in the dtype to compute in."""
     sums, counts = [], []

@@ -6,12 +6,12 @@ import itertools
 
 import torch
 from linear_head import assert_matrices_as_exact
+from policy_batches import assert_same_bits
 from torch.nn import functional as F
 
 from minirl_kernels import moe_experts, moe_routing
 from minirl_kernels.ops.moe_routing.reference import moe_routing_reference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (T, K, E, H, I)
 TINY_SIZES = [(0, 2, 3, 8, 4), (1, 1, 1, 1, 1), (1, 3, 5, 16, 16), (2, 1, 2, 1, 3), (3, 2, 2, 3, 1)]
 NAMES = ("hidden", "weights", "gate_up_proj", "down_proj")
@@ -84,12 +84,6 @@ def assert_exact(operands, upstream, results):
     eager = forward_backward(operands, upstream, equations)
     for actual, theirs, truth in zip(results, eager, exact, strict=True):
         assert_matrices_as_exact(actual, theirs, truth)
-
-
-def assert_same_bits(actual, expected):
-    for values, right in zip(actual, expected, strict=True):
-        assert values.dtype == right.dtype
-        assert torch.equal(values, right)
 
 
 def check_values_and_gradients(size, dtype, backend, device="cpu"):

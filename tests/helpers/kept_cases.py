@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import equations
 import torch
+from equations import upstream
 from linear_head import assert_matrices_as_exact, random_head
 from linear_head import logits as head_logits
 from policy_batches import assert_as_exact_as_eager, per_row
 
 from minirl_kernels import SamplingMask, linear_token_logprobs, token_logprobs
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def random_sets(token_ids, vocab_size, seed=0):
@@ -38,11 +37,6 @@ def mask_of(sets, shape):
 
 def random_mask(token_ids, vocab_size, seed=0):
     return mask_of(random_sets(token_ids, vocab_size, seed), token_ids.shape)
-
-
-def upstream(token_ids):
-    steps = torch.arange(token_ids.numel()).reshape(token_ids.shape)
-    return (1.5 - steps % 4).float(), (0.75 - steps % 3).float()
 
 
 def kept_log_probs(logits, token_ids, sets, temperature=1.0):

@@ -39,6 +39,19 @@ def assert_matrices_as_exact(actual, eager, exact):
         assert ours <= theirs + slack, f"off by {ours:.3g} of the norm, the eager path by {theirs:.3g}"
 
 
+def count_matmuls(monkeypatch, backend):
+    """[(M, K) of each matmul that the module of a backend makes of a head]"""
+    shapes = []
+    matmul_into = backend.matmul_into
+
+    def counted(out, a, b, **options):
+        shapes.append(tuple(a.shape))
+        return matmul_into(out, a, b, **options)
+
+    monkeypatch.setattr(backend, "matmul_into", counted)
+    return shapes
+
+
 def logits(hidden, weight, bias, dtype, *, softcap=None, scale=1.0):
     """In float64, or as eager torch has it: the matmul in the dtype of hidden, the rest in float32."""
     if dtype == torch.float64:

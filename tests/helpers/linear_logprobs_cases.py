@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import equations
 import torch
+from equations import upstream
 from linear_head import assert_matrices_as_exact, logits
 
 from minirl_kernels import linear_token_logprobs
@@ -17,11 +18,6 @@ OPTIONS = {
     "scale": {"logit_scale": 0.6},
     "all": {"with_bias": True, "temperature": 0.8, "logit_softcap": 4.0, "logit_scale": 1.5},
 }
-
-
-def upstream(token_ids):
-    steps = torch.arange(token_ids.numel()).reshape(token_ids.shape)
-    return (1.5 - steps % 4).float(), (0.75 - steps % 3).float()
 
 
 def call(hidden, weight, token_ids, bias, backend, with_entropy=True, device="cpu", **options):
@@ -40,9 +36,7 @@ def by_equations(hidden, weight, token_ids, bias, dtype, *, temperature=1.0, log
     if dtype == torch.float64:
         leaves = [x.detach().double().requires_grad_() for x in leaves]
     x = logits(*leaves[:2], leaves[2] if bias is not None else None, dtype, softcap=logit_softcap, scale=logit_scale)
-    outs = equations.token_log_probs(x, token_ids, temperature)
-    grads = [values.to(dtype) for values in upstream(token_ids)]
-    return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, grads)]
+    return equations.token_log_probs_and_gradients(leaves, x, token_ids, temperature)
 
 
 def check_against_equations(head, backend, device="cpu", **options):

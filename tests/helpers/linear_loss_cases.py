@@ -7,13 +7,11 @@ from dataclasses import replace
 import equations
 import torch
 from linear_head import assert_matrices_as_exact, logits, random_head
-from policy_batches import SLACK, random_batch
+from policy_batches import LENGTHS, SLACK, random_batch
 
 from minirl_kernels import fused_linear_policy_loss
 from minirl_kernels.ops.policy_loss import PolicyLossOutput
 
-PRESETS = ("minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo")
-LENGTHS = [5, 1, 4, 9, 3, 7]
 TOKENS = sum(LENGTHS)
 OPTIONS = {
     "plain": {},
@@ -71,10 +69,7 @@ def by_equations(head, batch, config, dtype, *, temperature=1.0, logit_softcap=N
     leaves = [(x.double() if dtype == torch.float64 else x).requires_grad_() for x in leaves]
     x = logits(*leaves[:2], leaves[2] if bias is not None else None, dtype, softcap=logit_softcap, scale=logit_scale)
     log_probs, entropy = equations.token_log_probs(x, token_ids, temperature)
-    loss = equations.policy_loss(log_probs, entropy, batch, config)
-    outside = ~batch.loss_mask
-    values = [v.detach().masked_fill(outside, 0.0) for v in (log_probs, entropy)]
-    return [loss.detach(), *values, *torch.autograd.grad(loss, leaves)]
+    return equations.policy_loss_and_gradients(leaves, log_probs, entropy, batch, config)
 
 
 def check_against_equations(head, batch, config, backend, device="cpu", **options):

@@ -8,7 +8,6 @@ from policy_batches import assert_as_exact_as_eager
 from minirl_kernels import bmm, linear, matmul
 from minirl_kernels.ops.matmul.reference import linear_reference, matmul_reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TURNS = [(a, b) for a in (False, True) for b in (False, True)]
 
 

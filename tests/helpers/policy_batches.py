@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
 import equations
 import torch
 
+from minirl_kernels import PolicyLossConfig
 from minirl_kernels.backends import native
 
 # What a float32 result may be off beyond the eager path, of its largest value: a float32 log-probability of -8 that is
 # rounded correctly is off by 2**-21 itself, and so is exp of it.
 SLACK = 2.0**-20
+LENGTHS = [5, 1, 4, 9, 3, 7]  # of the responses of a batch
+PRESETS = ("minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo")
+TOKEN_LEVEL = ("minirl", "reinforce", "grpo", "cispo")  # the presets that look at one token at a time
+
+
+def every_config(**options):
+    """Each preset with every rollout_is, truncation and clip that it allows."""
+    for preset, rollout_is, threshold, clip in itertools.product(
+        PRESETS, ("token", "sequence", None), (5.0, None), (True, False)
+    ):
+        corrections = {"rollout_is": rollout_is, "rollout_is_threshold": threshold, "clip": clip}
+        try:
+            config = PolicyLossConfig.preset(preset, **corrections, **options)
+        except ValueError:
+            continue
+        yield config
 
 
 def tables_of_one_order(dtype: torch.dtype) -> list[str]:
@@ -170,6 +188,13 @@ def assert_as_exact_as_eager(actual, eager, exact, scale=None) -> None:
         ((values.double() - exact) / scale.where(scale > 0, 1.0)).abs().max().item() for values in (actual, eager)
     ]
     assert errors[0] <= errors[1] + SLACK, f"{errors[0]:.3g} of the scale off, the eager path {errors[1]:.3g}"
+
+
+def assert_same_bits(actual, expected) -> None:
+    """Two sequences of tensors are equal in dtype and in every bit."""
+    for values, right in zip(actual, expected, strict=True):
+        assert values.dtype == right.dtype
+        assert torch.equal(values, right)
 
 
 def per_row(gradient) -> torch.Tensor:

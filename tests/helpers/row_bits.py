@@ -4,7 +4,6 @@ import torch
 
 from minirl_kernels.backends import native
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 MOST_ROWS = 257
 
 

@@ -3,6 +3,7 @@
 import torch
 import transformers
 
+from minirl_kernels import RoutedExperts, moe_experts
 from minirl_kernels.versions import OLDEST_TRANSFORMERS
 
 # whose models are fewer
@@ -118,3 +119,29 @@ def gate_weights(model):
 
 def token_ids(batch=2, length=9, seed=0):
     return torch.randint(1, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_experts(model, tokens, seed=3):
+    """RoutedExperts for each of the tokens in each layer of the model."""
+    gate, layers = gates(model)[0], len(gates(model))
+    scores = torch.rand((tokens, layers, gate.num_experts), generator=torch.Generator().manual_seed(seed))
+    return RoutedExperts.from_ids(scores.argsort(-1)[..., : gate.top_k], num_experts=gate.num_experts)
+
+
+def gradients(model, loss):
+    """Of each parameter that the loss depends on, by name."""
+    model.zero_grad()
+    loss.backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+def count_calls(monkeypatch):
+    """[the number of tokens of each call of moe_experts that a model of transformers makes]"""
+    seen = []
+
+    def counted(hidden, *arguments):
+        seen.append(len(hidden))
+        return moe_experts(hidden, *arguments)
+
+    monkeypatch.setattr("minirl_kernels.integrations.transformers.experts.moe_experts", counted)
+    return seen

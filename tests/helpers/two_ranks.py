@@ -1,11 +1,9 @@
 """What each of two processes does in a test of collectives; a spawned process finds it by this module's name."""
 
 import torch
-from policy_batches import random_batch
+from policy_batches import LENGTHS, random_batch
 
 from minirl_kernels import PolicyLossConfig, policy_loss
-
-LENGTHS = [5, 1, 4, 9, 3, 7]
 
 
 def metrics_of(batch, config=PolicyLossConfig(), layout="packed", **changes):

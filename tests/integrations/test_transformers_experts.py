@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from linear_head import assert_matrices_as_exact
-from tiny_moe import CONFIGS, IS_OLDEST, gates, tiny, token_ids
+from tiny_moe import CONFIGS, IS_OLDEST, count_calls, gates, gradients, tiny, token_ids
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -94,23 +94,10 @@ def loss_of(model, ids):
     return log_p.gather(-1, ids.roll(-1, 1)[..., None]).mean()
 
 
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-
-
 @pytest.fixture
 def calls(monkeypatch):
     """The number of tokens of each call of moe_experts that transformers' models make."""
-    seen = []
-
-    def counted(hidden, *arguments):
-        seen.append(len(hidden))
-        return moe_experts(hidden, *arguments)
-
-    monkeypatch.setattr("minirl_kernels.integrations.transformers.experts.moe_experts", counted)
-    return seen
+    return count_calls(monkeypatch)
 
 
 @pytest.mark.skipif(IS_OLDEST, reason="some came with later releases")

@@ -9,9 +9,9 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 import transformers
 from policy_batches import SLACK
-from tiny_moe import COMMON, OTHER_ROUTERS, gate_weights, gates, tiny, token_ids
+from tiny_moe import COMMON, OTHER_ROUTERS, gate_weights, random_experts, tiny, token_ids
 
-from minirl_kernels import RoutedExperts, record_routing, replay_routing
+from minirl_kernels import record_routing, replay_routing
 
 
 def loss_and_gradients(model, ids):
@@ -19,12 +19,6 @@ def loss_and_gradients(model, ids):
     loss = torch.log_softmax(model(ids).logits.float(), -1).gather(-1, ids.roll(-1, 1)[..., None]).mean()
     loss.backward()
     return loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
-
-def random_experts(model, tokens, seed=3):
-    gate, layers = gates(model)[0], len(gates(model))
-    scores = torch.rand((tokens, layers, gate.num_experts), generator=torch.Generator().manual_seed(seed))
-    return RoutedExperts.from_ids(scores.argsort(-1)[..., : gate.top_k], num_experts=gate.num_experts)
 
 
 def choosing(experts):

@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from policy_batches import SLACK
-from tiny_moe import CONFIGS, gates, tiny, token_ids
+from tiny_moe import CONFIGS, gates, gradients, random_experts, tiny, token_ids
 from torch.utils.checkpoint import checkpoint
 
 from minirl_kernels import RoutedExperts, record_routing, replay_routing
@@ -25,12 +25,6 @@ def loss_of(model, ids):
     return torch.log_softmax(model(ids).logits.float(), -1).gather(-1, ids.roll(-1, 1)[..., None]).mean()
 
 
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-
 def recorded(model, ids):
     with torch.no_grad(), record_routing(model) as record:
         model(ids)
@@ -43,14 +37,6 @@ def drift(model, amount=0.5):
     with torch.no_grad():
         for gate in gates(model):
             gate.weight.add_(amount * torch.randn(gate.weight.shape, generator=generator))
-
-
-def random_experts(model, tokens, seed=3):
-    gate = gates(model)[0]
-    generator = torch.Generator().manual_seed(seed)
-    shape = (tokens, len(gates(model)), gate.weight.shape[0])
-    ids = torch.rand(shape, generator=generator).argsort(-1)[..., : gate.top_k]
-    return RoutedExperts.from_ids(ids, num_experts=shape[-1])
 
 
 def experts_used(model):

@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from tiny_moe import gates, tiny, token_ids
+from tiny_moe import gates, random_experts, tiny, token_ids
 
-from minirl_kernels import RoutedExperts, record_routing, replay_routing
+from minirl_kernels import record_routing, replay_routing
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
@@ -36,11 +36,6 @@ def in_a_thread(function):
     return result[0]
 
 
-def random_experts(tokens, seed=3):
-    ids = torch.rand((tokens, 3, 8), generator=torch.Generator().manual_seed(seed)).argsort(-1)[..., :2]
-    return RoutedExperts.from_ids(ids, num_experts=8)
-
-
 def logits_of(model, ids):
     with torch.no_grad():
         return model(ids).logits
@@ -53,9 +48,9 @@ def hooks_on(model):
 def test_a_thread_that_shares_the_model_routes_naturally():
     model, ids, other = tiny("Qwen3Moe"), token_ids(), token_ids(3, 4, seed=1)
     natural = logits_of(model, other)
-    with replay_routing(model, random_experts(ids.numel())):
+    with replay_routing(model, random_experts(model, ids.numel())):
         expected = logits_of(model, ids)
-    with replay_routing(model, random_experts(ids.numel())):
+    with replay_routing(model, random_experts(model, ids.numel())):
         assert torch.equal(in_a_thread(lambda: logits_of(model, other)), natural)
         assert torch.equal(logits_of(model, ids), expected)
     with record_routing(model) as record:
@@ -66,7 +61,7 @@ def test_a_thread_that_shares_the_model_routes_naturally():
 
 def test_two_threads_replay_the_same_model():
     model, ids = tiny("Qwen3Moe"), [token_ids(), token_ids(3, 4, seed=1)]
-    routed = [random_experts(one.numel(), seed) for seed, one in enumerate(ids)]
+    routed = [random_experts(model, one.numel(), seed) for seed, one in enumerate(ids)]
 
     def replayed(number):
         with replay_routing(model, routed[number]):
@@ -84,7 +79,7 @@ def test_a_forward_that_runs_in_another_thread_only():
     model, ids = tiny("Qwen3Moe"), token_ids()
     with (
         pytest.raises(RuntimeError, match="replay_routing: the model ran in another thread only"),
-        replay_routing(model, random_experts(ids.numel())),
+        replay_routing(model, random_experts(model, ids.numel())),
     ):
         in_a_thread(lambda: logits_of(model, ids))
 
@@ -92,7 +87,7 @@ def test_a_forward_that_runs_in_another_thread_only():
 def test_the_backward_of_another_thread_replays_its_recompute():
     """The contexts travel with autograd, to whatever thread computes a gradient."""
     model, ids = tiny("Qwen3Moe"), token_ids()
-    routed = random_experts(ids.numel())
+    routed = random_experts(model, ids.numel())
 
     def gradients():
         model.zero_grad()
@@ -102,7 +97,7 @@ def test_the_backward_of_another_thread_replays_its_recompute():
 
     expected = gradients()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with replay_routing(model, random_experts(ids.numel(), 5)):
+    with replay_routing(model, random_experts(model, ids.numel(), 5)):
         logits_of(model, ids)
         grads = in_a_thread(gradients)
     assert all(torch.equal(one, other) for one, other in zip(grads, expected, strict=True))
@@ -118,7 +113,7 @@ def test_forwards_without_gradients_leave_no_hook(without, reentrant):
     for _ in range(2):
         with without(), record_routing(model):
             model(ids)
-        with without(), replay_routing(model, random_experts(ids.numel())):
+        with without(), replay_routing(model, random_experts(model, ids.numel())):
             model(ids)
     assert hooks_on(model) == before
 
@@ -127,7 +122,7 @@ def test_an_error_in_the_forward_leaves_nothing():
     model, ids = tiny("Qwen3Moe"), token_ids()
     natural = logits_of(model, ids)
     broken = model.model.layers[2].register_forward_pre_hook(lambda *_: 1 / 0)
-    for context in (record_routing(model), replay_routing(model, random_experts(ids.numel()))):
+    for context in (record_routing(model), replay_routing(model, random_experts(model, ids.numel()))):
         with pytest.raises(ZeroDivisionError), context:
             model(ids)
     broken.remove()
@@ -148,7 +143,7 @@ def test_generation_leaves_nothing():
 def test_a_copy_that_is_made_inside_routes_naturally():
     model, ids = tiny("Qwen3Moe"), token_ids()
     natural = logits_of(model, ids)
-    with replay_routing(model, random_experts(ids.numel())):
+    with replay_routing(model, random_experts(model, ids.numel())):
         twin = copy.deepcopy(model)
         assert torch.equal(logits_of(twin, ids), natural)
         logits_of(model, ids)

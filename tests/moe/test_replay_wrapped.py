@@ -8,12 +8,12 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import torch.distributed as dist
-from tiny_moe import gate_weights, gates, tiny, token_ids
+from tiny_moe import gate_weights, gates, random_experts, tiny, token_ids
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from minirl_kernels import RoutedExperts, record_routing, replay_routing
+from minirl_kernels import record_routing, replay_routing
 
 # how a gate is reached: model, options of LoraConfig, the last part of the names of its adapter
 ADAPTERS = {
@@ -23,12 +23,6 @@ ADAPTERS = {
     "a linear layer in the router": ("Afmoe", {"target_modules": r".*router\.gate"}),
     "the weight of a router of scores": ("Llama4", {"target_parameters": ["router.weight"]}),
 }
-
-
-def random_experts(model, tokens):
-    gate, layers = gates(model)[0], len(gates(model))
-    scores = torch.rand((tokens, layers, gate.num_experts), generator=torch.Generator().manual_seed(3))
-    return RoutedExperts.from_ids(scores.argsort(-1)[..., : gate.top_k], num_experts=gate.num_experts)
 
 
 def adapted(name, **options):

@@ -3,8 +3,6 @@
 import pytest
 import torch
 from attention_cases import (
-    DTYPES,
-    assert_same_bits,
     cancelling_case,
     cancelling_values,
     check_a_query_in_any_batch,
@@ -20,8 +18,10 @@ from attention_cases import (
     random_case,
     stock_moves,
 )
+from dtypes import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from policy_batches import assert_same_bits
 
 from minirl_kernels import attention
 from minirl_kernels.backends import native

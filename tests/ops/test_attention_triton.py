@@ -4,7 +4,6 @@ import pytest
 import torch
 import triton_cases
 from attention_cases import (
-    DTYPES,
     cancelling_case,
     check_a_query_in_any_batch,
     check_extreme_scores,
@@ -17,6 +16,7 @@ from attention_cases import (
     ours,
     random_case,
 )
+from dtypes import DTYPES
 from verify.launches import captured
 
 from minirl_kernels.ops.attention import kernels

@@ -5,7 +5,7 @@ Breadth runs on aot_eager, which traces, functionalises and partitions as Induct
 
 import pytest
 import torch
-from policy_batches import random_batch
+from policy_batches import PRESETS, random_batch
 
 from minirl_kernels import (
     PolicyLossConfig,
@@ -21,7 +21,6 @@ from minirl_kernels import (
     token_logprobs,
 )
 
-PRESETS = ("minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo")
 LENGTHS = [5, 1, 4, 9]
 
 pytestmark = pytest.mark.usefixtures("cpu")

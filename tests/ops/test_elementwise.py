@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from dtypes import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_batches import assert_as_exact_as_eager
@@ -14,7 +15,6 @@ from minirl_kernels import gelu, mish, sigmoid, silu, softplus
 from minirl_kernels.backends import native
 from minirl_kernels.ops.elementwise import cpu as kernels
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (ours, torch's)
 ACTIVATIONS = {
     "gelu": (gelu, F.gelu),

@@ -5,26 +5,15 @@ from dataclasses import replace
 import pytest
 import sharded_head
 import torch
-from linear_head import TINY_TEMPERATURE, cancelling_head, random_head
-from linear_loss_cases import (
-    LENGTHS,
-    OPTIONS,
-    PRESETS,
-    TOKENS,
-    batch_of,
-    by_equations,
-    call,
-    check_against_equations,
-    head_and_batch,
-)
-from policy_batches import random_batch
+from dtypes import DTYPES
+from linear_head import TINY_TEMPERATURE, cancelling_head, count_matmuls, random_head
+from linear_loss_cases import OPTIONS, TOKENS, batch_of, by_equations, call, check_against_equations, head_and_batch
+from policy_batches import LENGTHS, PRESETS, random_batch
 
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss, fused_policy_loss
 from minirl_kernels.ops.fused_linear_policy_loss.op import fused_linear_policy_loss_forward
 from minirl_kernels.ops.linear_token_logprobs import cpu
 from minirl_kernels.ops.linear_token_logprobs.tiles import logit_tiles
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,19 +91,6 @@ def test_gradient_of_the_weight_does_not_lose_accuracy_with_tiles(tiles, monkeyp
     assert error < 1.5 * rounding
 
 
-def count_matmuls(monkeypatch):
-    """[(M, K) of each]"""
-    shapes = []
-    matmul_into = cpu.matmul_into
-
-    def counted(out, a, b, **options):
-        shapes.append(tuple(a.shape))
-        return matmul_into(out, a, b, **options)
-
-    monkeypatch.setattr(cpu, "matmul_into", counted)
-    return shapes
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_zero_advantage_are_left_out_exactly(dtype, monkeypatch):
     lengths = [6, 5, 8]
@@ -124,7 +100,7 @@ def test_rows_of_zero_advantage_are_left_out_exactly(dtype, monkeypatch):
         old_log_probs=batch.log_probs, rollout_log_probs=batch.log_probs,
     )  # fmt: skip
     config = PolicyLossConfig(clip=False)
-    shapes = count_matmuls(monkeypatch)
+    shapes = count_matmuls(monkeypatch, cpu)
     out, (grad_hidden, grad_weight) = call(head, batch, "cpu", config=config)
     assert shapes == [(19, 12), (14, 40), (40, 14)]
     assert bool((out.entropy > 0).all())
@@ -146,7 +122,7 @@ def test_rows_of_zero_advantage_are_left_out_exactly(dtype, monkeypatch):
 
 def test_masked_rows_are_not_computed(monkeypatch):
     head, batch = head_and_batch(12, 40)
-    shapes = count_matmuls(monkeypatch)
+    shapes = count_matmuls(monkeypatch, cpu)
     hidden, weight, token_ids, _ = head
     hidden[~batch.loss_mask] = float("nan")
     config = PolicyLossConfig(clip=False)
@@ -160,7 +136,7 @@ def test_masked_rows_are_not_computed(monkeypatch):
 def test_frozen_parts_cost_no_matmul(frozen, config, monkeypatch):
     head, batch = head_and_batch(12, 40)
     _, (grad_hidden, grad_weight) = call(head, batch, "cpu", config=config)
-    shapes = count_matmuls(monkeypatch)
+    shapes = count_matmuls(monkeypatch, cpu)
     hidden, weight, token_ids, _ = head
     hidden.requires_grad_(frozen == "weight")
     weight.requires_grad_(frozen == "hidden")

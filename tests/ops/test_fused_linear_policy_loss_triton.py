@@ -7,19 +7,11 @@ import pytest
 import sharded_head
 import torch
 import triton_cases
-from linear_head import random_head
-from linear_loss_cases import (
-    LENGTHS,
-    OPTIONS,
-    PRESETS,
-    TOKENS,
-    batch_of,
-    by_equations,
-    call,
-    check_against_equations,
-    head_and_batch,
-)
-from triton_cases import DTYPES, random_ids, random_logits
+from dtypes import DTYPES
+from linear_head import count_matmuls, random_head
+from linear_loss_cases import OPTIONS, TOKENS, batch_of, by_equations, call, check_against_equations, head_and_batch
+from policy_batches import LENGTHS, PRESETS
+from triton_cases import random_ids, random_logits
 
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss
 from minirl_kernels.common.triton.scale import scale_in_place
@@ -27,7 +19,6 @@ from minirl_kernels.ops.fused_linear_policy_loss.op import fused_linear_policy_l
 from minirl_kernels.ops.fused_policy_loss import triton as kernels
 from minirl_kernels.ops.linear_token_logprobs import triton as head
 from minirl_kernels.ops.linear_token_logprobs.tiles import gradient_in_place
-from minirl_kernels.ops.matmul.vendor import matmul_into
 
 pytestmark = triton_cases.interpreter_only()
 UNCLIPPED = PolicyLossConfig(clip=False)
@@ -35,15 +26,7 @@ UNCLIPPED = PolicyLossConfig(clip=False)
 
 @pytest.fixture
 def matmuls(monkeypatch):
-    """[(M, K) of each matmul]"""
-    shapes = []
-
-    def counted(out, a, b, **options):
-        shapes.append(tuple(a.shape))
-        return matmul_into(out, a, b, **options)
-
-    monkeypatch.setattr(head, "matmul_into", counted)
-    return shapes
+    return count_matmuls(monkeypatch, head)
 
 
 @pytest.fixture

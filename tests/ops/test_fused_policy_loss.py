@@ -6,13 +6,10 @@ from dataclasses import replace
 import equations
 import pytest
 import torch
-from policy_batches import assert_as_exact_as_eager, batch_at_bounds, per_row, random_batch
+from dtypes import DTYPES
+from policy_batches import LENGTHS, PRESETS, assert_as_exact_as_eager, batch_at_bounds, per_row, random_batch
 
 from minirl_kernels import PolicyLossConfig, fused_policy_loss, policy_loss, token_logprobs
-
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PRESETS = ("minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo")
-LENGTHS = [5, 1, 4, 9, 3, 7]
 
 # every objective, every level of the correction, both phases, and what is added to a loss
 CONFIGS = {
@@ -69,12 +66,9 @@ def by_equations(batch, config, dtype, temperature):
     """(loss; log_probs, entropy, token_grad, gradient of the logits; gradient of the entropy), computed in `dtype`."""
     leaf = eager_leaf(batch, dtype)
     log_probs, entropy = equations.token_log_probs(leaf.to(dtype), batch.token_ids, temperature)
-    loss = equations.policy_loss(log_probs, entropy, batch, config)
-    token_grad, entropy_grad, grad = torch.autograd.grad(
-        loss, (log_probs, entropy, leaf), allow_unused=True, materialize_grads=True
-    )
-    masked = [values.detach().where(batch.loss_mask, 0.0) for values in (log_probs, entropy)]
-    return loss.detach(), (*masked, token_grad, grad), entropy_grad
+    leaves = (log_probs, leaf, entropy)
+    loss, *results, entropy_grad = equations.policy_loss_and_gradients(leaves, log_probs, entropy, batch, config)
+    return loss, results, entropy_grad
 
 
 def gradient_from(token_grad, entropy_grad, batch, dtype, temperature):

@@ -8,10 +8,11 @@ import torch
 import triton
 import triton.language as tl
 import triton_cases
+from dtypes import DTYPES
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from policy_batches import batch_at_bounds, random_batch
-from triton_cases import DTYPES, TOKEN_LEVEL, check_fused_policy_loss, random_logits, variants
+from policy_batches import TOKEN_LEVEL, batch_at_bounds, random_batch
+from triton_cases import check_fused_policy_loss, random_logits, variants
 from verify import bounds, traffic
 from verify.interpreter import recording
 from verify.launches import captured

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from policy_batches import random_batch
+from dtypes import DTYPES
+from policy_batches import assert_same_bits, random_batch
 
 from minirl_kernels import PolicyLossConfig, fused_policy_loss, policy_loss, token_logprobs
 from minirl_kernels.backends import native
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CONFIGS = {
     "minirl": PolicyLossConfig(kl_coef=0.1, entropy_coef=0.1),
     "grpo": PolicyLossConfig.grpo(rollout_is="token", rollout_is_threshold=5.0),
@@ -67,11 +67,6 @@ def loss_bits(batch, config, layout="packed", **options):
     out.loss.backward()
     per_token = (out.log_probs, out.entropy, out.token_loss, out.token_grad, logits.grad)
     return tuple(batch.pack(values, layout) for values in per_token)
-
-
-def assert_same_bits(actual, expected):
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert torch.equal(ours, theirs)
 
 
 def test_the_data_would_show_another_order():

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from kept_cases import DTYPES, check_token_logprobs, forward_backward, mask_of, random_mask, random_sets, upstream
+from dtypes import DTYPES
+from equations import upstream
+from kept_cases import check_token_logprobs, forward_backward, mask_of, random_mask, random_sets
 
 from minirl_kernels import SamplingMask, token_logprobs
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import triton_cases
+from dtypes import DTYPES
 from kept_cases import (
-    DTYPES,
     check_head_outside_of_the_sets,
     check_linear,
     check_token_logprobs,

@@ -5,8 +5,8 @@ from dataclasses import replace
 import equations
 import pytest
 import torch
+from dtypes import DTYPES
 from kept_cases import (
-    DTYPES,
     call_linear,
     check_head_outside_of_the_sets,
     check_linear,
@@ -16,13 +16,10 @@ from kept_cases import (
 )
 from linear_head import assert_matrices_as_exact, random_head
 from linear_logprobs_cases import OPTIONS
-from policy_batches import SLACK, assert_as_exact_as_eager, per_row, random_batch
+from policy_batches import LENGTHS, PRESETS, SLACK, assert_as_exact_as_eager, per_row, random_batch
 
 from minirl_kernels import PolicyLossConfig, SamplingMask, fused_linear_policy_loss, fused_policy_loss
 from minirl_kernels.ops.linear_token_logprobs import cpu as cpu_head
-
-LENGTHS = [5, 1, 4, 9, 3, 7]
-PRESETS = ("minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo")
 
 
 def batch_and_sets(vocab_size, dtype=torch.float32, logits=None, token_ids=None):
@@ -46,10 +43,7 @@ def laid_out(sets, batch, layout):
 
 def by_equations(leaves, logits, batch, sets, config):
     log_probs, entropy = kept_log_probs(logits, batch.token_ids, sets)
-    loss = equations.policy_loss(log_probs, entropy, batch, config)
-    outside = ~batch.loss_mask
-    values = [v.detach().masked_fill(outside, 0.0) for v in (log_probs, entropy)]
-    return loss.detach(), *values, *torch.autograd.grad(loss, leaves)
+    return equations.policy_loss_and_gradients(leaves, log_probs, entropy, batch, config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

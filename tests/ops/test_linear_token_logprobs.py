@@ -3,15 +3,16 @@
 import pytest
 import sharded_head
 import torch
+from dtypes import DTYPES
+from equations import upstream
 from linear_head import TINY_TEMPERATURE, cancelling_head, random_head
-from linear_logprobs_cases import OPTIONS, call, check_against_equations, upstream
+from linear_logprobs_cases import OPTIONS, call, check_against_equations
 
 from minirl_kernels import linear_token_logprobs, token_logprobs
 from minirl_kernels.ops.linear_token_logprobs import cpu
 from minirl_kernels.ops.linear_token_logprobs import op as linear_op
 from minirl_kernels.ops.linear_token_logprobs.tiles import logit_tiles
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 META = torch.device("meta")
 
 

@@ -6,9 +6,11 @@ import pytest
 import sharded_head
 import torch
 import triton_cases
-from linear_head import random_head
-from linear_logprobs_cases import OPTIONS, call, check_against_equations, upstream
-from triton_cases import DTYPES, random_ids, random_logits
+from dtypes import DTYPES
+from equations import upstream
+from linear_head import count_matmuls, random_head
+from linear_logprobs_cases import OPTIONS, call, check_against_equations
+from triton_cases import random_ids, random_logits
 from verify.launches import captured
 
 from minirl_kernels import linear_token_logprobs
@@ -16,7 +18,6 @@ from minirl_kernels.common.triton.launch import row_strides
 from minirl_kernels.ops.linear_token_logprobs import op as linear_op
 from minirl_kernels.ops.linear_token_logprobs import triton as head
 from minirl_kernels.ops.linear_token_logprobs.tiles import gradient_in_place
-from minirl_kernels.ops.matmul.vendor import matmul_into
 from minirl_kernels.ops.token_logprobs import triton as kernels
 
 pytestmark = triton_cases.interpreter_only()
@@ -25,15 +26,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def matmuls(monkeypatch):
-    """[(M, K) of each matmul]"""
-    shapes = []
-
-    def counted(out, a, b, **options):
-        shapes.append(tuple(a.shape))
-        return matmul_into(out, a, b, **options)
-
-    monkeypatch.setattr(head, "matmul_into", counted)
-    return shapes
+    return count_matmuls(monkeypatch, head)
 
 
 @pytest.fixture

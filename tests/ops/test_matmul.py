@@ -2,17 +2,10 @@
 
 import pytest
 import torch
+from dtypes import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matmul_cases import (
-    DTYPES,
-    cancelling,
-    check_a_row_in_any_batch_and_place,
-    check_bmm,
-    check_linear,
-    check_matmul,
-    matrix,
-)
+from matmul_cases import cancelling, check_a_row_in_any_batch_and_place, check_bmm, check_linear, check_matmul, matrix
 from policy_batches import assert_as_exact_as_eager, tables_of_one_order
 from torch.nn import functional as F
 

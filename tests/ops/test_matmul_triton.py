@@ -3,15 +3,8 @@
 import pytest
 import torch
 import triton_cases
-from matmul_cases import (
-    DTYPES,
-    cancelling,
-    check_a_row_in_any_batch_and_place,
-    check_bmm,
-    check_linear,
-    check_matmul,
-    matrix,
-)
+from dtypes import DTYPES
+from matmul_cases import cancelling, check_a_row_in_any_batch_and_place, check_bmm, check_linear, check_matmul, matrix
 from verify import bounds
 from verify.interpreter import recording
 from verify.launches import captured

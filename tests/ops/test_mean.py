@@ -5,9 +5,10 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
+from dtypes import DTYPES
 from hypothesis import HealthCheck, given, settings
 from policy_batches import assert_as_exact_as_eager
-from row_bits import DTYPES, cancelling, check_batches, check_layouts, check_tables, check_threads, strided
+from row_bits import cancelling, check_batches, check_layouts, check_tables, check_threads, strided
 
 import minirl_kernels as mk
 from minirl_kernels import mean

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import triton_cases
+from dtypes import DTYPES
 from row_bits import strided
-from triton_cases import DTYPES, check_mean, random_logits
+from triton_cases import check_mean, random_logits
 from verify.launches import captured
 
 import minirl_kernels as mk

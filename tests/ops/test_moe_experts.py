@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from dtypes import DTYPES
 from experts_cases import (
-    DTYPES,
     TINY_SIZES,
     assert_exact,
-    assert_same_bits,
     cancelling_case,
     check_a_token_in_any_batch_and_place,
     check_an_expert_that_is_no_number_reaches_its_own_tokens_alone,
@@ -25,7 +24,7 @@ from experts_cases import (
     random_case,
 )
 from linear_head import assert_matrices_as_exact
-from policy_batches import tables_of_one_order
+from policy_batches import assert_same_bits, tables_of_one_order
 
 from minirl_kernels import moe_experts
 from minirl_kernels.backends import native

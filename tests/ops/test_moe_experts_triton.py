@@ -3,8 +3,8 @@
 import pytest
 import torch
 import triton_cases
+from dtypes import DTYPES
 from experts_cases import (
-    DTYPES,
     TINY_SIZES,
     check_a_token_in_any_batch_and_place,
     check_an_expert_that_is_no_number_reaches_its_own_tokens_alone,

@@ -5,13 +5,14 @@ import math
 
 import pytest
 import torch
-from policy_batches import assert_as_exact_as_eager, per_row_of_terms
+from dtypes import DTYPES
+from policy_batches import assert_as_exact_as_eager, assert_same_bits, per_row_of_terms
+from routing_cases import random_experts
 
 from minirl_kernels import moe_routing
 from minirl_kernels.backends import native
 from minirl_kernels.ops.moe_routing.reference import moe_routing_reference
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ID_DTYPES = [torch.uint8, torch.uint16, torch.int16, torch.int32, torch.int64]
 SIZES = [(1, 1), (2, 2), (8, 2), (16, 16), (17, 3), (60, 4), (128, 8), (300, 22)]
 KINDS = list(itertools.product(["softmax", "sigmoid"], [True, False]))
@@ -20,10 +21,6 @@ META = torch.device("meta")
 
 def random_logits(tokens, num_experts, dtype=torch.float32, seed=0, spread=2.0):
     return (spread * torch.randn(tokens, num_experts, generator=torch.Generator().manual_seed(seed))).to(dtype)
-
-
-def random_experts(tokens, num_experts, top_k, seed=1):
-    return torch.rand(tokens, num_experts, generator=torch.Generator().manual_seed(seed)).argsort(-1)[:, :top_k]
 
 
 def random_bias(num_experts):
@@ -42,11 +39,6 @@ def by_reference(dtype, logits, top_k, upstream, **options):
     weights, *others = moe_routing_reference(logits, top_k, **options)
     (grad,) = torch.autograd.grad(weights, logits, upstream.to(weights.dtype))
     return (weights.detach(), *others), grad
-
-
-def assert_same_bits(actual, expected):
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert torch.equal(ours, theirs)
 
 
 def by_definition(x, top_k, replayed=None, *, norm=True, scoring="softmax", bias=None, groups=None, scale=1.0):

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import triton_cases
+from dtypes import DTYPES
 from routing_cases import KINDS, check_moe_routing, forward_backward, random_experts
 from verify import bounds
 from verify.interpreter import recording
@@ -15,8 +16,6 @@ from minirl_kernels import moe_routing
 from minirl_kernels.ops.moe_routing.op import moe_routing_backward, moe_routing_forward
 
 pytestmark = triton_cases.interpreter_only()
-
-DTYPES = triton_cases.DTYPES
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from policy_batches import random_batch
+from policy_batches import PRESETS, random_batch
 
 from minirl_kernels import (
     PolicyLossConfig,
@@ -18,7 +18,6 @@ from minirl_kernels import (
 from minirl_kernels.ops.policy_loss.inputs import prepare_inputs
 from minirl_kernels.ops.policy_loss.op import differentiable_loss
 
-PRESETS = ("minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo")
 ARGUMENTS = ("old_log_probs", "rollout_log_probs", "ref_log_probs", "advantages")
 WRONG = (math.nan, math.inf, -math.inf)
 LENGTHS = [2, 3, 2]

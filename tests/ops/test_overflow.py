@@ -1,20 +1,17 @@
 """A token whose loss float32 does not hold: named on the CPU, alone with its NaN elsewhere, and counted."""
 
-import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from exact_objective import FLOAT32_MAX, share
-from policy_batches import random_batch
+from policy_batches import PRESETS, TOKEN_LEVEL, every_config, random_batch
 
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss, fused_policy_loss, policy_loss
 from minirl_kernels.ops.policy_loss.inputs import prepare_inputs
 from minirl_kernels.ops.policy_loss.op import differentiable_loss
 
-PRESETS = ("minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo")
-TOKEN_LEVEL = ("minirl", "reinforce", "grpo", "cispo")
 LARGEST = torch.finfo(torch.float32).max
 # (log_prob, old, mu, ref): every log-ratio small, and large in either direction, alone and against another
 TOKENS = [
@@ -29,22 +26,6 @@ TOKENS = [
     (-95.0, -190.0, -95.5, -1.0),
 ]
 ADVANTAGES = (1.0, -1.0, 0.0, 1e-4, -1e-4)
-
-
-def every_config():
-    for preset, rollout_is, threshold, clip in itertools.product(
-        PRESETS, ("token", "sequence", None), (5.0, None), (True, False)
-    ):
-        try:
-            yield PolicyLossConfig.preset(
-                preset,
-                rollout_is=rollout_is,
-                rollout_is_threshold=threshold,
-                clip=clip,
-                loss_agg_mode="seq-mean-token-sum",
-            )
-        except ValueError:
-            continue
 
 
 def arguments_of(tokens, config):
@@ -73,7 +54,7 @@ def without_raising(log_probs, arguments):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_is_finite_is_right_and_what_is_not_is_named(preset, kl):
     kl_coef, estimator = kl
-    for config in every_config():
+    for config in every_config(loss_agg_mode="seq-mean-token-sum"):
         if config.objective != preset:
             continue
         config = replace(config, kl_coef=kl_coef, kl_estimator=estimator)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from dtypes import DTYPES
 
 from minirl_kernels import moe_experts, pack_experts
 from minirl_kernels.backends import native
 
 pytestmark = pytest.mark.usefixtures("cpu")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (T, K, E, H, I): around panels (8, 16, 32 columns), blocks (252 rows; 256 and 512 columns) and chunks (256, 512)
 SIZES = [
     (1, 2, 3, 8, 4),

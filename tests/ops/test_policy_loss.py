@@ -1,34 +1,24 @@
 """policy_loss against the equations in float64: values, gradients, layouts, normalisers, traps, bad input."""
 
-import itertools
 from dataclasses import replace
 
 import equations
 import pytest
 import torch
-from policy_batches import assert_as_exact_as_eager, batch_at_bounds, random_batch
+from policy_batches import LENGTHS, PRESETS, assert_as_exact_as_eager, batch_at_bounds, every_config, random_batch
 
 from minirl_kernels import PolicyLossConfig, policy_loss
 
-PRESETS = ("minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo")
 MODES = ("seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-mean", "group-token-mean")
-LENGTHS = [5, 1, 4, 9, 3, 7]
 
 
 def with_mode(config, mode):
     return replace(config, loss_agg_mode=mode, loss_scale_factor=16.0 if mode.endswith("norm") else None)
 
 
-def every_objective():
-    """Each preset with every rollout_is, truncation and clip that it allows."""
-    for preset, rollout_is, threshold, clip in itertools.product(
-        PRESETS, ("token", "sequence", None), (5.0, None), (True, False)
-    ):
-        try:
-            config = PolicyLossConfig.preset(preset, rollout_is=rollout_is, rollout_is_threshold=threshold, clip=clip)
-        except ValueError:
-            continue
-        yield pytest.param(config, id=f"{preset}-{rollout_is}-{threshold}-{'clip' if clip else 'noclip'}")
+def name_of(config):
+    clip = "clip" if config.clip else "noclip"
+    return f"{config.objective}-{config.rollout_is}-{config.rollout_is_threshold}-{clip}"
 
 
 def call(batch, config, layout, **options):
@@ -42,9 +32,9 @@ def call(batch, config, layout, **options):
 
 def by_equations(batch, config, dtype, **counts):
     log_probs, entropy = (v.to(dtype, copy=True).requires_grad_() for v in (batch.log_probs, batch.entropy))
-    loss = equations.policy_loss(log_probs, entropy, batch, config, **counts)
-    grads = torch.autograd.grad(loss, (log_probs, entropy), allow_unused=True, materialize_grads=True)
-    return loss.detach(), *grads
+    leaves = (log_probs, entropy)
+    loss, _, _, *grads = equations.policy_loss_and_gradients(leaves, *leaves, batch, config, **counts)
+    return loss, *grads
 
 
 def check_against_equations(batch, config, **counts):
@@ -71,7 +61,7 @@ def check_against_equations(batch, config, **counts):
     return packed
 
 
-@pytest.mark.parametrize("config", list(every_objective()))
+@pytest.mark.parametrize("config", list(every_config()), ids=name_of)
 def test_objective_on_either_side_of_every_bound(config):
     check_against_equations(batch_at_bounds(config), config)
 

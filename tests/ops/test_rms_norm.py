@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
+from dtypes import DTYPES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from policy_batches import assert_as_exact_as_eager, per_row
 from row_bits import (
-    DTYPES,
     assert_same,
     cancelling,
     check_batches,

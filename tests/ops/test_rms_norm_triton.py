@@ -3,8 +3,9 @@
 import pytest
 import torch
 import triton_cases
+from dtypes import DTYPES
 from row_bits import strided
-from triton_cases import DTYPES, check_rms_norm, random_logits
+from triton_cases import check_rms_norm, random_logits
 from verify.launches import captured
 
 from minirl_kernels import rms_norm

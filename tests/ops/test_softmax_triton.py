@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import triton_cases
+from dtypes import DTYPES
 from row_bits import strided
-from triton_cases import DTYPES, check_softmax, random_logits
+from triton_cases import check_softmax, random_logits
 from verify.launches import captured
 
 from minirl_kernels import log_softmax, softmax

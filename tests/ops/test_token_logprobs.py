@@ -5,11 +5,12 @@ import math
 import equations
 import pytest
 import torch
+from dtypes import DTYPES
+from equations import upstream
 from policy_batches import assert_as_exact_as_eager, per_row
 
 from minirl_kernels import token_logprobs
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # around the widths of vectors and tiles, and beyond one tile
 VOCAB_SIZES = [1, 2, 15, 16, 17, 1000, 1023, 1025, 4097, 32000]
 META = torch.device("meta")
@@ -32,15 +33,7 @@ def forward_backward(logits, token_ids, backend, **options):
 def by_equations(logits, token_ids, dtype, temperature=1.0):
     """The same of logits [T, V], computed in `dtype`; the eager path keeps the dtype of the logits."""
     logits = logits.detach().to(torch.float64 if dtype == torch.float64 else logits.dtype).requires_grad_()
-    log_probs, entropy = equations.token_log_probs(logits.to(dtype), token_ids, temperature)
-    grads = [values.to(dtype) for values in upstream(token_ids)]
-    (grad,) = torch.autograd.grad((log_probs, entropy), logits, grads)
-    return log_probs.detach(), entropy.detach(), grad
-
-
-def upstream(token_ids):
-    steps = torch.arange(token_ids.numel()).reshape(token_ids.shape)
-    return (1.5 - steps % 4).float(), (0.75 - steps % 3).float()
+    return equations.token_log_probs_and_gradients([logits], logits.to(dtype), token_ids, temperature)
 
 
 def check_against_equations(logits, token_ids, backend, temperature=1.0):

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 import triton_cases
-from triton_cases import DTYPES, check_token_logprobs, random_ids, random_logits
+from dtypes import DTYPES
+from triton_cases import check_token_logprobs, random_ids, random_logits
 from verify import bounds
 from verify.interpreter import recording
 from verify.launches import captured

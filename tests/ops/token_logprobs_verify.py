@@ -39,7 +39,7 @@ def _backward_into(rows: LogitRows, out: Tensor, *, with_entropy: bool = True, *
 
 FORWARD = RowKernel("token_logprobs", LogitRows.make, _forward, triton.forward_config, streams_out=False)
 BACKWARD = RowKernel("token_logprobs_backward", LogitRows.make, _backward, triton.backward_config)
-FORWARD_WITH_HEAD = with_head(FORWARD, _forward, sweeps=1)
+FORWARD_WITH_HEAD = with_head(FORWARD, sweeps=1)
 ON_TILES = TileKernels.of(BACKWARD, _backward_into, sweeps=1)
 
 

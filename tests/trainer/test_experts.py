@@ -8,8 +8,7 @@ from minirl.cli import main
 from minirl.config import ModelConfig
 from minirl.errors import MiniRLError
 from minirl.models import make_model
-
-from minirl_kernels import moe_experts
+from tiny_moe import count_calls
 
 DENSE = {"model_type": "qwen3", "hidden_size": 32, "num_attention_heads": 2, "head_dim": 16, "num_key_value_heads": 1}
 GPT_OSS = {**DENSE, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -24,14 +23,7 @@ def ours(config):
 @pytest.fixture
 def calls(cpu, monkeypatch):
     """The number of tokens of each call of moe_experts that models make."""
-    seen = []
-
-    def counted(hidden, *arguments):
-        seen.append(len(hidden))
-        return moe_experts(hidden, *arguments)
-
-    monkeypatch.setattr("minirl_kernels.integrations.transformers.experts.moe_experts", counted)
-    return seen
+    return count_calls(monkeypatch)
 
 
 @pytest.mark.parametrize("setting", ["disabled", "R2", "R3"])

@@ -48,29 +48,31 @@ class LogitRows:
         return {"softcap": 3.0, "bias": self.bias}
 
 
-def with_head(kernel: RowKernel, launch: Callable[..., tuple[Tensor, ...]], *, sweeps: int) -> RowKernel:
-    """The kernel with softcap and bias: it reads a bias, as long as a row, in each sweep over the row."""
+def with_head(kernel: RowKernel, *, sweeps: int) -> RowKernel:
+    """The kernel with softcap and bias: it reads a bias, as long as a row, in each sweep over the row.
+
+    kernel.launch takes the options of LogitRows.head.
+    """
     return replace(
         kernel,
         name=f"{kernel.name}, softcap, bias",
-        launch=lambda rows: launch(rows, **rows.head()),
+        launch=lambda rows: kernel.launch(rows, **rows.head()),
         reads=lambda config, vocab_size: kernel.reads(config, vocab_size) + sweeps,
     )
 
 
 def narrowed(kernel: RowKernel, launch_into: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype) -> RowKernel:
-    """The kernel on tiles of a linear head: a 16-bit gradient takes the memory of the float32 logits."""
+    """The kernel on tiles of a linear head: a 16-bit gradient takes the memory of the float32 logits.
+
+    launch_into(rows, grad, **head) launches the kernel, which writes its gradient of the logits to grad.
+    """
     return replace(
         kernel,
         name=f"{kernel.name}, {str(dtype).removeprefix('torch.')} in place",
-        launch=_into_logits(launch_into, dtype),
+        launch=lambda rows, **head: launch_into(rows, gradient_in_place(rows.logits, dtype), **head),
         config=partial(kernel.config, out_dtype=dtype),
         out_dtype=dtype,
     )
-
-
-def _into_logits(launch_into, dtype):
-    return lambda rows, **options: launch_into(rows, gradient_in_place(rows.logits, dtype), **options)
 
 
 @dataclass(frozen=True)
@@ -78,25 +80,24 @@ class TileKernels:
     """The variants of a kernel on tiles of a linear head, whose logits are float32."""
 
     plain: RowKernel
-    headed: RowKernel
+    with_head: RowKernel
     half: RowKernel
 
     @classmethod
     def of(cls, kernel: RowKernel, launch_into: Callable[..., tuple[Tensor, ...]], *, sweeps: int) -> TileKernels:
-        """launch_into(rows, grad, **head) launches a kernel that writes its gradient of the logits to grad."""
+        """launch_into is as for narrowed, sweeps as for with_head."""
         plain = narrowed(kernel, launch_into, torch.bfloat16)
-        headed = with_head(plain, _into_logits(launch_into, torch.bfloat16), sweeps=sweeps)
-        return cls(plain, headed, half=narrowed(kernel, launch_into, torch.float16))
+        return cls(plain, with_head(plain, sweeps=sweeps), narrowed(kernel, launch_into, torch.float16))
 
     def interpreted(self) -> Iterator[Case]:
-        for kernel in (self.plain, self.headed):
+        for kernel in (self.plain, self.with_head):
             yield from interpreted_with_head(kernel)
 
     def compiled(self) -> Iterator[Case]:
         powers = [2**exponent for exponent in EXPONENTS]
         yield from launch_configurations(self.plain, torch.float32, powers, QWEN3_VOCAB)
         yield from launch_configurations(self.plain, torch.float32, [power - 1 for power in powers], GPT2_VOCAB)
-        yield from compiled_with_head(self.headed)
+        yield from compiled_with_head(self.with_head)
         yield self.half.case(QWEN3_VOCAB, torch.float32)
 
 
