@@ -1,4 +1,4 @@
-"""What the tests of the ops share: batches in both layouts, and the rule of how far off a result may be."""
+"""For the tests of the ops: batches in both layouts, and the rule of how far off a result may be."""
 
 from __future__ import annotations
 
@@ -103,6 +103,13 @@ class Batch:
         if layout == "packed":
             return values
         return torch.cat([values[row, :length] for row, length in enumerate(self.lengths)] or [values.flatten(0, 1)])
+
+
+def random_rows(shape, vocab_size, dtype=torch.float32, seed=0):
+    """(logits [*shape, V], token ids of that shape)"""
+    gen = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(*shape, vocab_size, generator=gen)).to(dtype)
+    return logits, torch.randint(vocab_size, shape, generator=gen)
 
 
 def random_batch(lengths, *, vocab_size=None, dtype=torch.float32, seed=0, spread=0.3) -> Batch:

@@ -7,14 +7,9 @@ import torch
 from dtypes import DTYPES
 from equations import upstream
 from kept_cases import check_token_logprobs, forward_backward, mask_of, random_mask, random_sets
+from policy_batches import random_rows
 
 from minirl_kernels import SamplingMask, token_logprobs
-
-
-def random_rows(shape, vocab_size, dtype=torch.float32, seed=0):
-    gen = torch.Generator().manual_seed(seed)
-    logits = (3 * torch.randn(*shape, vocab_size, generator=gen)).to(dtype)
-    return logits, torch.randint(vocab_size, shape, generator=gen)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

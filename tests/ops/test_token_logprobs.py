@@ -7,19 +7,13 @@ import pytest
 import torch
 from dtypes import DTYPES
 from equations import upstream
-from policy_batches import assert_as_exact_as_eager, per_row
+from policy_batches import assert_as_exact_as_eager, per_row, random_rows
 
 from minirl_kernels import token_logprobs
 
 # around the widths of vectors and tiles, and beyond one tile
 VOCAB_SIZES = [1, 2, 15, 16, 17, 1000, 1023, 1025, 4097, 32000]
 META = torch.device("meta")
-
-
-def random_rows(shape, vocab_size, dtype=torch.float32, seed=0):
-    gen = torch.Generator().manual_seed(seed)
-    logits = (3 * torch.randn(*shape, vocab_size, generator=gen)).to(dtype)
-    return logits, torch.randint(vocab_size, shape, generator=gen)
 
 
 def forward_backward(logits, token_ids, backend, **options):

@@ -1,4 +1,4 @@
-"""The committed compile matrix is true, and its checks find what is wrong with a kernel.
+"""The committed compile matrix is true, and its checks find the faults of a kernel.
 
 Triton compiles in other processes, because it interprets in this one.
 """
@@ -46,7 +46,7 @@ print(json.dumps(found))
 
 
 def compiling(program, *arguments, **options):
-    """What a Python process in which Triton compiles prints."""
+    """The finished Python process, in which Triton compiles."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     command = [sys.executable, *program, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, **options)

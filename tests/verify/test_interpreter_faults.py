@@ -1,5 +1,8 @@
-"""Faults of Triton's interpreter that our kernels work around: when one is mended, its test fails and the work-around
-can go. It keeps bfloat16 as raw bits, so `round_to` rounds for it, and every tile is float32 before it is reduced."""
+"""Faults of Triton's interpreter that our kernels work around. A test fails when Triton mends its fault.
+
+The interpreter keeps bfloat16 as raw bits. So `round_to` does the rounding, and a kernel makes every tile float32
+before it reduces the tile.
+"""
 
 import pytest
 import torch

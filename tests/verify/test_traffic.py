@@ -1,4 +1,4 @@
-"""Bytes that our kernels move, beside those of the kernels that people use today, counted alike in the interpreter."""
+"""Bytes that our kernels move, compared with the kernels of TRL and Liger in the same interpreter."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ TOKENS, VOCAB_SIZE = 5, 1000
 def moved(call):
     """(loaded, stored) by all launches of a call, times the logits of the tokens that count.
 
-    Rounded to hundredths: a token's own few numbers, a temperature for each of them among ours, are not the point.
+    Rounded to hundredths, because each token also has a few numbers of its own, such as our temperature.
     """
     with recording() as launches:
         call()
@@ -59,7 +59,7 @@ def our_loss(logits, token_ids, config=PolicyLossConfig.grpo(rollout_is=None), *
 
 
 def test_log_probabilities_against_trl(rows):
-    """Both read the logits twice in all and write the gradient once; the rows of ignored tokens are zeros."""
+    """Both read the logits twice and write the gradient once; the gradient of an ignored token is zeros."""
     kernels = pytest.importorskip("trl.kernels.logprob_entropy", reason="trl is not installed")
     logits, token_ids = rows
 
@@ -73,7 +73,7 @@ def test_log_probabilities_against_trl(rows):
 
 
 def test_fused_loss_against_liger(rows):
-    """Loss and gradient in one reading, where a forward and a backward of their own need two."""
+    """We read the logits once for loss and gradient; a forward and a backward read them twice."""
     grpo_loss = pytest.importorskip("liger_kernel.transformers.grpo_loss", reason="liger-kernel is not installed")
     logits, token_ids = rows
 
@@ -103,7 +103,7 @@ def test_fused_loss_against_liger(rows):
 
 
 def test_a_long_row_is_read_twice_less_a_tile():
-    """At the vocabulary of Qwen3 too, whose case is only compiled: by its launch configuration."""
+    """By its launch configuration, because the case with the vocabulary of Qwen3 is not run."""
     for case in cases.compile_cases():
         if case.name == "fused_policy_loss" and case.size == f"{QWEN3_VOCAB:,}":
             assert case.most_loaded(0) / case.unit_bytes < 1.95
