@@ -16,7 +16,7 @@ from minirl_kernels.moe.routers import routers
 from .config import TrainConfig
 from .errors import MiniRLError
 from .models import end_token_ids
-from .rollout import Asked, PolicyLimits, RolloutEngine, Rollouts, TransformersEngine, check_rollouts
+from .rollout import Asked, EngineRequest, PolicyLimits, RolloutEngine, Rollouts, check_rollouts, make_engine
 from .run_dir import RunDir
 from .tasks import Problem, ProblemStream, Task, prompt_label
 from .tokenizer import encode_prompt
@@ -70,7 +70,7 @@ def make_sampler(
     config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task
 ) -> Sampler:
     """The engine of `config`, holding the weights of `model`, with the tokenizer and the task. Raises MiniRLError."""
-    engine = make_engine(config, model, tokenizer)
+    engine = make_engine(engine_request(config, model, tokenizer))
     engine.update_weights(model)
     return Sampler(engine, policy_limits(config, model, tokenizer), tokenizer, task)
 
@@ -89,30 +89,17 @@ def policy_limits(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTra
     )
 
 
-def make_engine(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> RolloutEngine:
-    """The engine of `config`, without weights. Raises MiniRLError."""
-    options = {
-        "dtype": config.rollout.dtype or config.dtype,
-        "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        "eos_token_ids": end_token_ids(model, tokenizer),
-        # for R2 too, which does not replay them: what records breaks ties by a rule, and transformers' routers by none
-        "records_routing": config.routing_replay != "disabled",
-    }
-    if config.rollout.engine == "transformers":
-        return TransformersEngine(config.rollout, **options)
-    try:
-        from .rollout.vllm.engine import VLLMEngine  # here, since vLLM is not needed otherwise, and slow to import
-    except ImportError as error:
-        raise MiniRLError(
-            f"rollout.engine is 'vllm', which cannot be imported ({error}): install it as docs/vllm.md says"
-        ) from None
-    log = RunDir(Path(config.run_dir)).vllm_log
-    return VLLMEngine(
+def engine_request(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> EngineRequest:
+    """Everything that the engine of `config` is made from, to sample from `model`."""
+    return EngineRequest(
         config.rollout,
-        **options,
-        replays_routing=options["records_routing"],
+        dtype=config.rollout.dtype or config.dtype,
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        eos_token_ids=end_token_ids(model, tokenizer),
+        # for R2 too, which does not replay them: what records breaks ties by a rule, and transformers' routers by none
+        records_routing=config.routing_replay != "disabled",
         batch_invariant=config.batch_invariant,
-        log=log,
+        log=RunDir(Path(config.run_dir)).vllm_log,
     )
 
 

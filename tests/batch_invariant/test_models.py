@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from minirl.rollout.transformers_engine import SampledLogProbs
+from minirl.rollout.transformers import SampledLogProbs
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList, Qwen3Config, Qwen3MoeConfig
 
 import minirl_kernels.integrations.transformers as integration

@@ -50,9 +50,11 @@ class InferenceSettings(EngineSettings):
         return engine + super().summary + ("" if self.decode else ", not decoded")
 
     def check(self) -> None:
-        """Raises MiniRLError, naming the option, for what vLLM does not know."""
-        if self.engine != "vllm":
+        """Raises MiniRLError, naming the option, for an engine that the report lacks and settings that vLLM lacks."""
+        if self.engine == "transformers":
             return
+        if self.engine != "vllm":  # an engine of your own, as the target has it
+            raise MiniRLError(f"--mu.engine is {self.engine!r}: it must be transformers or vllm")
         for name in ("attn_implementation", "experts_implementation"):
             value = getattr(self, name)
             if value is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
@@ -12,9 +13,30 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minirl_kernels import RoutedExperts
 
+from ..config import RolloutConfig
 from ..errors import MiniRLError
 
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """Everything that an engine is made from."""
+
+    config: RolloutConfig
+    """Sampling settings, and the engine's own."""
+    dtype: str
+    """Name of the computation's dtype: "float32" or "bfloat16"."""
+    pad_token_id: int
+    """Fills up batches."""
+    eos_token_ids: list[int]
+    """Any of them ends a response."""
+    records_routing: bool
+    """Whether training records or replays experts, so that rollouts must have `routed_experts`."""
+    batch_invariant: bool
+    """Whether log-probabilities must have the same bits as in training."""
+    log: Path
+    """File for the output of processes that the engine starts."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,18 @@ from minirl_kernels.integrations.transformers.e4m3 import E4M3Copy
 from ..config import RolloutConfig
 from ..errors import MiniRLError
 from ..models import autocast
-from .interface import Rollouts
+from .interface import EngineRequest, Rollouts
+
+
+def make_engine(request: EngineRequest) -> TransformersEngine:
+    """The engine of a run. The trainer opens the batch-invariant mode around its calls."""
+    return TransformersEngine(
+        request.config,
+        dtype=request.dtype,
+        pad_token_id=request.pad_token_id,
+        eos_token_ids=request.eos_token_ids,
+        records_routing=request.records_routing,
+    )
 
 
 class TransformersEngine:
