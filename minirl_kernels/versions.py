@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-# Routers of older ones return probabilities, or logits alone. pyproject.toml and constraints-oldest.txt say the same.
+# Routers of older ones return probabilities, or logits alone. pyproject.toml and requirements/oldest.txt say the same.
 OLDEST_TRANSFORMERS = "5.18"
 
 

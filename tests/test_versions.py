@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def oldest_tested():
-    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    lines = (ROOT / "requirements/oldest.txt").read_text().splitlines()
     return dict(line.split("==") for line in lines if not line.startswith("#"))
 
 
