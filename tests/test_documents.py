@@ -1,10 +1,10 @@
-"""The python blocks in docs/ run after the README's, and the commands in all documents are ones that there are."""
+"""The python blocks in docs/ run after those of the losses, and the commands in all documents are ones that there are."""
 
 import shlex
 from pathlib import Path
 
 import pytest
-from documents import DOCS, README, blocks, commands
+from documents import DOCS, README, blocks, commands, loss_blocks
 from minirl import cli
 from minirl import commands as cli_commands
 from minirl.config import TrainConfig
@@ -16,16 +16,16 @@ COMMANDS = [line for path in [README, *DOCS] for line in commands(path, "minirl 
 
 
 @pytest.fixture(scope="module")
-def readme():
+def losses():
     names = {}
-    for block in blocks(README, "python"):
+    for block in loss_blocks():
         exec(block, names)
     return names
 
 
 @pytest.mark.parametrize("path", [path for path in DOCS if blocks(path, "python")], ids=lambda path: path.name)
-def test_python_blocks_run(path, readme):
-    names = dict(readme)
+def test_python_blocks_run(path, losses):
+    names = dict(losses)
     for block in blocks(path, "python"):
         exec(block, names)
 

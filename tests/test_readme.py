@@ -1,13 +1,16 @@
-"""The README's python blocks run as they stand, one after the other, and give the same loss and gradient."""
+"""The python blocks of the README, docs/losses.md and docs/batch_invariance.md run in this order, in one interpreter.
+
+All blocks with a loss give the same loss and gradient.
+"""
 
 import subprocess
 import sys
 
 import pytest
 import torch
-from documents import README, blocks
+from documents import loss_blocks
 
-BLOCKS = blocks(README, "python")
+BLOCKS = loss_blocks()
 # logits; hidden states; a transformers model; replayed experts; experts that are ours
 LOSSES = [number for number, block in enumerate(BLOCKS) if "loss.backward()" in block]
 

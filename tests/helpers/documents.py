@@ -15,6 +15,15 @@ def blocks(path: Path, language: str) -> list[str]:
     return [text for fragment, kind, text in found if kind == language and not fragment]
 
 
+def loss_blocks() -> list[str]:
+    """The python blocks of the README, those of docs/losses.md after them, and the first of docs/batch_invariance.md.
+
+    Each continues with the names of those before it.
+    """
+    same_bits = blocks(ROOT / "docs" / "batch_invariance.md", "python")[0]
+    return [*blocks(README, "python"), *blocks(ROOT / "docs" / "losses.md", "python"), same_bits]
+
+
 def commands(path: Path, name: str) -> list[str]:
     """The lines that begin with a command's name, indented or in a block, without their comments."""
     lines = path.read_text(encoding="utf-8").splitlines()
