@@ -1,4 +1,4 @@
-"""The python blocks in docs/ run after those of the losses, and the commands in all documents are ones that there are."""
+"""The python blocks in docs/ run after the blocks of the losses, and every command in the documents exists."""
 
 import shlex
 from pathlib import Path
