@@ -16,18 +16,16 @@ and the sum: logsumexp would lose the digits of a row that is far from 0.
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import torch
 from torch import Tensor
 
-from ...backends import resolve
 from ...common.checks import FLOAT_DTYPES, INDEX_DTYPES, check_device, check_tensor
-from ...common.library import register
+from ...common.library import Op, register
 from .reference import attention_reference
 
-_BACKENDS = ("reference", "cpu", "triton")
+OP = Op(__package__)
 MAX_SIZE = 256
 
 
@@ -100,7 +98,7 @@ def attention_over_spans(
     _check_operands(q, k, v)
     _check_spans(spans, q)
     scale = _checked_scale(scale, q.shape[3])
-    backend = resolve(backend, q.device, op="attention", supported=_BACKENDS)
+    backend = OP.resolve(backend, q.device)
     if backend == "reference":
         return attention_reference(q, k, v, spans, causal, scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -170,11 +168,6 @@ class _Attention(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
-def _kernels(backend: str):
-    """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
-
-
 def _spans(cu_seqlens_q, cu_seqlens_k, queries, keys):
     columns = [torch.zeros_like(cu_seqlens_q[1:], dtype=torch.int64)]
     for name, offsets, size in (("cu_seqlens_q", cu_seqlens_q, queries), ("cu_seqlens_k", cu_seqlens_k, keys)):
@@ -191,8 +184,8 @@ def _spans(cu_seqlens_q, cu_seqlens_k, queries, keys):
     return torch.stack([column.long() for column in columns], 1)
 
 
-def _forward(q, k, v, spans, causal, scale, for_backward, backend):
-    return _kernels(backend).forward(q, k, v, spans, causal, scale, for_backward)
+def _forward(kernels, q, k, v, spans, causal, scale, for_backward):
+    return kernels.forward(q, k, v, spans, causal, scale, for_backward)
 
 
 def _forward_fake(q, k, v, spans, causal, scale, for_backward, backend):
@@ -201,9 +194,9 @@ def _forward_fake(q, k, v, spans, causal, scale, for_backward, backend):
     return q.new_empty(batch, queries, heads, v.shape[3]), q.new_empty(stats_shape, dtype=torch.float32)
 
 
-def _backward(q, k, v, spans, out, stats, grad_out, causal, scale, needs_q, needs_k, needs_v, backend):
+def _backward(kernels, q, k, v, spans, out, stats, grad_out, causal, scale, needs_q, needs_k, needs_v):
     needs = (needs_q, needs_k, needs_v)
-    return _kernels(backend).backward(q, k, v, spans, out, stats, grad_out, causal, scale, needs)
+    return kernels.backward(q, k, v, spans, out, stats, grad_out, causal, scale, needs)
 
 
 def _backward_fake(q, k, v, spans, out, stats, grad_out, causal, scale, needs_q, needs_k, needs_v, backend):
@@ -220,12 +213,12 @@ packed_spans = register(
     lambda cu_seqlens_q, *_: cu_seqlens_q.new_empty((cu_seqlens_q.shape[0] - 1, 5), dtype=torch.int64),
 )
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor spans"
-attention_forward = register(
+attention_forward = OP.define(
     f"attention({_OPERANDS}, bool causal, float scale, bool for_backward, str backend) -> (Tensor out, Tensor stats)",
     _forward,
     _forward_fake,
 )
-attention_backward = register(
+attention_backward = OP.define(
     f"attention_backward({_OPERANDS}, Tensor out, Tensor stats, Tensor grad_out, bool causal, float scale, "
     "bool needs_q, bool needs_k, bool needs_v, str backend) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)",
     _backward,

@@ -12,13 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-from ...backends import resolve
 from ...common.checks import FLOAT_DTYPES, check_tensor
-from ...common.library import register
+from ...common.library import Op, register
 from . import cpu
 from .reference import REFERENCES
 
-_BACKENDS = ("reference", "cpu")
+OP = Op(__package__)
 
 
 def silu(x: Tensor, *, backend: str = "auto") -> Tensor:
@@ -68,7 +67,7 @@ def _elementwise(function: str, x: Tensor, backend: str, a: float = 0.0, b: floa
     check_tensor("x", x)
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x has dtype {x.dtype}: it must be float32, bfloat16 or float16")
-    if resolve(backend, x.device, op=function, supported=_BACKENDS) == "reference":
+    if OP.resolve(backend, x.device, function) == "reference":
         return REFERENCES[function](x, a, b)
     return _Elementwise.apply(x, function, a, b)
 

@@ -8,18 +8,15 @@ are beside it; d b and d W sum over the rows, and have the same bits from run to
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
-from ...backends import resolve
 from ...common.checks import FLOAT_DTYPES, check_device, check_tensor
-from ...common.library import register
+from ...common.library import Op
 from . import aten
 from .reference import linear_reference, matmul_reference
 
-_BACKENDS = ("reference", "cpu", "triton")
+OP = Op(__package__)
 
 
 def matmul(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
@@ -66,7 +63,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
         _check_like("bias", bias, x, "x")
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias has shape {tuple(bias.shape)}: it must be ({weight.shape[0]},), N of weight")
-    backend = resolve(backend, x.device, op="linear", supported=_BACKENDS)
+    backend = OP.resolve(backend, x.device, "linear")
     if backend == "reference":
         return linear_reference(x, weight, bias)
     if x.dim() in (2, 3):
@@ -82,12 +79,12 @@ def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     float32. Raises RuntimeError where the kernels of x's device are missing.
     """
     x, weight, bias = _autocast(x, weight, bias)
-    backend = resolve("auto", x.device, op="float32_linear", supported=_BACKENDS)
+    backend = OP.resolve("auto", x.device, "float32_linear")
     if backend == "reference":
         return linear_reference(x.float(), weight.float(), None if bias is None else bias.float())
     rows = x.detach().flatten(0, -2)
     out = rows.new_empty(len(rows), len(weight), dtype=torch.float32)
-    _kernels(backend).matmul_into(out, rows, weight.detach().T)
+    OP.kernels(backend).matmul_into(out, rows, weight.detach().T)
     return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], len(weight))
 
 
@@ -102,7 +99,7 @@ def _product(a, b, dims, op, backend) -> Tensor:
     if b.dim() != dims or b.shape[:-1] != (*a.shape[:-2], a.shape[-1]):
         expected = ", ".join(map(str, (*a.shape[:-2], a.shape[-1])))
         raise ValueError(f"b has shape {tuple(b.shape)}: it must be [{expected}, N], as a has it")
-    backend = resolve(backend, a.device, op=op, supported=_BACKENDS)
+    backend = OP.resolve(backend, a.device, op)
     if backend == "reference":
         return matmul_reference(a, b)
     return _Product.apply(a, b, backend)
@@ -160,17 +157,8 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, rows.sum(0) if needs_bias else None, None
 
 
-def _kernels(backend: str):
-    """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
-
-
-def _matmul(a, b, backend):
-    return aten.product(_kernels(backend), a, b)
-
-
-def _linear(x, weight, bias, backend):
-    kernels, columns, outer = _kernels(backend), weight.T, x.shape[:-1]
+def _linear(kernels, x, weight, bias):
+    columns, outer = weight.T, x.shape[:-1]
     if x.dim() == 3:
         batch, length = outer
         if batch > 1 and length > 1 and x.stride(0) != length * x.stride(1):
@@ -181,12 +169,12 @@ def _linear(x, weight, bias, backend):
     return out.view(*outer, weight.shape[0])
 
 
-matmul_forward = register(
+matmul_forward = OP.define(
     "matmul(Tensor a, Tensor b, str backend) -> Tensor",
-    _matmul,
+    aten.product,
     lambda a, b, _: a.new_empty((*a.shape[:-1], b.shape[-1])),
 )
-linear_forward = register(
+linear_forward = OP.define(
     "linear(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
     _linear,
     lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),

@@ -5,18 +5,15 @@ sum = sum_r x_r,  d x_r = d sum;  mean = sum / R,  d x_r = d mean / R,  R elemen
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
-from ...backends import resolve
 from ...common.checks import FLOAT_DTYPES, check_dim, check_floats
-from ...common.library import register
+from ...common.library import Op
 from .layout import reduced_dims, reduced_shape, reduced_size
 from .reference import mean_reference
 
-_BACKENDS = ("reference", "cpu", "triton")
+OP = Op(__package__)
 
 
 def mean(
@@ -62,7 +59,7 @@ def _reduce(x, dim, keepdim, dtype, divide, backend):
         dtype = x.dtype
     elif dtype not in FLOAT_DTYPES:
         raise TypeError(f"dtype is {dtype!r}: it must be float32, bfloat16, float16 or None")
-    backend = resolve(backend, x.device, op="mean" if divide else "sum", supported=_BACKENDS)
+    backend = OP.resolve(backend, x.device, "mean" if divide else "sum")
     if backend == "reference":
         return mean_reference(x, dims, keepdim, dtype, divide)
     return _Mean.apply(x, dims, keepdim, dtype, divide, backend)
@@ -95,19 +92,14 @@ class _Mean(torch.autograd.Function):
         return quotient.to(ctx.dtype).expand(ctx.shape), None, None, None, None, None
 
 
-def _kernels(backend: str):
-    """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
-
-
-def _forward(x, dim, keepdim, dtype, divide, backend):
-    return _kernels(backend).forward(x, dim, keepdim, dtype, divide)
+def _forward(kernels, x, dim, keepdim, dtype, divide):
+    return kernels.forward(x, dim, keepdim, dtype, divide)
 
 
 def _fake(x, dim, keepdim, dtype, divide, backend):
     return x.new_empty(reduced_shape(x, reduced_dims(x, dim), keepdim), dtype=dtype)
 
 
-mean_forward = register(
+mean_forward = OP.define(
     "mean(Tensor x, int[] dim, bool keepdim, ScalarType dtype, bool divide, str backend) -> Tensor", _forward, _fake
 )

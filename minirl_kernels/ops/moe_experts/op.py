@@ -8,20 +8,18 @@ the experts of a token are added in the order that its routing has them.
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
 from ...backends import native, resolve
 from ...common.checks import check_device, check_float_matrix, check_integers, check_like, check_tensor
-from ...common.library import register
+from ...common.library import Op
 from ..moe_routing import Routing
 from .checks import checked_experts
 from .packed import PackedExperts
 from .reference import moe_experts_reference
 
-_BACKENDS = ("reference", "cpu", "triton")
+OP = Op(__package__)
 
 
 def moe_experts(
@@ -61,7 +59,7 @@ def moe_experts(
     _check_operands(hidden, gate_up_proj, down_proj)
     weights, experts = _check_routing(routing, hidden)
     _check_activation(activation)
-    backend = resolve(backend, hidden.device, op="moe_experts", supported=_BACKENDS)
+    backend = OP.resolve(backend, hidden.device)
     if backend == "reference":
         if hidden.device.type == "cpu":
             experts = checked_experts(experts, gate_up_proj.shape[0])
@@ -84,7 +82,7 @@ def pack_experts(gate_up_proj: Tensor, down_proj: Tensor) -> tuple[PackedExperts
     check_tensor("down_proj", down_proj)
     _check_operands(gate_up_proj.new_empty(0, gate_up_proj.shape[-1]), gate_up_proj, down_proj)
     resolve("cpu", gate_up_proj.device, op="pack_experts", supported=("cpu",))
-    pack = _kernels("cpu").pack
+    pack = OP.kernels("cpu").pack
     return pack(gate_up_proj.detach(), 2), pack(down_proj.detach(), 1)
 
 
@@ -109,7 +107,7 @@ def _with_packed(hidden, routing, gate_up_proj, down_proj, activation, backend) 
             "gate_up_proj is packed: it must be a tensor where a gradient is wanted, or call under no_grad"
         )
     resolve("cpu" if backend == "auto" else backend, hidden.device, op="moe_experts, packed", supported=("cpu",))
-    return _kernels("cpu").forward_packed(hidden, weights, experts, gate_up_proj, down_proj)
+    return OP.kernels("cpu").forward_packed(hidden, weights, experts, gate_up_proj, down_proj)
 
 
 def _check_activation(activation) -> None:
@@ -187,13 +185,8 @@ class _MoEExperts(torch.autograd.Function):
         return *grads[:2], None, *grads[2:], None, None
 
 
-def _kernels(backend: str):
-    """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
-
-
-def _forward(hidden, weights, experts, gate_up_proj, down_proj, for_backward, backend):
-    return _kernels(backend).forward(hidden, weights, experts, gate_up_proj, down_proj, for_backward)
+def _forward(kernels, hidden, weights, experts, gate_up_proj, down_proj, for_backward):
+    return kernels.forward(hidden, weights, experts, gate_up_proj, down_proj, for_backward)
 
 
 def _forward_fake(hidden, weights, experts, gate_up_proj, down_proj, for_backward, backend):
@@ -201,9 +194,8 @@ def _forward_fake(hidden, weights, experts, gate_up_proj, down_proj, for_backwar
     return hidden.new_empty(hidden.shape), hidden.new_empty(gate_up_shape)
 
 
-def _backward(*arguments):
-    *tensors, needs_hidden, needs_weights, needs_gate_up_proj, needs_down_proj, backend = arguments
-    return _kernels(backend).backward(*tensors, (needs_hidden, needs_weights, needs_gate_up_proj, needs_down_proj))
+def _backward(kernels, hidden, weights, experts, gate_up_proj, down_proj, gate_up, grad_out, *needs):
+    return kernels.backward(hidden, weights, experts, gate_up_proj, down_proj, gate_up, grad_out, needs)
 
 
 def _backward_fake(hidden, weights, experts, gate_up_proj, down_proj, gate_up, grad_out, *needs_and_backend):
@@ -215,10 +207,10 @@ def _backward_fake(hidden, weights, experts, gate_up_proj, down_proj, gate_up, g
 
 
 _OPERANDS = "Tensor hidden, Tensor weights, Tensor experts, Tensor gate_up_proj, Tensor down_proj"
-moe_experts_forward = register(
+moe_experts_forward = OP.define(
     f"moe_experts({_OPERANDS}, bool for_backward, str backend) -> (Tensor out, Tensor gate_up)", _forward, _forward_fake
 )
-moe_experts_backward = register(
+moe_experts_backward = OP.define(
     f"moe_experts_backward({_OPERANDS}, Tensor gate_up, Tensor grad_out, bool needs_hidden, bool needs_weights, "
     "bool needs_gate_up_proj, bool needs_down_proj, str backend) -> "
     "(Tensor grad_hidden, Tensor grad_weights, Tensor grad_gate_up_proj, Tensor grad_down_proj)",

@@ -8,19 +8,17 @@ The gate stays live: replayed experts get their weights, and send their gradient
 
 from __future__ import annotations
 
-import importlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...backends import resolve
 from ...common.checks import check_float_matrix, check_integers, check_like, check_tensor
-from ...common.library import register
+from ...common.library import Op
 from .checks import checked_routed_experts
 from .reference import moe_routing_reference
 
-_BACKENDS = ("reference", "cpu", "triton")
+OP = Op(__package__)
 MAX_EXPERTS = 4096  # the kernels keep a row on the stack, or in registers
 
 
@@ -84,7 +82,7 @@ def moe_routing(
         check_like("correction_bias", correction_bias, torch.Size([num_experts]), router_logits.device)
         correction_bias = correction_bias.detach().float().contiguous()
     routed_experts, valid = _check_replay(router_logits, top_k, routed_experts, valid)
-    backend = resolve(backend, router_logits.device, op="moe_routing", supported=_BACKENDS)
+    backend = OP.resolve(backend, router_logits.device)
     if routed_experts is not None and (check or (backend == "reference" and router_logits.device.type == "cpu")):
         routed_experts = checked_routed_experts(routed_experts, valid, num_experts)
     options = (norm_topk_prob, scoring, correction_bias, *groups, float(scale))
@@ -168,14 +166,8 @@ class _MoERouting(torch.autograd.Function):
         return moe_routing_backward(router_logits, weights, experts, grad_weights.contiguous(), *ctx.options), *none
 
 
-def _kernels(backend: str):
-    """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
-
-
-def _forward(router_logits, top_k, routed_experts, valid, *options_and_backend):
-    *options, backend = options_and_backend
-    return _kernels(backend).forward(router_logits, top_k, routed_experts, valid, *options)
+def _forward(kernels, router_logits, top_k, routed_experts, valid, *options):
+    return kernels.forward(router_logits, top_k, routed_experts, valid, *options)
 
 
 def _forward_fake(router_logits, top_k, routed_experts, *_):
@@ -186,9 +178,9 @@ def _forward_fake(router_logits, top_k, routed_experts, *_):
     return weights, experts, natural, *(weights.new_empty(tokens) for _ in range(3))
 
 
-def _backward(router_logits, weights, experts, grad_weights, norm_topk_prob, scoring, scale, backend):
+def _backward(kernels, router_logits, weights, experts, grad_weights, norm_topk_prob, scoring, scale):
     out = torch.empty(router_logits.shape, dtype=router_logits.dtype, device=router_logits.device)
-    _kernels(backend).backward(router_logits, weights, experts, grad_weights, norm_topk_prob, scoring, scale, out)
+    kernels.backward(router_logits, weights, experts, grad_weights, norm_topk_prob, scoring, scale, out)
     return out
 
 
@@ -196,14 +188,14 @@ def _backward_fake(router_logits, *_):
     return torch.empty_like(router_logits, memory_format=torch.contiguous_format)
 
 
-moe_routing_forward = register(
+moe_routing_forward = OP.define(
     "moe_routing(Tensor router_logits, SymInt top_k, Tensor? routed_experts, Tensor? valid, bool norm_topk_prob, "
     "str scoring, Tensor? correction_bias, SymInt num_groups, SymInt top_k_groups, float scale, str backend) -> "
     "(Tensor weights, Tensor experts, Tensor natural_experts, Tensor agreement, Tensor mass, Tensor margin)",
     _forward,
     _forward_fake,
 )
-moe_routing_backward = register(
+moe_routing_backward = OP.define(
     "moe_routing_backward(Tensor router_logits, Tensor weights, Tensor experts, Tensor grad_weights, "
     "bool norm_topk_prob, str scoring, float scale, str backend) -> Tensor",
     _backward,

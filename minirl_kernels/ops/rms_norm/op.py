@@ -6,17 +6,14 @@ d x = rstd (g - y mean(g y)),  g = d out weight;  d weight = sum over rows of d 
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
-from ...backends import resolve
 from ...common.checks import FLOAT_DTYPES, check_floats, check_like
-from ...common.library import register
+from ...common.library import Op
 from .reference import rms_norm_reference
 
-_BACKENDS = ("reference", "cpu", "triton")
+OP = Op(__package__)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "auto") -> Tensor:
@@ -42,7 +39,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "au
         raise TypeError(f"eps is {eps!r}: it must be a number")
     if not 0 <= eps < float("inf"):
         raise ValueError(f"eps is {eps}: it must be from 0 on, and finite")
-    backend = resolve(backend, x.device, op="rms_norm", supported=_BACKENDS)
+    backend = OP.resolve(backend, x.device)
     if backend == "reference":
         return rms_norm_reference(x, weight, eps)
     return _RmsNorm.apply(x, weight, float(eps), backend)
@@ -65,13 +62,8 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x if of_x else None, grad_weight.to(weight.dtype) if of_weight else None, None, None
 
 
-def _kernels(backend: str):
-    """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
-
-
-def _forward(x, weight, eps, backend):
-    return _kernels(backend).forward(x, weight, eps)
+def _forward(kernels, x, weight, eps):
+    return kernels.forward(x, weight, eps)
 
 
 def _forward_fake(x, weight, eps, backend):
@@ -79,8 +71,8 @@ def _forward_fake(x, weight, eps, backend):
     return out, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
-def _backward(grad, x, weight, rstd, input_grad, weight_grad, backend):
-    return _kernels(backend).backward(grad, x, weight, rstd, input_grad, weight_grad)
+def _backward(kernels, grad, x, weight, rstd, input_grad, weight_grad):
+    return kernels.backward(grad, x, weight, rstd, input_grad, weight_grad)
 
 
 def _backward_fake(grad, x, weight, rstd, input_grad, weight_grad, backend):
@@ -88,10 +80,10 @@ def _backward_fake(grad, x, weight, rstd, input_grad, weight_grad, backend):
     return grad_x, x.new_empty(x.shape[-1:] if weight_grad else (0,), dtype=torch.float32)
 
 
-rms_norm_forward = register(
+rms_norm_forward = OP.define(
     "rms_norm(Tensor x, Tensor? weight, float eps, str backend) -> (Tensor out, Tensor rstd)", _forward, _forward_fake
 )
-rms_norm_backward = register(
+rms_norm_backward = OP.define(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, bool input_grad, bool weight_grad, "
     "str backend) -> (Tensor grad_x, Tensor grad_weight)",
     _backward,

@@ -6,17 +6,14 @@ q = x - max x - log sum(e^(x - max x))      d x = g - e^q sum(g)        for q = 
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
-from ...backends import resolve
 from ...common.checks import check_dim, check_floats
-from ...common.library import register
+from ...common.library import Op
 from .reference import softmax_reference
 
-_BACKENDS = ("reference", "cpu", "triton")
+OP = Op(__package__)
 
 
 def softmax(x: Tensor, dim: int = -1, *, backend: str = "auto") -> Tensor:
@@ -43,7 +40,7 @@ def log_softmax(x: Tensor, dim: int = -1, *, backend: str = "auto") -> Tensor:
 def _softmax(x, dim, log, backend):
     check_floats("x", x)
     check_dim("dim", dim, x)
-    backend = resolve(backend, x.device, op="log_softmax" if log else "softmax", supported=_BACKENDS)
+    backend = OP.resolve(backend, x.device, "log_softmax" if log else "softmax")
     if backend == "reference":
         return softmax_reference(x, dim, log)
     return _Softmax.apply(x, dim, log, backend)
@@ -64,24 +61,19 @@ class _Softmax(torch.autograd.Function):
         return softmax_backward(grad, out, *ctx.arguments), None, None, None
 
 
-def _kernels(backend: str):
-    """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
+def _forward(kernels, x, dim, log):
+    return kernels.forward(x, dim, log, x.dtype)
 
 
-def _forward(x, dim, log, backend):
-    return _kernels(backend).forward(x, dim, log, x.dtype)
-
-
-def _backward(grad, output, dim, log, backend):
-    return _kernels(backend).backward(grad, output, dim, log, output.dtype)
+def _backward(kernels, grad, output, dim, log):
+    return kernels.backward(grad, output, dim, log, output.dtype)
 
 
 def _fake(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-softmax_forward = register("softmax(Tensor x, int dim, bool log, str backend) -> Tensor", _forward, _fake)
-softmax_backward = register(
+softmax_forward = OP.define("softmax(Tensor x, int dim, bool log, str backend) -> Tensor", _forward, _fake)
+softmax_backward = OP.define(
     "softmax_backward(Tensor grad, Tensor output, int dim, bool log, str backend) -> Tensor", _backward, _fake
 )
