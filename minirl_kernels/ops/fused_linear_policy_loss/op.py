@@ -7,15 +7,12 @@ tokens, and where the vocabulary is sharded, `linear_token_logprobs` runs forwar
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
-from ...backends import resolve
 from ...common.autograd import attach_gradient_once
 from ...common.checks import IGNORE_INDEX, always_looks
-from ...common.library import register
+from ...common.library import Op, register
 from ...config import PolicyLossConfig
 from ...sampling_mask import SamplingMask
 from ..fused_policy_loss.op import SWEEP_ARGUMENTS, SWEEP_RESULTS, sweep_arguments, takes_one_sweep
@@ -34,7 +31,7 @@ from ..policy_loss.op import PolicyLossOutput, assemble_output, differentiable_l
 from ..token_logprobs.op import token_logprobs
 from . import tiles
 
-_BACKENDS = ("reference", "cpu", "triton")
+OP = Op(__package__)
 
 
 def fused_linear_policy_loss(
@@ -81,7 +78,7 @@ def fused_linear_policy_loss(
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
     """
     head = prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group, kept)
-    backend = resolve(backend, hidden.device, op="fused_linear_policy_loss", supported=_BACKENDS)
+    backend = OP.resolve(backend, hidden.device)
     check = check or always_looks(hidden.device, backend)
     inputs = prepare_inputs(
         token_ids.shape,
@@ -154,9 +151,7 @@ def _two_phases(head: Head, token_ids, inputs: PolicyLossInputs, needs, backend)
     return output, (grad_hidden.view(head.hidden.shape) if needs[0] else None, *others)
 
 
-def _kernels(backend: str):
-    """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
+_kernels = OP.kernels
 
 
 def _forward(*arguments):

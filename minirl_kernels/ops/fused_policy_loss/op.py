@@ -9,12 +9,9 @@ run in two phases: log-probabilities, then c_t in torch, then the gradient.
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
-from ...backends import resolve
 from ...common.autograd import attach_gradient_once
 from ...common.checks import (
     IGNORE_INDEX,
@@ -25,7 +22,7 @@ from ...common.checks import (
     check_token_ids,
     per_token_temperature,
 )
-from ...common.library import register
+from ...common.library import Op, register
 from ...config import PolicyLossConfig
 from ...sampling_mask import SamplingMask
 from ..kept_logits.op import check_kept, kept_logits, kept_logits_in_place
@@ -40,7 +37,7 @@ from ..token_logprobs.op import (
     token_logprobs_forward,
 )
 
-_BACKENDS = ("reference", "cpu", "triton")
+OP = Op(__package__)
 
 
 def fused_policy_loss(
@@ -92,7 +89,7 @@ def fused_policy_loss(
         check_rows_apart("logits", logits)
     check_token_ids(token_ids, logits.shape[:-1], logits.device)
     temperature = per_token_temperature(temperature, token_ids.shape, logits.device)
-    backend = resolve(backend, logits.device, op="fused_policy_loss", supported=_BACKENDS)
+    backend = OP.resolve(backend, logits.device)
     check = check or always_looks(logits.device, backend)
     inputs = prepare_inputs(
         token_ids.shape,
@@ -189,9 +186,7 @@ def _two_phases(logits, token_ids, temperature, inputs: PolicyLossInputs, in_pla
     return output, token_logprobs_backward(logits, *arguments)
 
 
-def _kernels(backend: str):
-    """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
+_kernels = OP.kernels
 
 
 def _forward(logits, *arguments):

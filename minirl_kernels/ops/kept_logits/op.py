@@ -8,15 +8,16 @@ with an empty set stays as it is, and so its bits. DeepSeek-V3.2's "Keep Samplin
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...common.checks import IGNORE_INDEX, always_looks, check_device, token_id_message
-from ...common.library import register
+from ...common.library import Op, register
 from ...sampling_mask import SamplingMask, check_sets
+
+OP = Op(__package__)
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,7 @@ _checked_kept = register(
 
 def _keep_in_place(logits: Tensor, ids: Tensor, offsets: Tensor, backend: str) -> None:
     torch.autograd.graph.increment_version(logits)  # whoever saved the logits for a backward learns of it
-    module = {"cpu": ".cpu", "triton": ".triton"}[backend]  # imported when first called: Triton may be absent
-    importlib.import_module(module, __package__).keep_(logits, KeptRows.of(ids, offsets))
+    OP.kernels(backend).keep_(logits, KeptRows.of(ids, offsets))
 
 
 def _keep(logits, ids, offsets, backend):

@@ -9,13 +9,11 @@ The backward makes the logits again, tile by tile, and needs four matmuls where 
 
 from __future__ import annotations
 
-import importlib
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...backends import resolve
 from ...common.checks import (
     always_looks,
     check_contents,
@@ -25,7 +23,7 @@ from ...common.checks import (
     check_token_ids,
     per_token_temperature,
 )
-from ...common.library import register
+from ...common.library import Op, register
 from ...common.memory import rounded
 from ...sampling_mask import SamplingMask
 from ..kept_logits.op import check_kept
@@ -34,7 +32,7 @@ from . import tiles
 from .reference import linear_logits
 from .sharded import Shard
 
-_BACKENDS = ("reference", "cpu", "triton")
+OP = Op(__package__)
 
 
 def linear_token_logprobs(
@@ -70,7 +68,7 @@ def linear_token_logprobs(
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
     """
     head = prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group, kept)
-    backend = resolve(backend, hidden.device, op="linear_token_logprobs", supported=_BACKENDS)
+    backend = OP.resolve(backend, hidden.device)
     token_ids = head.check_contents(token_ids, check, backend)
     if backend == "reference":
         options = {"temperature": head.temperature, "kept": kept, "with_entropy": with_entropy}
@@ -251,9 +249,7 @@ def linear_gradients(
     return grad_hidden, *others
 
 
-def _kernels(backend: str):
-    """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
+_kernels = OP.kernels
 
 
 def _forward(*arguments):

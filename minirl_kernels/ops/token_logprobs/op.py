@@ -12,20 +12,17 @@ their sum, logsumexp, would lose the digits of a row that is far from 0.
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
-from ...backends import resolve
 from ...common.checks import always_looks, check_contents, check_float_matrix, check_token_ids, per_token_temperature
-from ...common.library import register
+from ...common.library import Op, register
 from ...sampling_mask import SamplingMask
 from ..kept_logits.op import check_kept, kept_logits
 from ..kept_logits.reference import kept_logits_reference
 from .reference import token_logprobs_reference
 
-_BACKENDS = ("reference", "cpu", "triton")
+OP = Op(__package__)
 
 
 def token_logprobs(
@@ -56,7 +53,7 @@ def token_logprobs(
     check_float_matrix("logits", logits)
     check_token_ids(token_ids, logits.shape[:-1], logits.device)
     temperature = per_token_temperature(temperature, token_ids.shape, logits.device)
-    backend = resolve(backend, logits.device, op="token_logprobs", supported=_BACKENDS)
+    backend = OP.resolve(backend, logits.device)
     if check or always_looks(logits.device, backend):
         token_ids = check_contents(token_ids, logits.shape[-1], temperature)
     token_ids, *sets = check_kept(kept, token_ids, logits.shape[-1], check, backend)
@@ -107,9 +104,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_logits, *(None,) * 6
 
 
-def _kernels(backend: str):
-    """The backend's module, imported when first called: Triton may be absent."""
-    return importlib.import_module({"cpu": ".cpu", "triton": ".triton"}[backend], __package__)
+_kernels = OP.kernels
 
 
 def _forward(logits, token_ids, temperature, with_entropy, backend):
