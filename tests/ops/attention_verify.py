@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from verify.case import Case, allow_wide_accesses, gap
 
-from minirl_kernels.ops.attention import kernels, triton
-from minirl_kernels.ops.attention.kernels import TileConfig
+from minirl_kernels.ops.attention import triton
+from minirl_kernels.ops.attention.backward_kernels import backward_kv, backward_kv_config, backward_q, backward_q_config
+from minirl_kernels.ops.attention.forward_kernels import attention_config
+from minirl_kernels.ops.attention.tiles import TileConfig
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def _empty_grad(x: Tensor) -> Tensor:
 def _backward_q(operands: Operands, *, causal: bool = True, needed: bool = True) -> tuple[Tensor, ...]:
     grad = _empty_grad(operands.q) if needed else None
     read = (operands.q, operands.k, operands.v, operands.spans, operands.out, operands.stats, operands.grad_out)
-    deltas = kernels.backward_q(*read, causal, SCALE, grad)
+    deltas = backward_q(*read, causal, SCALE, grad)
     return (deltas, grad) if needed else (deltas,)
 
 
@@ -132,7 +134,7 @@ def _backward_kv(
 ) -> tuple[Tensor, ...]:
     grads = (_empty_grad(operands.k) if of_k else None, _empty_grad(operands.v) if of_v else None)
     read = (operands.q, operands.k, operands.v, operands.spans, operands.stats, operands.grad_out, operands.deltas)
-    kernels.backward_kv(*read, causal, SCALE, *grads)
+    backward_kv(*read, causal, SCALE, *grads)
     return tuple(grad for grad in grads if grad is not None)
 
 
@@ -184,9 +186,9 @@ def _loads_of_backward_kv(sizes: Sizes, config: TileConfig, split: bool, item: i
 
 
 KERNELS = (
-    Kernel("attention", _forward, kernels.attention_config, _loads_of_forward),
-    Kernel("attention backward q", _backward_q, kernels.backward_q_config, _loads_of_backward_q),
-    Kernel("attention backward k, v", _backward_kv, kernels.backward_kv_config, _loads_of_backward_kv),
+    Kernel("attention", _forward, attention_config, _loads_of_forward),
+    Kernel("attention backward q", _backward_q, backward_q_config, _loads_of_backward_q),
+    Kernel("attention backward k, v", _backward_kv, backward_kv_config, _loads_of_backward_kv),
 )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import kernels
+from .backward_kernels import backward_kv, backward_q
+from .forward_kernels import attend
 
 
 def forward(
@@ -15,7 +16,7 @@ def forward(
     batch, heads, queries, _ = q.shape
     out = q.new_zeros(batch, queries, heads, v.shape[3])  # what is in no span stays 0
     stats = q.new_zeros((batch, queries, heads, 2) if for_backward else (0,), dtype=torch.float32)
-    kernels.attend(q, k, v, spans, causal, scale, out, stats if for_backward else None)
+    attend(q, k, v, spans, causal, scale, out, stats if for_backward else None)
     return out, stats
 
 
@@ -37,7 +38,7 @@ def backward(
         for x, needed in zip((q, k, v), needs, strict=True)
     ]
     grad_q, grad_k, grad_v = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    deltas = kernels.backward_q(q, k, v, spans, out, stats, grad_out, causal, scale, grad_q)
+    deltas = backward_q(q, k, v, spans, out, stats, grad_out, causal, scale, grad_q)
     if grad_k is not None or grad_v is not None:
-        kernels.backward_kv(q, k, v, spans, stats, grad_out, deltas, causal, scale, grad_k, grad_v)
+        backward_kv(q, k, v, spans, stats, grad_out, deltas, causal, scale, grad_k, grad_v)
     return tuple(grads)

@@ -1,0 +1,238 @@
+"""The backward of attention: a kernel over blocks of rows for d q, and one over blocks of keys for d k and d v."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...common.triton.numbers import LOG2E, dot, exponent, round_to
+from ...common.triton.row_tiles import multiple
+from .tiles import (
+    SIZES,
+    TileConfig,
+    block_of,
+    fits,
+    key_blocks,
+    launch,
+    load_rows,
+    load_unless_split,
+    query_blocks,
+    row_products,
+    rows_in,
+    seen_by,
+    span_at,
+    stages,
+)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_bwd_q_kernel(
+    q,
+    k,
+    v,
+    spans,
+    block_spans,
+    begins,
+    out,
+    stats,
+    grad_out,
+    deltas,
+    grad_q,
+    c,
+    scale,
+    num_spans,
+    queries_of_batch,
+    stride_qb,
+    stride_qh,
+    stride_ql,
+    stride_kb,
+    stride_kh,
+    stride_kl,
+    stride_vb,
+    stride_vh,
+    stride_vl,
+    CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """grad_q [B, Lq, Hq, D], which may be None, and deltas [B, Lq, Hq], the sum of out * grad_out over each row."""
+    i_span, i_block = block_of(block_spans, begins, num_spans)
+    if i_span >= num_spans:
+        return
+    head = tl.program_id(1).to(tl.int64)
+    batch, first_query, queries, first_key, keys = span_at(spans, i_span)
+    o_r = i_block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    m_r = o_r < queries * GROUP
+    heads = tl.num_programs(1) * GROUP
+    o_row = rows_in(batch, first_query, o_r, head, GROUP, queries_of_batch * heads, 1, heads)
+    p_do = grad_out + o_row * DV
+    b_do = load_rows(p_do, m_r, DV, BLOCK_DV)
+    b_out = load_rows(out + o_row * DV, m_r, DV, BLOCK_DV)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)[:, None]
+    tl.store(deltas + o_row, b_delta, mask=m_r)
+    if grad_q is not None:
+        strides_q = (multiple(stride_qb, ALIGN), multiple(stride_qh, ALIGN), multiple(stride_ql, ALIGN))
+        p_q = q + rows_in(batch, first_query, o_r, head, GROUP, strides_q[0], strides_q[1], strides_q[2])
+        b_q = load_unless_split(p_q, m_r, D, BLOCK_D, DEPTH)
+        b_seen = tl.where(m_r, seen_by(o_r, queries, keys, GROUP, CAUSAL), 0)
+        seen = tl.max(tl.max(b_seen, 0), 0)
+        b_shift = tl.load(stats + 2 * o_row, mask=m_r, other=0.0)
+        b_sum = tl.load(stats + 2 * o_row + 1, mask=m_r, other=1.0)
+        b_scale = 1.0 / tl.where(b_sum == 0, 1.0, b_sum)
+        stride_kl = multiple(stride_kl, ALIGN)
+        stride_vl = multiple(stride_vl, ALIGN)
+        p_keys = k + batch * multiple(stride_kb, ALIGN) + head * multiple(stride_kh, ALIGN) + first_key * stride_kl
+        p_values = v + batch * multiple(stride_vb, ALIGN) + head * multiple(stride_vh, ALIGN) + first_key * stride_vl
+        o_n = tl.arange(0, BLOCK_N)
+        b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for i_n in range(tl.cdiv(seen, BLOCK_N)):
+            o_key = i_n * BLOCK_N + o_n
+            m_n = (o_key < seen)[:, None]
+            p_k = p_keys + o_key[:, None] * stride_kl
+            p_v = p_values + o_key[:, None] * stride_vl
+            b_k = load_rows(p_k, m_n, D, BLOCK_D)
+            b_v = load_unless_split(p_v, m_n, DV, BLOCK_DV, DEPTH)
+            b_s = row_products(b_q, b_k, p_q, p_k, m_r, m_n, BLOCK_M, BLOCK_N, D, BLOCK_D, DEPTH)
+            b_s = tl.where(o_key[None, :] < b_seen, b_s, -float("inf"))
+            b_p = tl.exp2(exponent(b_s - b_shift, c)) * b_scale
+            b_dp = row_products(b_do, b_v, p_do, p_v, m_r, m_n, BLOCK_M, BLOCK_N, DV, BLOCK_DV, DEPTH)
+            b_dq = dot(round_to(b_p * (b_dp - b_delta), k.dtype.element_ty), b_k, b_dq)
+        o_d = tl.arange(0, BLOCK_D)[None, :]
+        tl.store(grad_q + o_row * D + o_d, round_to(b_dq * scale, grad_q.dtype.element_ty), mask=m_r & (o_d < D))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_bwd_kv_kernel(
+    q,
+    k,
+    v,
+    spans,
+    block_spans,
+    begins,
+    stats,
+    grad_out,
+    deltas,
+    grad_k,
+    grad_v,
+    c,
+    scale,
+    num_spans,
+    queries_of_batch,
+    keys_of_batch,
+    stride_qb,
+    stride_qh,
+    stride_ql,
+    stride_kb,
+    stride_kh,
+    stride_kl,
+    stride_vb,
+    stride_vh,
+    stride_vl,
+    CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """grad_k [B, Lk, Hkv, D] and grad_v [B, Lk, Hkv, DV], each of which may be None: sums over the rows of the span, in
+    blocks from its first."""
+    i_span, i_block = block_of(block_spans, begins, num_spans)
+    if i_span >= num_spans:
+        return
+    head = tl.program_id(1).to(tl.int64)
+    batch, first_query, queries, first_key, keys = span_at(spans, i_span)
+    o_key = i_block * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    m_n = o_key < keys
+    p_k = k + batch * multiple(stride_kb, ALIGN) + head * multiple(stride_kh, ALIGN)
+    p_k += (first_key + o_key) * multiple(stride_kl, ALIGN)
+    p_v = v + batch * multiple(stride_vb, ALIGN) + head * multiple(stride_vh, ALIGN)
+    p_v += (first_key + o_key) * multiple(stride_vl, ALIGN)
+    b_k = load_unless_split(p_k, m_n, D, BLOCK_D, DEPTH)
+    b_v = load_unless_split(p_v, m_n, DV, BLOCK_DV, DEPTH)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    heads = tl.num_programs(1) * GROUP
+    rows = queries * GROUP
+    # where it is causal, the queries before see none of these keys
+    first_block = tl.maximum(i_block * BLOCK_N - (keys - queries), 0) * GROUP // BLOCK_M if CAUSAL else 0 * rows
+    for i_m in range(first_block, tl.cdiv(rows, BLOCK_M)):
+        o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        m_r = (o_r < rows)[:, None]
+        strides_q = (multiple(stride_qb, ALIGN), multiple(stride_qh, ALIGN), multiple(stride_ql, ALIGN))
+        p_q = q + rows_in(batch, first_query, o_r, head, GROUP, strides_q[0], strides_q[1], strides_q[2])[:, None]
+        o_row = rows_in(batch, first_query, o_r, head, GROUP, queries_of_batch * heads, 1, heads)
+        p_do = grad_out + o_row[:, None] * DV
+        b_q = load_rows(p_q, m_r, D, BLOCK_D)
+        b_do = load_rows(p_do, m_r, DV, BLOCK_DV)
+        b_shift = tl.load(stats + 2 * o_row, mask=o_r < rows, other=0.0)
+        b_sum = tl.load(stats + 2 * o_row + 1, mask=o_r < rows, other=1.0)
+        b_delta = tl.load(deltas + o_row, mask=o_r < rows, other=0.0)
+        b_seen = tl.where(o_r < rows, seen_by(o_r, queries, keys, GROUP, CAUSAL), 0)
+        b_s = row_products(b_k, b_q, p_k, p_q, m_n, m_r, BLOCK_N, BLOCK_M, D, BLOCK_D, DEPTH)
+        b_s = tl.where(o_key < b_seen[None, :], b_s, -float("inf"))
+        b_p = tl.exp2(exponent(b_s - b_shift[None, :], c)) * (1.0 / tl.where(b_sum == 0, 1.0, b_sum))[None, :]
+        if grad_v is not None:
+            b_dv = dot(round_to(b_p, v.dtype.element_ty), b_do, b_dv)
+        if grad_k is not None:
+            b_dp = row_products(b_v, b_do, p_v, p_do, m_n, m_r, BLOCK_N, BLOCK_M, DV, BLOCK_DV, DEPTH)
+            b_dk = dot(round_to(b_p * (b_dp - b_delta[None, :]), q.dtype.element_ty), b_q, b_dk)
+    o_row = (batch * keys_of_batch + first_key + o_key) * tl.num_programs(1) + head
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    o_v = tl.arange(0, BLOCK_DV)[None, :]
+    if grad_k is not None:
+        tl.store(grad_k + o_row * D + o_d, round_to(b_dk * scale, grad_k.dtype.element_ty), mask=m_n & (o_d < D))
+    if grad_v is not None:
+        tl.store(grad_v + o_row * DV + o_v, round_to(b_dv, grad_v.dtype.element_ty), mask=m_n & (o_v < DV))
+
+
+def backward_q(q, k, v, spans, out, stats, grad_out, causal, scale, grad_q: Tensor | None) -> Tensor:
+    """Writes grad_q, and returns the deltas [B, Lq, Hq] that backward_kv takes."""
+    deltas = stats.new_empty(stats.shape[:3])
+    config = backward_q_config(max(q.shape[3], v.shape[3]), q.dtype)
+    blocks = query_blocks(q, k, spans, config)
+    tensors = (q, k, v, spans, *blocks.tables, out, stats, grad_out, deltas, grad_q)
+    floats = (scale * LOG2E.value, scale)
+    launch(attention_bwd_q_kernel, blocks, tensors, floats, (q.shape[2],), (q, k, v), causal, config)
+    return deltas
+
+
+def backward_kv(
+    q, k, v, spans, stats, grad_out, deltas, causal, scale, grad_k: Tensor | None, grad_v: Tensor | None
+) -> None:
+    config = backward_kv_config(max(q.shape[3], v.shape[3]), q.dtype)
+    blocks = key_blocks(k, spans, config)
+    tensors = (q, k, v, spans, *blocks.tables, stats, grad_out, deltas, grad_k, grad_v)
+    floats, sizes = (scale * LOG2E.value, scale), (q.shape[2], k.shape[2])
+    launch(attention_bwd_kv_kernel, blocks, tensors, floats, sizes, (q, k, v), causal, config)
+
+
+def backward_q_config(size: int, dtype: torch.dtype) -> TileConfig:
+    """Two tiles of scores beside one of sums: half as many keys for a wide head."""
+    if dtype == torch.float32:
+        return TileConfig(rows=16, keys=32, depth=32, threads=256, stages=1)
+    if fits(size, dtype):
+        return TileConfig(rows=64, keys=64 if size <= 64 else 32, depth=128, threads=256, stages=stages())
+    return TileConfig(rows=64, keys=32, depth=128, threads=256, stages=1)
+
+
+def backward_kv_config(size: int, dtype: torch.dtype) -> TileConfig:
+    """Two tiles of scores beside two of sums, which have a row for each key: half as many rows for a wide head."""
+    if dtype == torch.float32:
+        return TileConfig(rows=16, keys=16, depth=32, threads=256, stages=1)
+    if fits(size, dtype):
+        return TileConfig(rows=64 if size <= 64 else 32, keys=64, depth=128, threads=256, stages=stages())
+    return TileConfig(rows=32, keys=32, depth=128, threads=256, stages=1)

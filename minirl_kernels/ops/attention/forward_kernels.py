@@ -1,0 +1,124 @@
+"""The forward of attention: a program is a block of rows, and goes over the keys that they see."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...common.triton.numbers import LOG2E, LOWEST, dot, exponent, round_to
+from ...common.triton.row_tiles import multiple
+from .tiles import (
+    SIZES,
+    TileConfig,
+    block_of,
+    fits,
+    launch,
+    load_rows,
+    load_unless_split,
+    query_blocks,
+    row_products,
+    rows_in,
+    seen_by,
+    span_at,
+    stages,
+)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def attention_fwd_kernel(
+    q,
+    k,
+    v,
+    spans,
+    block_spans,
+    begins,
+    out,
+    stats,
+    c,
+    num_spans,
+    queries_of_batch,
+    stride_qb,
+    stride_qh,
+    stride_ql,
+    stride_kb,
+    stride_kh,
+    stride_kl,
+    stride_vb,
+    stride_vh,
+    stride_vl,
+    CAUSAL: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """out [B, Lq, Hq, DV] and stats [B, Lq, Hq, 2], the shift and the sum of each row, which may be None. c: scale of
+    the scores, for exp2."""
+    i_span, i_block = block_of(block_spans, begins, num_spans)
+    if i_span >= num_spans:
+        return
+    head = tl.program_id(1).to(tl.int64)
+    batch, first_query, queries, first_key, keys = span_at(spans, i_span)
+    o_r = i_block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    m_r = o_r < queries * GROUP
+    strides_q = (multiple(stride_qb, ALIGN), multiple(stride_qh, ALIGN), multiple(stride_ql, ALIGN))
+    p_q = q + rows_in(batch, first_query, o_r, head, GROUP, strides_q[0], strides_q[1], strides_q[2])
+    b_q = load_unless_split(p_q, m_r, D, BLOCK_D, DEPTH)
+    b_seen = tl.where(m_r, seen_by(o_r, queries, keys, GROUP, CAUSAL), 0)
+    seen = tl.max(tl.max(b_seen, 0), 0)
+    stride_kl = multiple(stride_kl, ALIGN)
+    stride_vl = multiple(stride_vl, ALIGN)
+    p_keys = k + batch * multiple(stride_kb, ALIGN) + head * multiple(stride_kh, ALIGN) + first_key * stride_kl
+    p_values = v + batch * multiple(stride_vb, ALIGN) + head * multiple(stride_vh, ALIGN) + first_key * stride_vl
+    o_n = tl.arange(0, BLOCK_N)
+    b_shift = tl.full([BLOCK_M, 1], LOWEST, tl.float32)
+    b_sum = tl.zeros([BLOCK_M, 1], tl.float32)
+    b_out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for i_n in range(tl.cdiv(seen, BLOCK_N)):
+        o_key = i_n * BLOCK_N + o_n
+        m_n = (o_key < seen)[:, None]
+        p_k = p_keys + o_key[:, None] * stride_kl
+        b_k = load_unless_split(p_k, m_n, D, BLOCK_D, DEPTH)
+        b_s = row_products(b_q, b_k, p_q, p_k, m_r, m_n, BLOCK_M, BLOCK_N, D, BLOCK_D, DEPTH)
+        b_s = tl.where(o_key[None, :] < b_seen, b_s, -float("inf"))
+        b_max = tl.maximum(b_shift, tl.max(b_s, 1)[:, None])
+        b_e = tl.exp2(exponent(b_s - b_max, c))
+        b_keep = tl.exp2(exponent(b_shift - b_max, c))
+        b_sum = b_sum * b_keep + tl.sum(b_e, 1)[:, None]
+        b_v = load_rows(p_values + o_key[:, None] * stride_vl, m_n, DV, BLOCK_DV)
+        b_out = dot(round_to(b_e, v.dtype.element_ty), b_v, b_out * b_keep)
+        b_shift = b_max
+    o_v = tl.arange(0, BLOCK_DV)[None, :]
+    # a row that sees no key has 0 / 1
+    b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)
+    heads = tl.num_programs(1) * GROUP
+    o_row = rows_in(batch, first_query, o_r, head, GROUP, queries_of_batch * heads, 1, heads)
+    tl.store(out + o_row * DV + o_v, round_to(b_out, out.dtype.element_ty), mask=m_r & (o_v < DV))
+    if stats is not None:
+        tl.store(stats + 2 * o_row, b_shift, mask=m_r)
+        tl.store(stats + 2 * o_row + 1, b_sum, mask=m_r)
+
+
+def attend(q, k, v, spans, causal: bool, scale: float, out: Tensor, stats: Tensor | None) -> None:
+    """Writes out [B, Lq, Hq, Dv], and stats [B, Lq, Hq, 2] float32, where the spans are; both are contiguous."""
+    config = attention_config(max(q.shape[3], v.shape[3]), q.dtype)
+    blocks = query_blocks(q, k, spans, config)
+    tensors = (q, k, v, spans, *blocks.tables, out, stats)
+    launch(attention_fwd_kernel, blocks, tensors, (scale * LOG2E.value,), (q.shape[2],), (q, k, v), causal, config)
+
+
+def attention_config(size: int, dtype: torch.dtype) -> TileConfig:
+    """64 rows: the fewest that tensor cores multiply at once on sm_90 and sm_100. Float32 is multiplied from registers,
+    which hold a part of a head and few keys at once."""
+    if dtype == torch.float32:
+        return TileConfig(rows=32, keys=16, depth=32, threads=256, stages=1)
+    if fits(size, dtype):
+        return TileConfig(rows=64, keys=64, depth=128, threads=128 if size <= 64 else 256, stages=stages())
+    return TileConfig(rows=64, keys=32, depth=128, threads=256, stages=1)
