@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch.utils._pytree import tree_leaves
 
+from ..ops.elementwise.aten import EXACT_POWERS
+
 
 def _aten(names: str) -> frozenset[str]:
     return frozenset(f"aten::{name}" for name in names.split())
@@ -81,9 +83,6 @@ def _of_integers(arguments: dict) -> bool:
 def _scaled_exactly(arguments: dict) -> bool:
     """A product with another alpha is rounded before the sum, or is not, as the compiler chose for each piece."""
     return arguments.get("alpha", 1) in (1, -1) or _of_integers(arguments)
-
-
-EXACT_POWERS = (-2, -1, 0, 0.5, 1, 2, 3)
 
 
 def _simple_power(arguments: dict) -> bool:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..common.checks import FLOAT_DTYPES
-from .operations import PRODUCTS, linear, operations
+from ..ops.matmul.aten import OPERATORS, linear
+from .operations import operations
 
 _library: torch.library.Library | None = None
 
@@ -53,7 +54,7 @@ def _override(name: str, key: str, ours: Callable[..., Tensor], is_wanted: Calla
     full_name = f"aten::{base}"
     if base.endswith("_") or overload.endswith(("out", "grad_input")):
         given = "grad_input" if overload == "grad_input" else "out" if overload else None
-        writes = partial(_written, ours, base.removesuffix("_") in PRODUCTS, None if base.endswith("_") else given)
+        writes = partial(_written, ours, base.removesuffix("_") in OPERATORS, None if base.endswith("_") else given)
     else:
         writes = None
 

@@ -17,8 +17,7 @@ from minirl_kernels.batch_invariant import (
     enable_batch_invariant_mode,
     is_batch_invariant,
 )
-from minirl_kernels.batch_invariant.operations import operations, rms_norm, rms_norm_backward
-from minirl_kernels.ops.rms_norm import cpu as rms_norm_kernels
+from minirl_kernels.batch_invariant.operations import operations
 
 pytestmark = pytest.mark.usefixtures("cpu")
 K, N = 1560, 96
@@ -146,11 +145,6 @@ def test_what_a_gpu_is_given_computes_the_same():
         torch.testing.assert_close(on_gpu[name](*arguments), expected)
     grouped = on_gpu["_grouped_mm"](a, b[None].repeat(2, 1, 1), torch.tensor([2, 5], dtype=torch.int32))
     torch.testing.assert_close(grouped, a @ b)
-    out, rstd = on_gpu["_fused_rms_norm"](a, [16], None, 1e-5)
-    torch.testing.assert_close(out, F.rms_norm(a, (16,), eps=1e-5))
-    grad, _ = on_gpu["_fused_rms_norm_backward"](a, a, [16], rstd, None, [True, False])
-    leaf = a.clone().requires_grad_()
-    torch.testing.assert_close(grad, torch.autograd.grad(F.rms_norm(leaf, (16,), eps=1e-5), leaf, a)[0])
 
 
 def test_the_head_on_a_gpu_leaves_the_vendors_matmul():
@@ -173,22 +167,6 @@ def test_the_head_on_a_gpu_leaves_the_vendors_matmul():
         with captured() as launches:  # and not run
             gradients()
     assert sum(launch.kernel is kernels.matmul_kernel for launch in launches) >= 3
-
-
-@pytest.mark.parametrize("with_weight", [True, False])
-def test_rms_norm_in_the_words_of_a_gpu(with_weight):
-    """Where torch has an operation for it; its arguments are those that a CPU's kernels then get."""
-    x, weight = normal(7, 64).requires_grad_(), normal(64, seed=1).requires_grad_() if with_weight else None
-    upstream = normal(7, 64, seed=2)
-    expected = F.rms_norm(x, (64,), weight, 1e-5)
-    out, rstd = rms_norm(rms_norm_kernels, x.detach(), [64], None if weight is None else weight.detach(), 1e-5)
-    torch.testing.assert_close(out, expected)
-    grads = rms_norm_backward(rms_norm_kernels, upstream, x.detach(), [64], rstd, weight, [True, with_weight])
-    leaves = (x, weight) if with_weight else (x,)
-    for grad, right in zip(grads, torch.autograd.grad(expected, leaves, upstream), strict=False):
-        torch.testing.assert_close(grad.detach(), right)
-    assert rms_norm(rms_norm_kernels, x, [7, 64], None, 1e-5) is NotImplemented
-    assert rms_norm(rms_norm_kernels, x, [64], None, None) is NotImplemented
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

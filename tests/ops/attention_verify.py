@@ -13,7 +13,7 @@ from verify.case import Case, allow_wide_accesses, gap
 from minirl_kernels.ops.attention import triton
 from minirl_kernels.ops.attention.backward_kernels import backward_kv, backward_kv_config, backward_q, backward_q_config
 from minirl_kernels.ops.attention.forward_kernels import attention_config
-from minirl_kernels.ops.attention.tiles import TileConfig
+from minirl_kernels.ops.attention.shared_kernels import TileConfig
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from attention_cases import (
 from dtypes import DTYPES
 from verify.launches import captured
 
-from minirl_kernels.ops.attention import forward_kernels, tiles
+from minirl_kernels.ops.attention import forward_kernels, shared_kernels
 
 pytestmark = triton_cases.interpreter_only()
 
@@ -87,7 +87,7 @@ def test_blocks_hold_every_row_once(counts):
     config = forward_kernels.attention_config(64, torch.bfloat16)
     spans = torch.tensor([[0, 0, count, 0, count] for count in counts], dtype=torch.int64).view(-1, 5)
     k = torch.empty(1, 1, sum(counts), 8)
-    blocks = tiles.key_blocks(k, spans, config)
+    blocks = shared_kernels.key_blocks(k, spans, config)
     expected = [span for span, count in enumerate(counts) for _ in range(-(-count // config.keys))]
     found = blocks.block_spans.tolist()
     assert found[: len(expected)] == expected

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from minirl_kernels import rms_norm
 from minirl_kernels.backends import native
+from minirl_kernels.ops.rms_norm import aten
 from minirl_kernels.ops.rms_norm import cpu as kernels
 
 # around the widths of vectors and strips, and around a block of a sum
@@ -315,3 +316,19 @@ def test_bad_input(bad, error, named, was, must_be, backend):
 def test_the_cpu_backend_refuses_tensors_of_another_device():
     with pytest.raises(RuntimeError, match="'cpu' is unavailable: it runs on CPU tensors, these are on meta"):
         rms_norm(X.to(META), None, EPS, backend="cpu")
+
+
+@pytest.mark.parametrize("with_weight", [True, False])
+def test_rms_norm_in_the_words_of_a_gpu(with_weight):
+    """Where torch has an operation for it; its arguments are those that a CPU's kernels then get."""
+    x, weight = random(7, 64).requires_grad_(), random(64, seed=1).requires_grad_() if with_weight else None
+    upstream = random(7, 64, seed=2)
+    expected = F.rms_norm(x, (64,), weight, 1e-5)
+    out, rstd = aten.rms_norm(kernels, x.detach(), [64], None if weight is None else weight.detach(), 1e-5)
+    torch.testing.assert_close(out, expected)
+    grads = aten.rms_norm_backward(kernels, upstream, x.detach(), [64], rstd, weight, [True, with_weight])
+    leaves = (x, weight) if with_weight else (x,)
+    for grad, right in zip(grads, torch.autograd.grad(expected, leaves, upstream), strict=False):
+        torch.testing.assert_close(grad.detach(), right)
+    assert aten.rms_norm(kernels, x, [7, 64], None, 1e-5) is NotImplemented
+    assert aten.rms_norm(kernels, x, [64], None, None) is NotImplemented

@@ -5,10 +5,12 @@ import torch
 import triton_cases
 from dtypes import DTYPES
 from row_bits import strided
+from torch.nn import functional as F
 from triton_cases import check_rms_norm, random_logits
 from verify.launches import captured
 
 from minirl_kernels import rms_norm
+from minirl_kernels.batch_invariant.operations import operations
 from minirl_kernels.ops.rms_norm import triton as kernels
 
 pytestmark = triton_cases.interpreter_only()
@@ -91,3 +93,13 @@ def test_rows_more_than_2_to_the_31_elements_apart():
     assert torch.equal(out, kernels.forward(near, None, 1e-6)[0])
     far, expected = (kernels.backward(values, values, None, rstd, True, True) for values in (x, near))
     assert all(map(torch.equal, far, expected))
+
+
+def test_what_torch_gives_a_gpu_in_batch_invariant_mode():
+    a = random_logits(5, 16)
+    on_gpu = dict(operations("CUDA"))
+    out, rstd = on_gpu["_fused_rms_norm"](a, [16], None, 1e-5)
+    torch.testing.assert_close(out, F.rms_norm(a, (16,), eps=1e-5))
+    grad, _ = on_gpu["_fused_rms_norm_backward"](a, a, [16], rstd, None, [True, False])
+    leaf = a.clone().requires_grad_()
+    torch.testing.assert_close(grad, torch.autograd.grad(F.rms_norm(leaf, (16,), eps=1e-5), leaf, a)[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...common.checks import FLOAT_DTYPES, check_tensor
 from ...common.library import Op, register
-from . import cpu
+from . import aten, cpu
 from .reference import REFERENCES
 
 OP = Op(__package__)
@@ -102,3 +102,4 @@ elementwise_backward = register(
     _backward,
     lambda grad, x, *_: cpu.place_for_gradient(grad, x),
 )
+OP.override(aten.operations, "cpu")

@@ -7,6 +7,9 @@ function of the reduced dimension and the dtype alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -89,6 +92,67 @@ OPERATORS = {
     "dot": dot_product,
     "_grouped_mm": grouped_product,
 }
+# how many dimensions the factors have
+_FACTORS = {
+    "mm": (2, 2),
+    "bmm": (3, 3),
+    "addmm": (2, 2),
+    "baddbmm": (3, 3),
+    "mv": (2, 1),
+    "addmv": (2, 1),
+    "dot": (1, 1),
+}
+_WITH_ADDEND = ("addmm", "baddbmm", "addmv")
+
+
+def operations(kernels) -> dict[str, Callable]:
+    """The overloads of OPERATORS. Their functions return NotImplemented for a call that the kernels do not compute."""
+    found = {}
+    for name, function in OPERATORS.items():
+        overloads = [name] if name == "_grouped_mm" else [name, f"{name}.out"]
+        if name in _WITH_ADDEND:
+            overloads.append(f"{name}_")
+        found.update(dict.fromkeys(overloads, partial(_product, function, _FACTORS.get(name), kernels)))
+    return found
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The composite above autograd: torch rounds before it adds the bias where x is no matrix and not contiguous."""
+    if (
+        x.dim() == 0
+        or weight.dim() != 2
+        or bias.dim() != 1
+        or x.shape[-1] != weight.shape[1]
+        or len(bias) != len(weight)
+    ):
+        return NotImplemented
+    rows = x[None] if x.dim() == 1 else x.flatten(0, -2)
+    return torch.addmm(bias, rows, weight.t()).view(*x.shape[:-1], len(weight))
+
+
+def _product(function: Callable, dims, kernels, first: Tensor, *args, out: Tensor | None = None, **kwargs) -> Tensor:
+    if any(isinstance(x, Tensor) and x.dtype not in (first.dtype, torch.int32) for x in args):
+        return NotImplemented
+    if dims is not None:
+        a, b = args if len(args) == 2 else (first, *args)
+        if (a.dim(), b.dim()) != dims:
+            return NotImplemented
+        # of a sum of nothing too, torch checks the addend
+        if len(args) == 2 and not (a.numel() and b.numel()) and not _expands(first, a, b):
+            return NotImplemented
+    if out is not None:
+        kwargs["out"] = out
+    try:
+        return function(kernels, first, *args, **kwargs)
+    except (TypeError, ValueError):  # out of the contract of our products
+        return NotImplemented
+
+
+def _expands(addend: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether it broadcasts to the shape of the product of a and b."""
+    shape = (*a.shape[:-1], *b.shape[a.dim() - 1 :])
+    sizes = zip(reversed(addend.shape), reversed(shape), strict=False)
+    return addend.dim() <= len(shape) and all(size in (1, wanted) for size, wanted in sizes)
 
 
 def _as_one_row(kernels, out, a, x, addend=None, alpha=1.0, beta=1.0) -> Tensor:

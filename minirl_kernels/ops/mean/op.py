@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...common.checks import FLOAT_DTYPES, check_dim, check_floats
 from ...common.library import Op
+from . import aten
 from .layout import reduced_dims, reduced_shape, reduced_size
 from .reference import mean_reference
 
@@ -103,3 +104,4 @@ def _fake(x, dim, keepdim, dtype, divide, backend):
 mean_forward = OP.define(
     "mean(Tensor x, int[] dim, bool keepdim, ScalarType dtype, bool divide, str backend) -> Tensor", _forward, _fake
 )
+OP.override(aten.operations, "cpu", "triton")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...common.checks import FLOAT_DTYPES, check_floats, check_like
 from ...common.library import Op
+from . import aten
 from .reference import rms_norm_reference
 
 OP = Op(__package__)
@@ -89,3 +90,4 @@ rms_norm_backward = OP.define(
     _backward,
     _backward_fake,
 )
+OP.override(aten.operations, "triton")

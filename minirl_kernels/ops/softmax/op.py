@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...common.checks import check_dim, check_floats
 from ...common.library import Op
+from . import aten
 from .reference import softmax_reference
 
 OP = Op(__package__)
@@ -77,3 +78,4 @@ softmax_forward = OP.define("softmax(Tensor x, int dim, bool log, str backend) -
 softmax_backward = OP.define(
     "softmax_backward(Tensor grad, Tensor output, int dim, bool log, str backend) -> Tensor", _backward, _fake
 )
+OP.override(aten.operations, "cpu", "triton")

@@ -1,0 +1,36 @@
+"""Torch's own rms_norm of a GPU, by the kernels of a backend: below autograd, in torch's arguments.
+
+On a CPU torch makes rms_norm of other operations. Each function returns NotImplemented for a call that the kernels do
+not compute: several dimensions, weights of another dtype, no eps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+
+def operations(kernels) -> dict[str, Callable]:
+    return {
+        "_fused_rms_norm": partial(rms_norm, kernels),
+        "_fused_rms_norm_backward": partial(rms_norm_backward, kernels),
+    }
+
+
+def rms_norm(kernels, x: Tensor, normalized_shape, weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    if len(normalized_shape) != 1 or eps is None or (weight is not None and weight.dtype != x.dtype):
+        return NotImplemented
+    if not x.dim() or x.shape[-1] != normalized_shape[0] or (weight is not None and weight.shape != x.shape[-1:]):
+        return NotImplemented
+    return kernels.forward(x, weight, eps)
+
+
+def rms_norm_backward(
+    kernels, grad: Tensor, x: Tensor, normalized_shape, rstd: Tensor, weight: Tensor | None, mask
+) -> tuple[Tensor, Tensor]:
+    if len(normalized_shape) != 1 or grad.dtype != x.dtype or (weight is not None and weight.dtype != x.dtype):
+        return NotImplemented
+    grad_x, grad_weight = kernels.backward(grad, x, weight, rstd, *mask)
+    return grad_x, grad_weight.to(x.dtype)
