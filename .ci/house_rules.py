@@ -1,5 +1,7 @@
 """The rules of the house (CONTRIBUTING.md) that a search can check: prints each line that breaks one."""
 
+import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -41,6 +43,11 @@ RULES = [
         "rows are split over torch's own threads, and every build gives the same bits",
     ),
     (
+        r"^minirl_kernels/(?!common/library\.py|verify/).*\.py$",
+        r"\bimport_module\b|\b__import__\b",
+        "an import that no reader sees: only an op's backend is imported by its name, in common/library.py",
+    ),
+    (
         r"",
         r"\b(TODO|FIXME|XXX)\b",
         "finish it",
@@ -51,6 +58,19 @@ RULES = [
         "a path of one machine does not belong here",
     ),
 ]
+
+# From the ground up: the folders and files of the package. Each imports from its own floor or from lower ones.
+FLOORS = [
+    {"backends", "versions"},
+    {"common"},
+    {"config", "correction", "objectives", "sampling_mask"},
+    {"ops"},
+    {"layers", "moe"},
+    {"batch_invariant"},
+    {"discrepancy", "env", "integrations", "verify"},
+    {"__init__"},
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def listed_files() -> list[str]:
@@ -74,14 +94,53 @@ def broken_rules(name: str, text: str) -> list[str]:
     return found
 
 
+def imported_files(name: str, text: str, files: set[str]) -> set[str]:
+    """Those of `files` that the Python file `name` imports, at its top or within a function."""
+    targets = []  # each: the paths that it may be at, without their ends
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            targets += [[alias.name.replace(".", "/")] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = Path(*Path(name).parts[: -node.level] if node.level else (), *(node.module or "").split("."))
+            targets += [[f"{base}/{alias.name}", f"{base}"] for alias in node.names]  # a module, or a name in one
+    found = set()
+    for paths in targets:
+        ends = [path + end for path in paths for end in (".py", "/__init__.py")]
+        found.update([end for end in ends if end in files][:1])
+    return found
+
+
+def broken_floors(texts: dict[str, str]) -> list[str]:
+    """Imports that run up, and a circle of imports if there is one; texts: the Python files of the package."""
+    rooms = {name: Path(name).parts[1].removesuffix(".py") for name in texts}
+    unknown = sorted({room for room in rooms.values() if room not in FLOOR})
+    if unknown:
+        return [f"minirl_kernels/{room}: has no floor; add it to FLOORS in .ci/house_rules.py" for room in unknown]
+    graph = {name: imported_files(name, text, set(texts)) for name, text in texts.items()}
+    found = [
+        f"{name}: imports {other}, from a higher floor"
+        for name, others in graph.items()
+        for other in sorted(others)
+        if FLOOR[rooms[other]] > FLOOR[rooms[name]]
+    ]
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        found.append(f"imports run in a circle: {' -> '.join(reversed(error.args[1]))}")
+    return found
+
+
 def main() -> None:
-    found = []
+    found, package = [], {}
     for name in listed_files():
         try:
             text = (ROOT / name).read_text(encoding="utf-8")
         except UnicodeDecodeError:
             continue  # a picture
         found += broken_rules(name, text)
+        if re.fullmatch(r"minirl_kernels/.*\.py", name):
+            package[name] = text
+    found += broken_floors(package)
     if found:
         sys.exit("\n".join(found))
 

@@ -5,7 +5,6 @@ An op has up to three: `reference` (eager torch, any device), `cpu` (the native 
 """
 
 import ctypes
-import importlib
 import importlib.util
 import os
 from pathlib import Path
@@ -38,7 +37,8 @@ def native() -> ModuleType:
 
 
 def _load_native() -> ModuleType:
-    module = importlib.import_module("minirl_kernels._C")
+    import minirl_kernels._C as module
+
     module.set_parallel_for(_parallel_for_address())
     module.isa_picked()  # an unusable MINIRL_ISA is reported here, not in the middle of a first op
     return module

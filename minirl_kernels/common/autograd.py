@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor
 
@@ -66,6 +64,8 @@ class _HandOverGradients(torch.autograd.Function):
 def _scale_in_place(grad: Tensor, factor: Tensor) -> None:
     # nearly always 1: a pass over the gradient is worth a look, but no wait for a GPU, whose kernel looks itself
     if grad.device.type == "cuda":
-        importlib.import_module(".triton.scale", __package__).scale_in_place(grad, factor)
+        from .triton.scale import scale_in_place  # Triton may be absent
+
+        scale_in_place(grad, factor)
     elif factor.item() != 1:
         grad.mul_(factor)
