@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,7 +112,9 @@ class SamplingMask:
         return cls.from_counts(token_ids, counts)
 
     @classmethod
-    def from_vllm(cls, sampling_mask, *, num_positions: int | None = None, first_position: int = 0) -> SamplingMask:
+    def from_vllm(
+        cls, sampling_mask: Any, *, num_positions: int | None = None, first_position: int = 0
+    ) -> SamplingMask:
         """vLLM's `CompletionOutput.sampling_mask`: one set for each generated token, none for the prompt.
 
         first_position: of the first generated token's set. logits[t] scores the token after t, so it is the prompt's

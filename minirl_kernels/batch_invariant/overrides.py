@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from ..common.checks import FLOAT_DTYPES
 from ..ops.matmul.aten import OPERATORS, linear
 from .operations import operations
 
-_library: torch.library.Library | None = None
+_library: Any = None  # a torch.library.Library while the overrides are installed
 
 
 class _Calls(threading.local):

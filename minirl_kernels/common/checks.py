@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,25 +14,25 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
 
-def check_tensor(name: str, value) -> None:
+def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}: it must be a tensor")
 
 
-def check_integers(name: str, value) -> None:
+def check_integers(name: str, value: Any) -> None:
     check_tensor(name, value)
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} has dtype {value.dtype}: it must be integers")
 
 
-def check_floats(name: str, value) -> None:
+def check_floats(name: str, value: Any) -> None:
     """A tensor of any shape; float32, bfloat16 or float16."""
     check_tensor(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}: it must be float32, bfloat16 or float16")
 
 
-def check_dim(name: str, dim, value: Tensor) -> None:
+def check_dim(name: str, dim: Any, value: Tensor) -> None:
     """One dimension of `value`, from its front or from its end."""
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"{name} is {dim!r}: it must be an integer")
@@ -86,10 +88,12 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {value.device}: it must be on {device}")
 
 
-def per_token_float(name: str, value, shape: torch.Size, device: torch.device) -> Tensor | None:
+def per_token_float(name: str, value: Any, shape: torch.Size, device: torch.device) -> Tensor | None:
     """A per-token argument as detached float32, or None where it was None."""
-    if value is None:
-        return None
+    return None if value is None else _per_token_float(name, value, shape, device)
+
+
+def _per_token_float(name: str, value: Any, shape: torch.Size, device: torch.device) -> Tensor:
     check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} has dtype {value.dtype}: it must be a floating point tensor")
@@ -132,14 +136,14 @@ _finite_per_token = register(
 
 def place_of_token(row: int, offsets: Tensor) -> str:
     """A flat row as its place in its response; offsets [B + 1], rows flat."""
-    response = torch.searchsorted(offsets[1:], torch.full_like(offsets[0], row), right=True).item()
+    response = int(torch.searchsorted(offsets[1:], torch.full_like(offsets[0], row), right=True))
     return f"token {row - offsets[response].item()} of response {response}"
 
 
-def per_token_temperature(temperature, shape: torch.Size, device: torch.device) -> Tensor:
+def per_token_temperature(temperature: Any, shape: torch.Size, device: torch.device) -> Tensor:
     """A float or a per-token tensor, as a float32 tensor of `shape` (a float costs no memory: its strides are 0)."""
     if isinstance(temperature, Tensor):
-        return per_token_float("temperature", temperature, shape, device)
+        return _per_token_float("temperature", temperature, shape, device)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature is {temperature!r}: it must be a number or a tensor of one value per token")
     if not 0 < temperature < float("inf"):

@@ -35,7 +35,7 @@ def row_arguments(rows: Tensor) -> tuple[int, int, int, int]:
 
 def matrices_of(*tensors: Tensor) -> list[Tensor]:
     """Tensors of one shape [..., D] as [L, D] or [B, L, D], all alike, with D contiguous."""
-    tensors = [rows_of(x) for x in tensors]
-    if all(x.is_contiguous() for x in tensors):
-        return [x.view(-1, x.shape[-1]) for x in tensors]
-    return [x.flatten(0, -3) if x.dim() > 3 else x for x in tensors]
+    rows = [rows_of(x) for x in tensors]
+    if all(x.is_contiguous() for x in rows):
+        return [x.view(-1, x.shape[-1]) for x in rows]
+    return [x.flatten(0, -3) if x.dim() > 3 else x for x in rows]

@@ -7,12 +7,13 @@ whatever order they do.
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import torch
 
 _lock = threading.Lock()
 _holders = 0
-_before = None
+_before: Any = None  # the setting before the first holder
 
 
 def hold_uncompiled() -> None:

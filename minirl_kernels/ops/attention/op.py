@@ -71,8 +71,8 @@ def attention(
             f"{tuple(cu_seqlens_q.shape)}"
         )
     spans = packed_spans(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
-    by_head = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return attention_over_spans(*by_head, spans, causal=causal, scale=scale, backend=backend)[0]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return attention_over_spans(q, k, v, spans, causal=causal, scale=scale, backend=backend)[0]
 
 
 def attention_over_spans(

@@ -30,7 +30,8 @@ _OVERLOADS: dict[str, tuple[str, ...]] = {
 
 
 def operations(kernels) -> dict[str, Callable]:
-    found = dict.fromkeys(("pow.Tensor_Scalar", "pow.Tensor_Scalar_out", "pow_.Scalar"), partial(_power, kernels))
+    powers = ("pow.Tensor_Scalar", "pow.Tensor_Scalar_out", "pow_.Scalar")
+    found: dict[str, Callable] = dict.fromkeys(powers, partial(_power, kernels))
     for name, others in _OVERLOADS.items():
         found.update(dict.fromkeys((name, *others), partial(_elementwise, getattr(kernels, name))))
     return found

@@ -9,7 +9,7 @@ The backward makes the logits again, tile by tile, and needs four matmuls where 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,54 @@ from .sharded import Shard
 OP = Op(__package__)
 
 
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    logit_softcap: float | None = ...,
+    logit_scale: float = ...,
+    process_group: torch.distributed.ProcessGroup | None = ...,
+    kept: SamplingMask | None = ...,
+    with_entropy: Literal[False] = ...,
+    check: bool = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    logit_softcap: float | None = ...,
+    logit_scale: float = ...,
+    process_group: torch.distributed.ProcessGroup | None = ...,
+    kept: SamplingMask | None = ...,
+    with_entropy: Literal[True],
+    check: bool = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    logit_softcap: float | None = ...,
+    logit_scale: float = ...,
+    process_group: torch.distributed.ProcessGroup | None = ...,
+    kept: SamplingMask | None = ...,
+    with_entropy: bool,
+    check: bool = ...,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,

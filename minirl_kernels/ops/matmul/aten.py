@@ -82,7 +82,7 @@ def grouped_product(
 _GROUPED = {(2, 3): "rows", (3, 2): "columns", (2, 2): "terms"}
 
 # by the names of the operators, each of which has an overload `out` as well but for the last
-OPERATORS = {
+OPERATORS: dict[str, Callable] = {
     "mm": product,
     "bmm": product,
     "addmm": added_product,
@@ -107,7 +107,7 @@ _WITH_ADDEND = ("addmm", "baddbmm", "addmv")
 
 def operations(kernels) -> dict[str, Callable]:
     """The overloads of OPERATORS. Their functions return NotImplemented for a call that the kernels do not compute."""
-    found = {}
+    found: dict[str, Callable] = {}
     for name, function in OPERATORS.items():
         overloads = [name] if name == "_grouped_mm" else [name, f"{name}.out"]
         if name in _WITH_ADDEND:

@@ -105,12 +105,12 @@ def _product(a, b, dims, op, backend) -> Tensor:
     return _Product.apply(a, b, backend)
 
 
-def _autocast(*tensors) -> list[Tensor | None]:
+def _autocast(*tensors) -> tuple:
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+    return tuple([None if tensor is None else tensor.to(dtype) for tensor in tensors])
 
 
 def _check_dtype(name, value) -> None:

@@ -5,6 +5,8 @@ In batch-invariant mode it is our own: the vendor's picks its way of summing by 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) 
         return out
     if is_batch_invariant():
         return triton.matmul_into(out, a, b, addend=out if accumulate else None)
+    options: dict[str, Any] = {"out_dtype": torch.float32}
     if a.device.type == "cpu":  # torch has no out_dtype there
         a, b, options = a.float(), b.float(), {}
-    else:
-        options = {"out_dtype": torch.float32}
     return torch.addmm(out, a, b, beta=float(accumulate), out=out, **options)

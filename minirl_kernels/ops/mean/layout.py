@@ -60,8 +60,9 @@ def layout_of(x: Tensor, dims: tuple[int, ...], *, transposes: bool) -> Layout:
     if not _fits(x):
         swapped = x.transpose(1, 3)  # the rows of a transposed matrix are columns, and the other way round
         x = swapped if transposes and 1 in (x.shape[1], inner) and _fits(swapped) else x.contiguous()
-    *sizes, inner = x.shape
-    return Layout(x, *sizes, inner, *x.stride()[:3], trailing)
+    batch, length, reduced, inner = x.shape
+    batch_stride, length_stride, reduced_stride, _ = x.stride()
+    return Layout(x, batch, length, reduced, inner, batch_stride, length_stride, reduced_stride, trailing)
 
 
 def _fits(x: Tensor) -> bool:

@@ -72,7 +72,7 @@ def _checked_dims(x, dim) -> tuple[int, ...]:
         raise TypeError(f"dim is {dim!r}: it must be an integer, a tuple of them or None")
     for one in given:
         check_dim("dim", one, x)
-    dims = reduced_dims(x, given)
+    dims = reduced_dims(x, tuple(given))
     if len(set(dims)) != len(dims):
         raise ValueError(f"dim is {dim}: its dimensions must be different ones")
     return dims

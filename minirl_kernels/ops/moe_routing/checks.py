@@ -32,7 +32,7 @@ def _check_routed_experts(routed_experts, valid, num_experts):
     if valid is not None:
         bad &= valid
     if bool(bad.any()):
-        raise ValueError(routed_experts_message(bad.nonzero()[0].item(), routed_experts, num_experts))
+        raise ValueError(routed_experts_message(int(bad.nonzero()[0]), routed_experts, num_experts))
     return routed_experts.clone()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def operations(kernels) -> dict[str, Callable]:
-    found = {}
+    found: dict[str, Callable] = {}
     for name, log in (("_softmax", False), ("_log_softmax", True)):
         found[name] = found[f"{name}.out"] = partial(_softmax, kernels, log)
         backward = f"{name}_backward_data"

@@ -12,6 +12,8 @@ their sum, logsumexp, would lose the digits of a row that is far from 0.
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,39 @@ from .reference import token_logprobs_reference
 OP = Op(__package__)
 
 
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    kept: SamplingMask | None = ...,
+    with_entropy: Literal[False] = ...,
+    check: bool = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    kept: SamplingMask | None = ...,
+    with_entropy: Literal[True],
+    check: bool = ...,
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    token_ids: Tensor,
+    *,
+    temperature: float | Tensor = ...,
+    kept: SamplingMask | None = ...,
+    with_entropy: bool,
+    check: bool = ...,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def token_logprobs(
     logits: Tensor,
     token_ids: Tensor,
