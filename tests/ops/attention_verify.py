@@ -11,9 +11,9 @@ from torch import Tensor
 from verify.case import Case, allow_wide_accesses, gap
 
 from minirl_kernels.ops.attention import triton
-from minirl_kernels.ops.attention.backward_kernels import backward_kv, backward_kv_config, backward_q, backward_q_config
-from minirl_kernels.ops.attention.forward_kernels import attention_config
-from minirl_kernels.ops.attention.shared_kernels import TileConfig
+from minirl_kernels.ops.attention.kernels_backward import backward_kv, backward_kv_config, backward_q, backward_q_config
+from minirl_kernels.ops.attention.kernels_forward import attention_config
+from minirl_kernels.ops.attention.kernels_shared import TileConfig
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from attention_cases import (
 from dtypes import DTYPES
 from verify.launches import captured
 
-from minirl_kernels.ops.attention import forward_kernels, shared_kernels
+from minirl_kernels.ops.attention import kernels_forward, kernels_shared
 
 pytestmark = triton_cases.interpreter_only()
 
@@ -84,10 +84,10 @@ def test_gradients_that_nobody_asked_for():
 @pytest.mark.parametrize("counts", [[0, 0, 5], [64, 0, 1], [63, 65, 1], [1] * 30, [300, 0, 0], []])
 def test_blocks_hold_every_row_once(counts):
     """Cut from the first row of their own span; there are no fewer than it takes."""
-    config = forward_kernels.attention_config(64, torch.bfloat16)
+    config = kernels_forward.attention_config(64, torch.bfloat16)
     spans = torch.tensor([[0, 0, count, 0, count] for count in counts], dtype=torch.int64).view(-1, 5)
     k = torch.empty(1, 1, sum(counts), 8)
-    blocks = shared_kernels.key_blocks(k, spans, config)
+    blocks = kernels_shared.key_blocks(k, spans, config)
     expected = [span for span, count in enumerate(counts) for _ in range(-(-count // config.keys))]
     found = blocks.block_spans.tolist()
     assert found[: len(expected)] == expected

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backward_kernels import backward_kv, backward_q
-from .forward_kernels import attend
+from .kernels_backward import backward_kv, backward_q
+from .kernels_forward import attend
 
 
 def forward(

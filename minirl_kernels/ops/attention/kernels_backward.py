@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...common.triton.numbers import LOG2E, dot, exponent, round_to
 from ...common.triton.row_tiles import multiple
-from .shared_kernels import (
+from .kernels_shared import (
     SIZES,
     TileConfig,
     block_of,
