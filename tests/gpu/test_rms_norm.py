@@ -3,8 +3,9 @@
 import pytest
 import torch
 from dtypes import DTYPES
+from rms_norm_cases import check_rms_norm
 from row_bits import cancelling
-from triton_cases import check_rms_norm, random_logits
+from triton_cases import random_logits
 
 from minirl_kernels.ops.rms_norm.triton import backward, forward
 

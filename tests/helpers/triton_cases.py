@@ -12,9 +12,8 @@ import pytest
 import torch
 from policy_batches import assert_as_exact_as_eager, per_row
 
-from minirl_kernels import fused_policy_loss, log_softmax, mean, rms_norm, softmax, token_logprobs
+from minirl_kernels import fused_policy_loss, log_softmax, mean, softmax, token_logprobs
 from minirl_kernels import sum as mk_sum
-from minirl_kernels.ops.rms_norm.reference import rms_norm_reference
 from minirl_kernels.ops.softmax.reference import softmax_reference
 from minirl_kernels.ops.token_logprobs.reference import token_logprobs_reference
 
@@ -84,7 +83,7 @@ def check_token_logprobs(logits, token_ids, temperature=1.0, *, with_entropy=Tru
     assert_as_exact_as_eager(our_grad, eager_grad, grad, per_row(grad))
 
 
-def _compare(reference_in, call, leaves, upstream, scales, device):
+def compare(reference_in, call, leaves, upstream, scales, device):
     """call(*leaves, backend=...) and its gradients by Triton against reference_in(*leaves) in float64.
 
     scales(exact results) are those of the errors, one each.
@@ -114,7 +113,7 @@ def check_softmax(x, log, dim=-1, *, device="cpu"):
             terms = upstream.double() if log else exact[0] * upstream.double()
             return exact[0].abs().amax(dim, True), terms.abs().amax(dim, True)
 
-        _compare(
+        compare(
             lambda x: softmax_reference(x, dim, log),
             lambda x, backend: call(x, dim, backend=backend),
             [x],
@@ -134,30 +133,11 @@ def check_softmax(x, log, dim=-1, *, device="cpu"):
     torch.testing.assert_close(grad.cpu(), expected.to(x.dtype))
 
 
-def check_rms_norm(x, weight, *, device="cpu"):
-    """Values and both gradients."""
-    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-    _compare(
-        lambda x, weight=None: rms_norm_reference(x, weight, 1e-6),
-        lambda x, weight=None, *, backend: rms_norm(x, weight, 1e-6, backend=backend),
-        [x] if weight is None else [x, weight],
-        upstream,
-        lambda exact: [per_row(exact[0]), _first_term(x, weight, upstream), None][: len(exact)],
-        device,
-    )
-
-
-def _first_term(x, weight, upstream):
-    """The scale of d x, which is what subtraction leaves of it."""
-    wide = x.double()
-    return per_row(upstream.double() * (1 if weight is None else weight.double()) / wide.square().mean(-1, True).sqrt())
-
-
 def check_mean(x, dim, divide, *, device="cpu"):
     """Values and gradient."""
     out = x.double().abs().sum(dim)
     terms = out / (x.numel() / out.numel() if divide else 1)
-    _compare(
+    compare(
         lambda x: (torch.mean if divide else torch.sum)(x, dim),
         lambda x, backend: (mean if divide else mk_sum)(x, dim, backend=backend),
         [x],

@@ -3,6 +3,9 @@
 Breadth runs on aot_eager, which traces, functionalises and partitions as Inductor does, without its C++ compiler.
 """
 
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from policy_batches import PRESETS, random_batch
@@ -34,21 +37,20 @@ def nothing_compiled():
 
 
 def op_arguments():
-    """Arguments of every op, by its name: those of the CPU kernels, once with and once without what may be None."""
+    """Arguments of every op, by its name: for the CPU kernels, with and without each argument that may be None."""
+    arguments = loss_arguments()
+    for path in Path(__file__).parent.glob("*_opcheck.py"):
+        arguments.update(runpy.run_path(str(path))["op_arguments"]())
+    return arguments
+
+
+def loss_arguments():
+    """For the losses and the checks; the other ops have theirs in <op>_opcheck.py."""
     rows = (2, 3)
     logits, ids = torch.randn(*rows, 7), torch.randint(7, rows)
     ones, none = torch.ones(rows), None
     of_backward = (ids, ones, ones, ones, ones, ones)
-    router, routed, bias = torch.randn(3, 9), torch.tensor([[0, 8], [3, 1], [4, 5]]), torch.randn(9)
-    of_experts = (torch.randn(3, 5), torch.rand(3, 2), routed % 4, torch.randn(4, 6, 5), torch.randn(4, 5, 3))
-    half = [x.half() if x.dtype == torch.float32 and x.dim() != 2 else x for x in of_experts]
-    half[0] = half[0].half()
-    # packed, and in a batch with padding
-    q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 5)
     spans = torch.tensor([[0, 0, 2, 0, 5], [0, 3, 3, 5, 4]])
-    of_attention = (q, k, v, spans)
-    of_attention_in_half = (*(x.half() for x in of_attention[:3]), spans)
-    of_rows = (torch.randn(1, 6, 4, 5), torch.ones(1, 6, 4, 2), torch.randn(1, 6, 4, 5))
     objective = ("minirl", True, 0.8, 1.27, 5.0)
     of_loss = [
         (ids, ones, -ones, -ones, -ones, ones, ones, *objective, 0.1, "k3", 0.1, "cpu"),
@@ -82,26 +84,10 @@ def op_arguments():
         "fused_linear_policy_loss": [
             (*head, *loss, *which, "cpu") for head, loss, which in zip(heads, of_linear_loss, needs, strict=True)
         ],
-        "attention": [(*of_attention, True, 0.5, True, "cpu"), (*of_attention_in_half, False, 0.5, False, "cpu")],
-        "attention_backward": [
-            (*of_attention, *of_rows, True, 0.5, True, True, True, "cpu"),
-            (*of_attention, *of_rows, False, 0.5, False, True, False, "cpu"),
-        ],
-        "attention_spans": [(torch.tensor([0, 2, 6]), torch.tensor([0, 3, 9], dtype=torch.int32), 6, 9)],
         # registered where the integration with transformers is imported
         "checked_mask": [(torch.tensor([True]), spans, "nothing is wrong")],
         "checked_window": [(spans, 6)],
         "refuse_restarts": [(torch.arange(6).view(2, 3), "nothing")],
-        "elementwise": [(logits, "silu", 0.0, 0.0), (logits.half(), "softplus", 1.0, 20.0)],
-        "elementwise_backward": [(logits, logits + 1, "gelu_tanh", 0.0, 0.0)],
-        "linear": [
-            (torch.randn(2, 3, 5), torch.randn(4, 5), torch.randn(4), "cpu"),
-            (torch.randn(3, 5), torch.randn(4, 5), none, "cpu"),
-        ],
-        "matmul": [
-            (torch.randn(3, 5), torch.randn(4, 5).T, "cpu"),
-            (torch.randn(2, 3, 5).half(), torch.randn(2, 5, 4).half(), "cpu"),
-        ],
         "checked_token_ids": [(ids, torch.tensor(7), ones)],
         "finite_per_token": [(torch.ones(()).expand(2, 3), ids >= 0, torch.tensor([0, 3, 6]), "old_log_probs")],
         "checked_count": [(torch.tensor(2.0), ids >= 0, "num_tokens")],
@@ -111,35 +97,6 @@ def op_arguments():
         ],
         "checked_offsets": [(torch.tensor([0, 2, 6]), 6), (torch.tensor([0, 6], dtype=torch.int32), 6)],
         "group_advantages": [(torch.rand(4), torch.tensor([0, 1, 0, 1]), False)],
-        "checked_routed_experts": [(routed, none, 9), (routed.to(torch.uint8), torch.tensor([True, False, True]), 9)],
-        "moe_routing": [
-            (router, 2, none, none, True, "softmax", none, 1, 1, 1.0, "cpu"),
-            (router.bfloat16(), 2, routed, torch.tensor([True, False, True]), False, "sigmoid", bias, 3, 2, 2.5, "cpu"),
-        ],
-        "moe_routing_backward": [
-            (router, torch.rand(3, 2), routed, torch.rand(3, 2), norm, "softmax", 2.5, "cpu") for norm in (True, False)
-        ],
-        "checked_experts": [(routed, 9)],
-        "moe_experts": [(*of_experts, True, "cpu"), (*half, False, "cpu")],
-        "moe_experts_backward": [
-            (*of_experts, torch.randn(6, 6), torch.randn(3, 5), *[True] * 4, "cpu"),
-            (*of_experts, torch.randn(6, 6), torch.randn(3, 5), False, True, False, False, "cpu"),
-        ],
-        "mean": [
-            (logits, (0, -1), True, torch.float32, True, "cpu"),
-            (half[0], (), False, torch.float16, False, "cpu"),
-        ],
-        "rms_norm": [(logits, torch.randn(7), 1e-6, "cpu"), (half[0], none, 0.0, "cpu")],
-        "rms_norm_backward": [
-            (logits, logits + 1, weight, torch.ones(2, 3, 1), *wanted, "cpu")
-            for weight, wanted in (
-                (torch.randn(7), (True, True)),
-                (none, (True, False)),
-                (torch.randn(7), (False, True)),
-            )
-        ],
-        "softmax": [(logits, -1, True, "cpu"), (logits.half(), 1, False, "cpu")],
-        "softmax_backward": [(logits, logits - 3, 0, True, "cpu"), (logits.half(), logits.half(), -1, False, "cpu")],
         "token_logprobs": [(logits, ids, ones, with_entropy, "cpu") for with_entropy in (True, False)],
         "token_logprobs_backward": [(logits, *of_backward, grad_entropy, "cpu") for grad_entropy in (ones, none)],
         "token_logprobs_backward_": [(logits, *of_backward, grad_entropy, "cpu") for grad_entropy in (ones, none)],

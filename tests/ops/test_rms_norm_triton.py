@@ -4,9 +4,10 @@ import pytest
 import torch
 import triton_cases
 from dtypes import DTYPES
+from rms_norm_cases import check_rms_norm
 from row_bits import strided
 from torch.nn import functional as F
-from triton_cases import check_rms_norm, random_logits
+from triton_cases import random_logits
 from verify.launches import captured
 
 from minirl_kernels import rms_norm
