@@ -1,19 +1,21 @@
-"""Torch's own elementwise operations, by the kernels of the CPU: below autograd, in torch's arguments.
+"""The elementwise operations of aten, by the kernels of the CPU: below autograd, with aten's arguments.
 
-Each function returns NotImplemented for a call that the kernels do not compute.
+A function returns NotImplemented for a call that the kernels do not compute. On a GPU, torch computes all elements by
+the same code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 from torch import Tensor
 
-# Powers for which torch itself computes products, quotients and square roots.
+# Powers that torch computes by products, quotients or square roots.
 EXACT_POWERS = (-2, -1, 0, 0.5, 1, 2, 3)
 
-# the operations that return a new tensor, by name: the overloads that write it into a given one, or into the first one
+# {overload that returns a new tensor: overloads that write the result into a given tensor or into the first argument}
 _OVERLOADS: dict[str, tuple[str, ...]] = {
     "exp2": ("exp2.out", "exp2_"),
     "gelu": ("gelu.out", "gelu_"),
@@ -29,7 +31,8 @@ _OVERLOADS: dict[str, tuple[str, ...]] = {
 }
 
 
-def operations(kernels) -> dict[str, Callable]:
+def operations(kernels: ModuleType) -> dict[str, Callable]:
+    """{overload: function that computes its result}"""
     powers = ("pow.Tensor_Scalar", "pow.Tensor_Scalar_out", "pow_.Scalar")
     found: dict[str, Callable] = dict.fromkeys(powers, partial(_power, kernels))
     for name, others in _OVERLOADS.items():

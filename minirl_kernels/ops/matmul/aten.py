@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ OPERATORS: dict[str, Callable] = {
     "dot": dot_product,
     "_grouped_mm": grouped_product,
 }
-# how many dimensions the factors have
+# number of dimensions of the two factors
 _FACTORS = {
     "mm": (2, 2),
     "bmm": (3, 3),
@@ -105,8 +106,8 @@ _FACTORS = {
 _WITH_ADDEND = ("addmm", "baddbmm", "addmv")
 
 
-def operations(kernels) -> dict[str, Callable]:
-    """The overloads of OPERATORS. Their functions return NotImplemented for a call that the kernels do not compute."""
+def operations(kernels: ModuleType) -> dict[str, Callable]:
+    """{overload: function that computes its result, or returns NotImplemented where the kernels do not}"""
     found: dict[str, Callable] = {}
     for name, function in OPERATORS.items():
         overloads = [name] if name == "_grouped_mm" else [name, f"{name}.out"]
@@ -117,7 +118,7 @@ def operations(kernels) -> dict[str, Callable]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """The composite above autograd: torch rounds before it adds the bias where x is no matrix and not contiguous."""
+    """aten::linear above autograd, as addmm for every layout of x. torch rounds before the bias for some layouts."""
     if (
         x.dim() == 0
         or weight.dim() != 2
@@ -137,19 +138,19 @@ def _product(function: Callable, dims, kernels, first: Tensor, *args, out: Tenso
         a, b = args if len(args) == 2 else (first, *args)
         if (a.dim(), b.dim()) != dims:
             return NotImplemented
-        # of a sum of nothing too, torch checks the addend
+        # For an empty product too, torch checks the shape of the addend.
         if len(args) == 2 and not (a.numel() and b.numel()) and not _expands(first, a, b):
             return NotImplemented
     if out is not None:
         kwargs["out"] = out
     try:
         return function(kernels, first, *args, **kwargs)
-    except (TypeError, ValueError):  # out of the contract of our products
+    except (TypeError, ValueError):  # outside the contract of the library's products
         return NotImplemented
 
 
 def _expands(addend: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether it broadcasts to the shape of the product of a and b."""
+    """Whether `addend` broadcasts to the shape of the product of a and b."""
     shape = (*a.shape[:-1], *b.shape[a.dim() - 1 :])
     sizes = zip(reversed(addend.shape), reversed(shape), strict=False)
     return addend.dim() <= len(shape) and all(size in (1, wanted) for size, wanted in sizes)

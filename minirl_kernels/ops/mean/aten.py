@@ -1,9 +1,10 @@
-"""Torch's own sums and means, by the kernels of a backend: below autograd, in torch's arguments."""
+"""The sums and means of aten, by the kernels of a backend: below autograd, with aten's arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from ...common.checks import FLOAT_DTYPES
 
 
-def operations(kernels) -> dict[str, Callable]:
+def operations(kernels: ModuleType) -> dict[str, Callable]:
+    """{overload: function that computes its result}"""
     mean, sum = partial(_reduction, kernels, True), partial(_reduction, kernels, False)
     return {
         **dict.fromkeys(("mean", "mean.dim", "mean.out"), mean),
@@ -22,7 +24,7 @@ def operations(kernels) -> dict[str, Callable]:
 def _reduction(
     kernels, divide: bool, x: Tensor, dim=None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """NotImplemented for a call that the kernels do not compute."""
+    """Returns NotImplemented for a call that the kernels do not compute."""
     if dtype is not None and dtype not in FLOAT_DTYPES:
         return NotImplemented
     if dim:

@@ -1,18 +1,20 @@
-"""Torch's own rms_norm of a GPU, by the kernels of a backend: below autograd, in torch's arguments.
+"""The rms_norm of aten, which torch has on a GPU, by the kernels of a backend: below autograd, with aten's arguments.
 
-On a CPU torch makes rms_norm of other operations. Each function returns NotImplemented for a call that the kernels do
-not compute: several dimensions, weights of another dtype, no eps.
+On a CPU, torch composes rms_norm from other covered operations. A function returns NotImplemented for a call that the
+kernels do not compute. torch has its own path for several dimensions, for weights of another dtype, and for eps=None.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 from torch import Tensor
 
 
-def operations(kernels) -> dict[str, Callable]:
+def operations(kernels: ModuleType) -> dict[str, Callable]:
+    """{overload: function that computes its result}"""
     return {
         "_fused_rms_norm": partial(rms_norm, kernels),
         "_fused_rms_norm_backward": partial(rms_norm_backward, kernels),

@@ -1,18 +1,20 @@
-"""Torch's own softmax operations, by the kernels of a backend: below autograd, in torch's arguments.
+"""The softmax operations of aten, by the kernels of a backend: below autograd, with aten's arguments.
 
-Each function returns NotImplemented for a call that the kernels do not compute.
+A function returns NotImplemented for a call that the kernels do not compute.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 
-def operations(kernels) -> dict[str, Callable]:
+def operations(kernels: ModuleType) -> dict[str, Callable]:
+    """{overload: function that computes its result}"""
     found: dict[str, Callable] = {}
     for name, log in (("_softmax", False), ("_log_softmax", True)):
         found[name] = found[f"{name}.out"] = partial(_softmax, kernels, log)
