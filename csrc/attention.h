@@ -17,7 +17,7 @@ struct AttentionOutput {
   AttentionOperand operand() const { return {data, rows * heads * size, size, heads * size}; }
   // What no span writes is 0; `covered` rows are in one.
   void clear(DType dtype, int64_t covered) const {
-    const int64_t row_bytes = heads * size * (dtype == DType::kFloat32 ? 4 : 2);
+    const int64_t row_bytes = heads * size * bytes_of(dtype);
     if (data && covered < batch * rows) write_zeros(data, batch * rows * row_bytes);
   }
 };

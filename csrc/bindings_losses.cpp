@@ -8,116 +8,114 @@
 #include "parallel.h"
 
 namespace py = pybind11;
-using minirl::Address;
-using minirl::choice;
-using minirl::dtype_of;
-using minirl::pointer;
+using minirl::Data;
+using minirl::Field;
+using minirl::OptionalData;
+using minirl::rows_of;
+using minirl::Tensor;
 
 namespace {
 
+minirl::Logits logits_of(const Tensor& logits, const Tensor& ids, const float* temperature) {
+  return {rows_of(logits), ids.data, ids.integer_dtype(), temperature};
+}
+
 // First row whose id is neither in the vocabulary nor ignored, or -1; asked before anything is written.
 int64_t first_bad_row(const minirl::Logits& logits) {
-  for (int64_t row = 0; row < logits.batch * logits.length; ++row) {
+  for (int64_t row = 0; row < logits.rows.count; ++row) {
     const int64_t id = minirl::id_of_row(logits, row);
-    if (id != minirl::kIgnoreIndex && (id < 0 || id >= logits.vocab_size)) return row;
+    if (id != minirl::kIgnoreIndex && (id < 0 || id >= logits.rows.size)) return row;
   }
   return -1;
 }
 
-// The arguments that every call over logits begins with.
-#define MINIRL_LOGITS_PARAMETERS                                                                    \
-  Address logits_data, const std::string &dtype, int64_t batch, int64_t length, int64_t vocab_size, \
-      int64_t batch_stride, int64_t length_stride, Address ids, bool wide_ids, Address temperature
-#define MINIRL_LOGITS                                                                                    \
-  minirl::Logits {                                                                                       \
-    pointer<void>(logits_data), dtype_of(dtype), batch, length, vocab_size, batch_stride, length_stride, \
-        pointer<void>(ids), wide_ids, pointer<float>(temperature)                                        \
-  }
-
-// Those that every call over a gradient of the logits ends with.
-#define MINIRL_GRADIENT_PARAMETERS \
-  Address out, const std::string &out_dtype, int64_t out_batch_stride, int64_t out_length_stride, float softcap
-#define MINIRL_GRADIENT \
-  minirl::Gradient { pointer<void>(out), dtype_of(out_dtype), out_batch_stride, out_length_stride, softcap }
-
 template <class Args>
-void run_rows(const minirl::Logits& logits, minirl::Kernel<Args> kernel, const Args& args) {
+void run_rows(const minirl::StridedRows& rows, minirl::Kernel<Args> kernel, const Args& args) {
   py::gil_scoped_release no_gil;
-  minirl::parallel_rows(logits.batch * logits.length, logits.vocab_size, kernel, args);
+  minirl::parallel_rows(rows.count, rows.size, kernel, args);
 }
 
-int64_t token_logprobs(MINIRL_LOGITS_PARAMETERS, Address log_probs, Address entropy, Address shift, Address log_sum) {
-  const minirl::TokenLogprobs args = {MINIRL_LOGITS, pointer<float>(log_probs), pointer<float>(entropy),
-                                      pointer<float>(shift), pointer<float>(log_sum)};
+int64_t token_logprobs(const Tensor& logits, const Tensor& ids, Data<float> temperature, Data<float> log_probs,
+                       OptionalData<float> entropy, Data<float> shift, Data<float> log_sum) {
+  const minirl::TokenLogprobs args = {logits_of(logits, ids, temperature), log_probs, entropy, shift, log_sum};
   const int64_t bad_row = first_bad_row(args.logits);
-  if (bad_row < 0) run_rows(args.logits, MINIRL_PICK(minirl::token_logprobs, minirl::TokenLogprobs), args);
+  if (bad_row < 0) run_rows(args.logits.rows, MINIRL_PICK(minirl::token_logprobs, minirl::TokenLogprobs), args);
   return bad_row;
 }
 
-void token_logprobs_backward(MINIRL_LOGITS_PARAMETERS, Address shift, Address log_sum, Address entropy,
-                             Address log_prob_grad, Address entropy_grad, MINIRL_GRADIENT_PARAMETERS) {
-  const minirl::TokenLogprobsBackward args = {
-      MINIRL_LOGITS,           pointer<float>(shift),         pointer<float>(log_sum),
-      pointer<float>(entropy), pointer<float>(log_prob_grad), pointer<float>(entropy_grad),
-      MINIRL_GRADIENT};
-  run_rows(args.logits, MINIRL_PICK(minirl::token_logprobs_backward, minirl::TokenLogprobsBackward), args);
+void token_logprobs_backward(const Tensor& logits, const Tensor& ids, Data<float> temperature, Data<float> shift,
+                             Data<float> log_sum, OptionalData<float> entropy, Data<float> log_prob_grad,
+                             OptionalData<float> entropy_grad, const Tensor& out, float softcap) {
+  const minirl::TokenLogprobsBackward args = {logits_of(logits, ids, temperature),
+                                              shift,
+                                              log_sum,
+                                              entropy,
+                                              log_prob_grad,
+                                              entropy_grad,
+                                              {rows_of(out), softcap}};
+  run_rows(args.logits.rows, MINIRL_PICK(minirl::token_logprobs_backward, minirl::TokenLogprobsBackward), args);
+}
+
+minirl::ObjectiveConfig objective_of(py::handle options) {
+  using minirl::KLEstimator;
+  using minirl::Objective;
+  static const Field<std::string> objective("objective"), kl_estimator("kl_estimator");
+  static const Field<bool> clip("clip");
+  static const Field<double> ratio_low("ratio_low"), ratio_high("ratio_high"), threshold("threshold"),
+      kl_coef("kl_coef");
+  return {minirl::choice<Objective>("objective", objective(options),
+                                    {{"minirl", Objective::kMiniRL},
+                                     {"reinforce", Objective::kReinforce},
+                                     {"grpo", Objective::kGrpo},
+                                     {"cispo", Objective::kCispo}}),
+          clip(options),
+          ratio_low(options),
+          ratio_high(options),
+          threshold(options),
+          kl_coef(options),
+          minirl::choice<KLEstimator>("kl_estimator", kl_estimator(options),
+                                      {{"k1", KLEstimator::kK1}, {"k2", KLEstimator::kK2}, {"k3", KLEstimator::kK3}})};
 }
 
 // The loss of every row and the gradient of its logits; or, if `only_overflow`, what fused_policy_loss_overflow writes.
-int64_t fused_policy_loss(MINIRL_LOGITS_PARAMETERS, Address old_log_probs, Address behaviour_log_probs,
-                          Address ref_log_probs, Address advantages, Address weights, const std::string& objective,
-                          bool clip, double ratio_low, double ratio_high, double threshold, double kl_coef,
-                          const std::string& kl_estimator, float entropy_coef, Address log_probs, Address entropy,
-                          Address token_loss, Address token_grad, MINIRL_GRADIENT_PARAMETERS, bool only_overflow) {
-  using minirl::KLEstimator;
-  using minirl::Objective;
-  const auto kind = choice<Objective>("objective", objective,
-                                      {{"minirl", Objective::kMiniRL},
-                                       {"reinforce", Objective::kReinforce},
-                                       {"grpo", Objective::kGrpo},
-                                       {"cispo", Objective::kCispo}});
-  const auto estimator = choice<KLEstimator>(
-      "kl_estimator", kl_estimator, {{"k1", KLEstimator::kK1}, {"k2", KLEstimator::kK2}, {"k3", KLEstimator::kK3}});
-  const minirl::FusedPolicyLoss args = {MINIRL_LOGITS,
-                                        pointer<float>(old_log_probs),
-                                        pointer<float>(behaviour_log_probs),
-                                        pointer<float>(ref_log_probs),
-                                        pointer<float>(advantages),
-                                        pointer<float>(weights),
-                                        {kind, clip, ratio_low, ratio_high, threshold, kl_coef, estimator},
-                                        entropy_coef,
-                                        pointer<float>(log_probs),
-                                        pointer<float>(entropy),
-                                        pointer<float>(token_loss),
-                                        pointer<float>(token_grad),
-                                        MINIRL_GRADIENT};
+int64_t fused_policy_loss(const Tensor& logits, const Tensor& ids, Data<float> temperature, py::handle tokens,
+                          py::handle options, py::handle results, const Tensor& out, float softcap,
+                          bool only_overflow) {
+  static const Field<OptionalData<float>> old_log_probs("old_log_probs"), behaviour_log_probs("behaviour_log_probs"),
+      ref_log_probs("ref_log_probs");
+  static const Field<Data<float>> advantages("advantages"), weights("weights");
+  static const Field<float> entropy_coef("entropy_coef");
+  static const Field<Data<float>> log_probs("log_probs"), entropy("entropy"), token_loss("token_loss"),
+      token_grad("token_grad");
+  const minirl::FusedPolicyLoss args = {logits_of(logits, ids, temperature),
+                                        old_log_probs(tokens),
+                                        behaviour_log_probs(tokens),
+                                        ref_log_probs(tokens),
+                                        advantages(tokens),
+                                        weights(tokens),
+                                        objective_of(options),
+                                        entropy_coef(options),
+                                        log_probs(results),
+                                        entropy(results),
+                                        token_loss(results),
+                                        token_grad(results),
+                                        {rows_of(out), softcap}};
   const int64_t bad_row = first_bad_row(args.logits);
   const auto kernel = only_overflow ? MINIRL_PICK(minirl::fused_policy_loss_overflow, minirl::FusedPolicyLoss)
                                     : MINIRL_PICK(minirl::fused_policy_loss, minirl::FusedPolicyLoss);
-  if (bad_row < 0) run_rows(args.logits, kernel, args);
+  if (bad_row < 0) run_rows(args.logits.rows, kernel, args);
   return bad_row;
 }
 
-void softcap(Address logits, int64_t rows, int64_t vocab_size, int64_t stride, float cap) {
-  const minirl::SoftcapLogits args = {pointer<float>(logits), vocab_size, stride, cap};
-  py::gil_scoped_release no_gil;
-  minirl::parallel_rows(rows, vocab_size, MINIRL_PICK(minirl::softcap, minirl::SoftcapLogits), args);
+void softcap(const Tensor& logits, float cap) {
+  logits.as<float>();  // raises for another dtype
+  const minirl::SoftcapLogits args = {rows_of(logits), cap};
+  run_rows(args.logits, MINIRL_PICK(minirl::softcap, minirl::SoftcapLogits), args);
 }
 
-void kept_logits(Address logits, const std::string& dtype, int64_t batch, int64_t length, int64_t vocab_size,
-                 int64_t batch_stride, int64_t length_stride, Address ids, Address begin, Address end) {
-  const minirl::KeptLogits args = {pointer<void>(logits),
-                                   dtype_of(dtype),
-                                   batch,
-                                   length,
-                                   vocab_size,
-                                   batch_stride,
-                                   length_stride,
-                                   pointer<int32_t>(ids),
-                                   pointer<int32_t>(begin),
-                                   pointer<int32_t>(end)};
-  py::gil_scoped_release no_gil;
-  minirl::parallel_rows(batch * length, vocab_size, MINIRL_PICK(minirl::kept_logits, minirl::KeptLogits), args);
+void kept_logits(const Tensor& logits, Data<int32_t> ids, Data<int32_t> begin, Data<int32_t> end) {
+  const minirl::KeptLogits args = {rows_of(logits), ids, begin, end};
+  run_rows(args.logits, MINIRL_PICK(minirl::kept_logits, minirl::KeptLogits), args);
 }
 
 }  // namespace

@@ -8,129 +8,127 @@
 #include "parallel.h"
 
 namespace py = pybind11;
-using minirl::Address;
-using minirl::choice;
-using minirl::dtype_of;
-using minirl::pointer;
+using minirl::Data;
+using minirl::Field;
+using minirl::OptionalData;
+using minirl::OptionalTensor;
+using minirl::rows_of;
+using minirl::Tensor;
 
 namespace {
 
-// The arguments that both calls over router logits begin with.
-#define MINIRL_ROUTER_PARAMETERS                                                                                   \
-  Address logits_data, const std::string &dtype, int64_t rows, int64_t num_experts, int64_t stride, int64_t top_k, \
-      bool normalize, bool sigmoid, float scale
-#define MINIRL_ROUTER                                                                                  \
-  minirl::RouterLogits {                                                                               \
-    pointer<void>(logits_data), dtype_of(dtype), num_experts, stride, top_k, normalize, sigmoid, scale \
-  }
-// Ranking an expert among those that were chosen so far costs about as much as this many of them.
+// Ranking an expert among the chosen ones costs about as much as this many elements.
 constexpr int64_t kElementsPerChoice = 16;
 
-// Returns the first row whose replayed experts are no such thing, or -1.
-int64_t moe_routing(MINIRL_ROUTER_PARAMETERS, Address bias, int64_t num_groups, int64_t top_k_groups, Address routed,
-                    const std::string& routed_dtype, int64_t routed_stride, Address valid, Address weights,
-                    Address experts, Address natural, Address agreement, Address mass, Address margin) {
-  using minirl::IdType;
-  if (num_experts > minirl::kMaxExperts) throw std::invalid_argument("router_logits has more experts than fit");
-  const auto routed_type = routed ? choice<IdType>("routed_experts' dtype", routed_dtype,
-                                                   {{"torch.uint8", IdType::kUInt8},
-                                                    {"torch.int8", IdType::kInt8},
-                                                    {"torch.uint16", IdType::kUInt16},
-                                                    {"torch.int16", IdType::kInt16},
-                                                    {"torch.int32", IdType::kInt32},
-                                                    {"torch.int64", IdType::kInt64}})
-                                  : IdType::kInt64;
-  const minirl::MoERouting args = {MINIRL_ROUTER,
-                                   pointer<float>(bias),
-                                   num_groups,
-                                   top_k_groups,
-                                   pointer<void>(routed),
-                                   routed_type,
-                                   routed_stride,
-                                   pointer<bool>(valid),
-                                   pointer<float>(weights),
-                                   pointer<int64_t>(experts),
-                                   pointer<int64_t>(natural),
-                                   pointer<float>(agreement),
-                                   pointer<float>(mass),
-                                   pointer<float>(margin)};
+minirl::RouterLogits router_of(const Tensor& logits, int64_t top_k, py::handle options) {
+  static const Field<bool> normalize("normalize"), sigmoid("sigmoid");
+  static const Field<float> scale("scale");
+  return {rows_of(logits), top_k, normalize(options), sigmoid(options), scale(options)};
+}
+
+template <class Args>
+void run_router(minirl::Kernel<Args> kernel, const Args& args) {
   py::gil_scoped_release no_gil;
-  minirl::parallel_rows(rows, num_experts + kElementsPerChoice * top_k,
-                        MINIRL_PICK(minirl::moe_routing, minirl::MoERouting), args);
-  for (int64_t row = 0; routed && row < rows; ++row)
+  const minirl::StridedRows& rows = args.logits.rows;
+  minirl::parallel_rows(rows.count, rows.size + kElementsPerChoice * args.logits.top_k, kernel, args);
+}
+
+// Returns the first row whose replayed experts are out of range or repeat one, or -1.
+int64_t moe_routing(const Tensor& logits, OptionalData<float> bias, const OptionalTensor& routed,
+                    OptionalData<bool> valid, py::handle options, const Tensor& weights, Data<int64_t> experts,
+                    Data<int64_t> natural, Data<float> agreement, Data<float> mass, Data<float> margin) {
+  static const Field<int64_t> num_groups("num_groups"), top_k_groups("top_k_groups");
+  if (logits.size(-1) > minirl::kMaxExperts) throw std::invalid_argument("router_logits has more experts than fit");
+  const minirl::MoERouting args = {router_of(logits, weights.size(-1), options),
+                                   bias,
+                                   num_groups(options),
+                                   top_k_groups(options),
+                                   routed.data,
+                                   routed.data ? routed.integer_dtype() : minirl::DType::kInt64,
+                                   routed.stride(-2),
+                                   valid,
+                                   weights.as<float>(),
+                                   experts,
+                                   natural,
+                                   agreement,
+                                   mass,
+                                   margin};
+  run_router(MINIRL_PICK(minirl::moe_routing, minirl::MoERouting), args);
+  for (int64_t row = 0; args.routed && row < args.logits.rows.count; ++row)
     if (args.agreement[row] != args.agreement[row]) return row;
   return -1;
 }
 
-void moe_routing_backward(MINIRL_ROUTER_PARAMETERS, Address weights, Address experts, Address weight_grad,
-                          Address out) {
-  const minirl::MoERoutingBackward args = {MINIRL_ROUTER, pointer<float>(weights), pointer<int64_t>(experts),
-                                           pointer<float>(weight_grad), pointer<void>(out)};
-  py::gil_scoped_release no_gil;
-  minirl::parallel_rows(rows, num_experts + kElementsPerChoice * top_k,
-                        MINIRL_PICK(minirl::moe_routing_backward, minirl::MoERoutingBackward), args);
+void moe_routing_backward(const Tensor& logits, py::handle options, const Tensor& weights, Data<int64_t> experts,
+                          Data<float> weight_grad, Data<void> out) {
+  const minirl::MoERoutingBackward args = {router_of(logits, weights.size(-1), options), weights.as<float>(), experts,
+                                           weight_grad, out};
+  run_router(MINIRL_PICK(minirl::moe_routing_backward, minirl::MoERoutingBackward), args);
 }
 
-// The arguments that both calls over experts begin with.
-#define MINIRL_EXPERTS_PARAMETERS                                                                                  \
-  const std::string &dtype, Address experts, Address weights, int64_t tokens, int64_t top_k, int64_t num_experts,  \
-      Address hidden, int64_t hidden_stride, int64_t hidden_size, int64_t intermediate_size, Address gate_up_proj, \
-      int64_t gate_up_expert_stride, int64_t gate_up_row_stride, Address down_proj, int64_t down_expert_stride,    \
-      int64_t down_row_stride, bool packed
-#define MINIRL_EXPERTS                                                                               \
-  minirl::MoEExperts {                                                                               \
-    dtype_of(dtype), pointer<int64_t>(experts), pointer<float>(weights), tokens, top_k, num_experts, \
-        pointer<void>(hidden), hidden_stride, hidden_size, intermediate_size,                        \
-        {pointer<void>(gate_up_proj), gate_up_expert_stride, gate_up_row_stride, packed}, {          \
-      pointer<void>(down_proj), down_expert_stride, down_row_stride, packed                          \
-    }                                                                                                \
-  }
+// [E, out, in]; or packed words [E, words], which are int32.
+minirl::ExpertWeight weight_of(const Tensor& weight) {
+  const bool packed = weight.dtype == minirl::DType::kInt32;
+  return {weight.data, weight.strides[0], packed ? 0 : weight.stride(-2), packed};
+}
+
+minirl::MoEExperts experts_of(const Tensor& hidden, const float* weights, const Tensor& experts,
+                              const Tensor& gate_up_proj, const Tensor& down_proj, int64_t intermediate_size) {
+  return {hidden.float_dtype(),    experts.as<int64_t>(), weights,           experts.size(-2), experts.size(-1),
+          down_proj.sizes[0],      hidden.data,           hidden.stride(-2), hidden.size(-1),  intermediate_size,
+          weight_of(gate_up_proj), weight_of(down_proj)};
+}
 
 // Returns the first token with an expert out of range, and has written nothing then; else -1.
-int64_t moe_experts(MINIRL_EXPERTS_PARAMETERS, Address activation, Address y, Address gate_up, Address out) {
-  const minirl::MoEExperts args = MINIRL_EXPERTS;
+int64_t moe_experts(const Tensor& hidden, Data<float> weights, const Tensor& experts, const Tensor& gate_up_proj,
+                    const Tensor& down_proj, const Tensor& activation, Data<float> y, OptionalData<void> gate_up,
+                    Data<void> out) {
+  const minirl::MoEExperts args = experts_of(hidden, weights, experts, gate_up_proj, down_proj, activation.size(-1));
   py::gil_scoped_release no_gil;
   const int64_t bad_token = args.first_bad_token();
-  if (bad_token < 0)
-    minirl::moe_experts_forward(args, pointer<void>(activation), pointer<float>(y), pointer<void>(gate_up),
-                                pointer<void>(out));
+  if (bad_token < 0) minirl::moe_experts_forward(args, activation.data, y, gate_up, out);
   return bad_token;
 }
 
-void pack_experts(const std::string& dtype, int64_t num_experts, Address weight, int64_t expert_stride,
-                  int64_t row_stride, int64_t parts, int64_t rows, int64_t columns, Address out) {
-  const minirl::ExpertWeight matrices = {pointer<void>(weight), expert_stride, row_stride, false};
-  py::gil_scoped_release no_gil;
-  minirl::run_pack(num_experts, {dtype_of(dtype), matrices, parts, rows, columns, pointer<uint32_t>(out)});
+// An expert's matrix as `parts` of equal height.
+minirl::ExpertsPack parts_of(const Tensor& weight, int64_t parts) {
+  return {weight.float_dtype(), weight_of(weight), parts, weight.size(-2) / parts, weight.size(-1), nullptr};
 }
 
-void moe_experts_backward(MINIRL_EXPERTS_PARAMETERS, Address gate_up, Address grad_out, Address gate_up_grad,
-                          Address weighted, Address y, Address hidden_grad, Address weights_grad,
-                          Address gate_up_proj_grad, Address down_proj_grad) {
-  const minirl::MoEExperts args = MINIRL_EXPERTS;
-  const minirl::MoEExpertsGrads grads = {pointer<void>(gate_up),
-                                         pointer<void>(grad_out),
-                                         pointer<void>(gate_up_grad),
-                                         pointer<void>(weighted),
-                                         pointer<float>(y),
-                                         pointer<void>(hidden_grad),
-                                         pointer<float>(weights_grad),
-                                         pointer<void>(gate_up_proj_grad),
-                                         pointer<void>(down_proj_grad)};
+// How many words pack_experts writes for each expert.
+int64_t packed_words(const Tensor& weight, int64_t parts) {
+  const minirl::ExpertsPack args = parts_of(weight, parts);
+  return parts * minirl::packed_words(args.dtype, args.rows, args.columns);
+}
+
+void pack_experts(const Tensor& weight, int64_t parts, Data<int32_t> out) {
+  minirl::ExpertsPack args = parts_of(weight, parts);
+  args.out = (uint32_t*)out.data;
+  py::gil_scoped_release no_gil;
+  minirl::run_pack(weight.sizes[0], args);
+}
+
+void moe_experts_backward(const Tensor& hidden, Data<float> weights, const Tensor& experts, const Tensor& gate_up_proj,
+                          const Tensor& down_proj, Data<void> gate_up, Data<void> grad_out, Data<void> gate_up_grad,
+                          Data<void> weighted, Data<float> y, Data<void> hidden_grad, Data<float> weights_grad,
+                          Data<void> gate_up_proj_grad, Data<void> down_proj_grad) {
+  const minirl::MoEExperts args = experts_of(hidden, weights, experts, gate_up_proj, down_proj, down_proj.size(-1));
+  const minirl::MoEExpertsGrads grads = {gate_up,     grad_out,     gate_up_grad,      weighted,      y,
+                                         hidden_grad, weights_grad, gate_up_proj_grad, down_proj_grad};
   py::gil_scoped_release no_gil;
   if (args.first_bad_token() >= 0) throw std::invalid_argument("experts has changed since the forward");
   minirl::moe_experts_backward(args, grads);
 }
 
 #ifdef MINIRL_HAVE_CUDA
-// On the device that is current, to which all addresses belong.
-void counting_sort(Address keys, int64_t items, int64_t num_keys, int64_t segments, Address places, Address begins,
-                   Address order, Address stream) {
+// On the current device, which holds all the tensors. places: [segments, num_keys] of scratch.
+void counting_sort(const Tensor& keys, const Tensor& places, Data<int64_t> begins, Data<int64_t> order,
+                   uintptr_t stream) {
+  const int64_t segments = places.size(-2);
   if (segments < 1 || segments > minirl::kMostSegments) throw std::invalid_argument("segments do not fit in a block");
   const minirl::CountingSort sort = {
-      pointer<int64_t>(keys), items, num_keys, segments, pointer<int64_t>(places), pointer<int64_t>(begins),
-      pointer<int64_t>(order)};
-  const char* const error = minirl::launch_counting_sort(sort, pointer<void>(stream));
+      keys.as<int64_t>(), keys.numel(), places.size(-1), segments, places.as<int64_t>(), begins, order};
+  const char* const error = minirl::launch_counting_sort(sort, (void*)stream);
   if (error) throw std::runtime_error(std::string("the counting sort did not start on the GPU: ") + error);
 }
 #endif
@@ -143,9 +141,7 @@ void minirl::bind_moe(py::module_& module) {
   module.def("moe_routing", ::moe_routing);
   module.def("moe_routing_backward", ::moe_routing_backward);
   module.def("pack_experts", ::pack_experts);
-  module.def("packed_words", [](const std::string& dtype, int64_t rows, int64_t columns) {
-    return minirl::packed_words(dtype_of(dtype), rows, columns);
-  });
+  module.def("packed_words", ::packed_words);
 #ifdef MINIRL_HAVE_CUDA
   module.def("counting_sort", ::counting_sort);
   module.attr("most_segments") = minirl::kMostSegments;

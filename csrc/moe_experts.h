@@ -85,7 +85,7 @@ static inline void run_combine(const MoEExperts& args, const SortedPairs& sorted
 
 static inline void run_weight_grad(const ExpertsWeightGrad& args) {
   const int64_t rows = args.left.columns, columns = args.right.columns;
-  const int64_t bytes = rows * columns * (args.rows.dtype == DType::kFloat32 ? 4 : 2);
+  const int64_t bytes = rows * columns * bytes_of(args.rows.dtype);
   for (int64_t expert = 0; expert < args.num_experts; ++expert)
     if (args.rows.begins[expert] == args.rows.begins[expert + 1]) write_zeros((char*)args.out + expert * bytes, bytes);
   const int64_t blocks = blocks_of(rows, kExpertRows) * blocks_of(columns, kExpertColumns) * args.num_experts;

@@ -56,7 +56,12 @@ def test_as_a_gpu_is_asked_for_it(items, num_experts, counting_sort, monkeypatch
     pytest.importorskip("triton", reason="triton is not installed")
     from minirl_kernels.ops.moe_experts import triton
 
-    native = SimpleNamespace(counting_sort=counting_sort, most_segments=64)
+    def on_the_cpu(keys, places, begins, order, stream):
+        segments, num_keys = places.shape
+        addresses = [values.data_ptr() for values in (places, begins, order)]
+        counting_sort(keys.data_ptr(), keys.numel(), num_keys, segments, *addresses, stream)
+
+    native = SimpleNamespace(counting_sort=on_the_cpu, most_segments=64)
     monkeypatch.setattr(triton, "native", lambda: native)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=None))
     keys = torch.randint(-2, num_experts + 2, (items,), generator=torch.Generator().manual_seed(0))

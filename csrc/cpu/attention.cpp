@@ -127,7 +127,7 @@ MINIRL_INLINE void store_scaled(const float* sums, int64_t n, float factor, Out*
 }
 
 template <class T>
-MINIRL_INLINE void forward(const Attention& args, int64_t begin, int64_t end) {
+MINIRL_INLINE void forward(const T*, const Attention& args, int64_t begin, int64_t end) {
   const int64_t most_of_them = most_rows(args), width = args.value_size;
   const float c = args.scale * kLog2E;
   const Tile<T> tile = tile_for<T>(args, most_of_them);
@@ -213,7 +213,7 @@ MINIRL_INLINE void slopes(const float* scores, const float* by_weights, int64_t 
 
 // A piece is all of a span for one head of keys, so that every sum over its queries or its keys has one order.
 template <class T>
-MINIRL_INLINE void backward(const AttentionBackward& grads, int64_t begin, int64_t end) {
+MINIRL_INLINE void backward(const T*, const AttentionBackward& grads, int64_t begin, int64_t end) {
   const Attention& args = grads.forward;
   const int64_t most_of_them = most_rows(args), all = args.most_queries * args.group;
   const int64_t size = args.key_size, width = args.value_size;
@@ -296,21 +296,11 @@ MINIRL_INLINE void backward(const AttentionBackward& grads, int64_t begin, int64
 
 }  // namespace
 
-#define MINIRL_BY_DTYPE(function, dtype)           \
-  switch (dtype) {                                 \
-    case DType::kFloat32:                          \
-      return function<float>(args, begin, end);    \
-    case DType::kBFloat16:                         \
-      return function<BFloat16>(args, begin, end); \
-    case DType::kFloat16:                          \
-      return function<Float16>(args, begin, end);  \
-  }
-
 void MINIRL_KERNEL(attention_forward)(const Attention& args, int64_t begin, int64_t end) {
-  MINIRL_BY_DTYPE(forward, args.dtype)
+  with_float(args.dtype, [&](auto* type) __attribute__((always_inline)) { forward(type, args, begin, end); });
 }
 void MINIRL_KERNEL(attention_backward)(const AttentionBackward& args, int64_t begin, int64_t end) {
-  MINIRL_BY_DTYPE(backward, args.forward.dtype)
+  with_float(args.forward.dtype, [&](auto* type) __attribute__((always_inline)) { backward(type, args, begin, end); });
 }
 
 }  // namespace minirl

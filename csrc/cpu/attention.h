@@ -4,7 +4,7 @@
 // A row sums over its keys in blocks of kKeyBlock from the span's first key on, whatever other rows there are.
 #pragma once
 #include "cpu/dispatch.h"
-#include "cpu/logits.h"
+#include "cpu/dtypes.h"
 
 namespace minirl {
 

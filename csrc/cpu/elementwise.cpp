@@ -127,7 +127,7 @@ MINIRL_INLINE void values_or_gradients(const Elementwise& args, int64_t begin, i
 }
 
 template <class T>
-MINIRL_INLINE void run(const Elementwise& args, int64_t begin, int64_t end) {
+MINIRL_INLINE void run(const T*, const Elementwise& args, int64_t begin, int64_t end) {
   switch (args.function) {
     case Function::kSigmoid:
       return values_or_gradients<T>(args, begin, end, Sigmoid{});
@@ -153,14 +153,7 @@ MINIRL_INLINE void run(const Elementwise& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void MINIRL_KERNEL(elementwise)(const Elementwise& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return run<float>(args, begin, end);
-    case DType::kBFloat16:
-      return run<BFloat16>(args, begin, end);
-    case DType::kFloat16:
-      return run<Float16>(args, begin, end);
-  }
+  with_float(args.dtype, [&](auto* type) __attribute__((always_inline)) { run(type, args, begin, end); });
 }
 
 }  // namespace minirl

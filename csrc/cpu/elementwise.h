@@ -1,6 +1,6 @@
 #pragma once
 #include "cpu/dispatch.h"
-#include "cpu/logits.h"
+#include "cpu/dtypes.h"
 
 namespace minirl {
 

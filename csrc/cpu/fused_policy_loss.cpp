@@ -39,8 +39,8 @@ static KeepExponentials place_to_keep(float* buffer, T*, T*, int64_t tiles) {
 }
 
 void MINIRL_KERNEL(fused_policy_loss)(const FusedPolicyLoss& args, int64_t begin, int64_t end) {
-  const int64_t vocab_size = args.logits.vocab_size, tiles = tiles_of(vocab_size);
-  const bool wide = args.logits.dtype == DType::kFloat32;
+  const int64_t vocab_size = args.logits.rows.size, tiles = tiles_of(vocab_size);
+  const bool wide = args.logits.rows.dtype == DType::kFloat32;
   // the gradients of an entropy and of a softcap need y beside 2^y, so they walk the logits again, as do all where
   // memory is short
   const bool walks_twice = args.entropy_coef != 0.f || args.out.softcap != 0.f;
@@ -77,7 +77,7 @@ void MINIRL_KERNEL(fused_policy_loss)(const FusedPolicyLoss& args, int64_t begin
 }
 
 void MINIRL_KERNEL(fused_policy_loss_overflow)(const FusedPolicyLoss& args, int64_t begin, int64_t end) {
-  const int64_t n = args.logits.vocab_size;
+  const int64_t n = args.logits.rows.size;
   for_each_row(args.logits, begin, end, [&](int64_t row, const auto* x, int64_t id, float temperature) {
     TokenStats stats = {};
     TokenShare loss = {};

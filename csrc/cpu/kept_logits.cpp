@@ -1,7 +1,7 @@
 // All but the kept logits of a row set to -inf, in place: a walk over the gaps between the kept ones.
 #include "cpu/kept_logits.h"
 
-#include "cpu/row_types.h"
+#include "cpu/lanes.h"
 
 namespace minirl {
 namespace {
@@ -16,19 +16,19 @@ MINIRL_INLINE void drop(T* x, int64_t count) {
 }  // namespace
 
 void MINIRL_KERNEL(kept_logits)(const KeptLogits& args, int64_t begin, int64_t end) {
-  with_type(args.dtype, [&](auto* type) {
+  with_float(args.logits.dtype, [&](auto* type) {
     for (int64_t row = begin; row < end; ++row) {
       if (args.begin[row] == args.end[row]) continue;
-      auto* x = (decltype(type))args.data + row_offset(row, args.length, args.batch_stride, args.length_stride);
+      auto* x = row_of(type, args.logits, row);
       int64_t gap = 0;
       for (int64_t i = args.begin[row]; i < args.end[row]; ++i) {
         const int64_t j = args.ids[i];
         if (j < gap) continue;
-        if (j >= args.vocab_size) break;
+        if (j >= args.logits.size) break;
         drop(x + gap, j - gap);
         gap = j + 1;
       }
-      drop(x + gap, args.vocab_size - gap);
+      drop(x + gap, args.logits.size - gap);
     }
   });
 }

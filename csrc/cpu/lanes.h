@@ -15,7 +15,7 @@
 #pragma GCC diagnostic pop
 #endif
 
-#define MINIRL_INLINE static inline __attribute__((always_inline))
+#include "cpu/dtypes.h"
 
 namespace {
 
@@ -138,14 +138,6 @@ MINIRL_INLINE float exp2_one(float y) {
   Floats r = exp2_lanes(bounded_exponent(splat(y)));
   return r.part[0][0];
 }
-
-// Sixteen-bit floats are moved by integer arithmetic: the hardware's bf16 conversion flushes subnormals.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 MINIRL_INLINE Ints load_halves(const void* p) {
   Ints r;

@@ -1,42 +1,27 @@
-// A kernel's walk over rows of logits of any of the three dtypes.
+// A kernel's walk over rows of logits of any float dtype.
 #pragma once
 #include "cpu/lanes.h"
 #include "cpu/logits.h"
 
 namespace {
 
-template <class T, class Body>
-MINIRL_INLINE void for_each_row_of(const minirl::Logits& logits, int64_t begin, int64_t end, const Body& body) {
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t offset = minirl::row_offset(row, logits.length, logits.batch_stride, logits.length_stride);
-    body(row, (T*)logits.data + offset, minirl::id_of_row(logits, row), logits.temperature[row]);
-  }
-}
-
 // body(row, pointer to its first logit, token id, temperature)
 template <class Body>
 MINIRL_INLINE void for_each_row(const minirl::Logits& logits, int64_t begin, int64_t end, const Body& body) {
-  switch (logits.dtype) {
-    case minirl::DType::kFloat32:
-      return for_each_row_of<float>(logits, begin, end, body);
-    case minirl::DType::kBFloat16:
-      return for_each_row_of<BFloat16>(logits, begin, end, body);
-    case minirl::DType::kFloat16:
-      return for_each_row_of<Float16>(logits, begin, end, body);
-  }
+  with_float(logits.rows.dtype, [&](auto* type) __attribute__((always_inline)) {
+    for (int64_t row = begin; row < end; ++row)
+      body(row, minirl::row_of(type, logits.rows, row), minirl::id_of_row(logits, row), logits.temperature[row]);
+  });
 }
 
-// body(row, pointer to its first logit, to the gradient of that, token id, temperature)
+// body(row, pointer to its first logit, pointer to the gradient of that logit, token id, temperature)
 template <class Body>
 MINIRL_INLINE void for_each_gradient_row(const minirl::Logits& logits, const minirl::Gradient& out, int64_t begin,
                                          int64_t end, const Body& body) {
-  for_each_row(logits, begin, end, [&](int64_t row, auto* x, int64_t id, float temperature) {
-    const int64_t offset = minirl::row_offset(row, logits.length, out.batch_stride, out.length_stride);
-    if (out.dtype == logits.dtype) return body(row, x, (decltype(x))out.data + offset, id, temperature);
-    if constexpr (sizeof(*x) == sizeof(float)) {
-      if (out.dtype == minirl::DType::kBFloat16) return body(row, x, (BFloat16*)out.data + offset, id, temperature);
-      return body(row, x, (Float16*)out.data + offset, id, temperature);
-    }
+  with_floats(out.rows.dtype, logits.rows.dtype, [&](auto* out_type, auto* type) __attribute__((always_inline)) {
+    for (int64_t row = begin; row < end; ++row)
+      body(row, minirl::row_of(type, logits.rows, row), minirl::row_of(out_type, out.rows, row),
+           minirl::id_of_row(logits, row), logits.temperature[row]);
   });
 }
 

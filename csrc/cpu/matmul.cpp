@@ -50,7 +50,7 @@ MINIRL_INLINE void multiply_piece(const Matmul& args, const Piece& piece, float*
 }
 
 template <class T, class Out>
-MINIRL_INLINE void multiply_pieces(const Matmul& args, int64_t begin, int64_t end) {
+MINIRL_INLINE void multiply_pieces(const T*, const Out*, const Matmul& args, int64_t begin, int64_t end) {
   int64_t columns = 0, elements = 0, depth = 0;
   for (int64_t index = begin; index < end; ++index) {
     const Piece& piece = args.pieces[index];
@@ -66,23 +66,12 @@ MINIRL_INLINE void multiply_pieces(const Matmul& args, int64_t begin, int64_t en
   free(scratch);
 }
 
-template <class T>
-MINIRL_INLINE void multiply(const Matmul& args, int64_t begin, int64_t end) {
-  if (args.out_dtype == args.dtype) return multiply_pieces<T, T>(args, begin, end);
-  return multiply_pieces<T, float>(args, begin, end);
-}
-
 }  // namespace
 
 void MINIRL_KERNEL(matmul)(const Matmul& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return multiply<float>(args, begin, end);
-    case DType::kBFloat16:
-      return multiply<BFloat16>(args, begin, end);
-    case DType::kFloat16:
-      return multiply<Float16>(args, begin, end);
-  }
+  with_floats(args.dtype, args.out_dtype, [&](auto* type, auto* out_type) __attribute__((always_inline)) {
+    multiply_pieces(type, out_type, args, begin, end);
+  });
 }
 
 }  // namespace minirl

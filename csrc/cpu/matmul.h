@@ -1,7 +1,7 @@
 // Products of matrices, one or many, cut into pieces: out = alpha a b + beta addend, summed in float32, rounded once.
 #pragma once
 #include "cpu/dispatch.h"
-#include "cpu/logits.h"
+#include "cpu/dtypes.h"
 
 namespace minirl {
 

@@ -1,14 +1,13 @@
 // Sums and means over the rows or over the columns of a matrix.
 #include "cpu/mean.h"
 
-#include "cpu/row_types.h"
 #include "cpu/sums.h"
 
 namespace minirl {
 
 void MINIRL_KERNEL(mean_rows)(const Mean& args, int64_t begin, int64_t end) {
   const int64_t blocks = sum_blocks(args.reduced);
-  with_types(args.x.dtype, args.out_dtype, [&](auto* x_type, auto* out_type) __attribute__((always_inline)) {
+  with_floats(args.x.dtype, args.out_dtype, [&](auto* x_type, auto* out_type) __attribute__((always_inline)) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t row = item / blocks, first = item % blocks * kSumBlock;
       const auto* x = row_of(x_type, args.x, row) + first;
@@ -26,7 +25,7 @@ void MINIRL_KERNEL(mean_rows)(const Mean& args, int64_t begin, int64_t end) {
 void MINIRL_KERNEL(mean_columns)(const Mean& args, int64_t begin, int64_t end) {
   const int64_t blocks = sum_blocks(args.reduced), columns = strips(args.inner);
   const Floats divisor = splat((float)args.divisor);
-  with_types(args.x.dtype, args.out_dtype, [&](auto* x_type, auto* out_type) __attribute__((always_inline)) {
+  with_floats(args.x.dtype, args.out_dtype, [&](auto* x_type, auto* out_type) __attribute__((always_inline)) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t strip = item % columns * kStrip, row_and_block = item / columns;
       const int64_t first = row_and_block % blocks * kSumBlock;
@@ -49,7 +48,7 @@ void MINIRL_KERNEL(mean_columns)(const Mean& args, int64_t begin, int64_t end) {
 
 void MINIRL_KERNEL(mean_of_blocks)(const Mean& args, int64_t begin, int64_t end) {
   const int64_t blocks = sum_blocks(args.reduced);
-  with_type(args.out_dtype, [&](auto* out_type) __attribute__((always_inline)) {
+  with_float(args.out_dtype, [&](auto* out_type) __attribute__((always_inline)) {
     for (int64_t i = begin; i < end; ++i) {
       const float* partials = args.partials + i / args.inner * blocks * args.inner + i % args.inner;
       double total = 0;

@@ -39,7 +39,7 @@ MINIRL_INLINE const T* matrix_of(const ExpertWeight& weight, int64_t expert) {
 }
 
 template <class T>
-MINIRL_INLINE void up(const ExpertsUp& args, int64_t begin, int64_t end) {
+MINIRL_INLINE void up(const T*, const ExpertsUp& args, int64_t begin, int64_t end) {
   const int64_t width = args.intermediate_size, depth = args.hidden_size;
   const ExpertWeight& weight = args.gate_up_proj;
   const Scratch scratch = scratch_for<T>(2 * kActivationColumns, weight.packed ? depth : 0);
@@ -86,7 +86,7 @@ MINIRL_INLINE void up(const ExpertsUp& args, int64_t begin, int64_t end) {
 }
 
 template <class T>
-MINIRL_INLINE void activation_grad(const ExpertsActivationGrad& args, int64_t begin, int64_t end) {
+MINIRL_INLINE void activation_grad(const T*, const ExpertsActivationGrad& args, int64_t begin, int64_t end) {
   const int64_t width = args.intermediate_size, parts = (width + kActivationColumns - 1) / kActivationColumns;
   const Scratch scratch = scratch_for<T>(kActivationColumns);
   for (int64_t index = begin; index < end; ++index) {
@@ -130,7 +130,7 @@ MINIRL_INLINE void activation_grad(const ExpertsActivationGrad& args, int64_t be
 }
 
 template <class T>
-MINIRL_INLINE void product(const ExpertsProduct& args, int64_t begin, int64_t end) {
+MINIRL_INLINE void product(const T*, const ExpertsProduct& args, int64_t begin, int64_t end) {
   const Scratch scratch = scratch_for<T>(kExpertColumns, args.packed ? args.depth : 0);
   for (int64_t index = begin; index < end; ++index) {
     const RowBlock& block = args.rows.blocks[index % args.rows.num_blocks];
@@ -155,12 +155,12 @@ MINIRL_INLINE void product(const ExpertsProduct& args, int64_t begin, int64_t en
 }
 
 template <class T>
-MINIRL_INLINE void count_words(const ExpertsPackedWords& args, int64_t, int64_t) {
+MINIRL_INLINE void count_words(const T*, const ExpertsPackedWords& args, int64_t, int64_t) {
   *args.words = packed_words<T>(args.rows, args.columns);
 }
 
 template <class T>
-MINIRL_INLINE void pack(const ExpertsPack& args, int64_t begin, int64_t end) {
+MINIRL_INLINE void pack(const T*, const ExpertsPack& args, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
     const int64_t first = index % args.parts * args.rows;
     const T* const matrix = matrix_of<T>(args.weight, index / args.parts) + first * args.weight.row_stride;
@@ -170,7 +170,7 @@ MINIRL_INLINE void pack(const ExpertsPack& args, int64_t begin, int64_t end) {
 }
 
 template <class T>
-MINIRL_INLINE void combine(const ExpertsCombine& args, int64_t begin, int64_t end) {
+MINIRL_INLINE void combine(const T*, const ExpertsCombine& args, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token) {
     const int64_t* const rows = args.row_of_pair + token * args.top_k;
     const float* const weights = args.weights ? args.weights + token * args.top_k : nullptr;
@@ -198,7 +198,7 @@ MINIRL_INLINE Operand<T> columns_of(const ExpertsWeightGrad::Side& side, const E
 // Float32 is summed in its place; the others in scratch if they have more than one chunk, and rounded once. Rows are
 // written whole, one piece after the other, while their new pages are still in a cache.
 template <class T>
-MINIRL_INLINE void weight_grad(const ExpertsWeightGrad& args, int64_t begin, int64_t end) {
+MINIRL_INLINE void weight_grad(const T*, const ExpertsWeightGrad& args, int64_t begin, int64_t end) {
   constexpr bool in_place = sizeof(T) == sizeof(float);
   const int64_t rows = args.left.columns, columns = args.right.columns;
   const int64_t across = (columns + kExpertColumns - 1) / kExpertColumns;
@@ -219,36 +219,27 @@ MINIRL_INLINE void weight_grad(const ExpertsWeightGrad& args, int64_t begin, int
 
 }  // namespace
 
-#define MINIRL_BY_DTYPE(function, dtype)           \
-  switch (dtype) {                                 \
-    case DType::kFloat32:                          \
-      return function<float>(args, begin, end);    \
-    case DType::kBFloat16:                         \
-      return function<BFloat16>(args, begin, end); \
-    case DType::kFloat16:                          \
-      return function<Float16>(args, begin, end);  \
-  }
-
 void MINIRL_KERNEL(experts_up)(const ExpertsUp& args, int64_t begin, int64_t end) {
-  MINIRL_BY_DTYPE(up, args.rows.dtype)
+  with_float(args.rows.dtype, [&](auto* type) __attribute__((always_inline)) { up(type, args, begin, end); });
 }
 void MINIRL_KERNEL(experts_activation_grad)(const ExpertsActivationGrad& args, int64_t begin, int64_t end) {
-  MINIRL_BY_DTYPE(activation_grad, args.rows.dtype)
+  with_float(args.rows.dtype,
+             [&](auto* type) __attribute__((always_inline)) { activation_grad(type, args, begin, end); });
 }
 void MINIRL_KERNEL(experts_product)(const ExpertsProduct& args, int64_t begin, int64_t end) {
-  MINIRL_BY_DTYPE(product, args.rows.dtype)
+  with_float(args.rows.dtype, [&](auto* type) __attribute__((always_inline)) { product(type, args, begin, end); });
 }
 void MINIRL_KERNEL(experts_packed_words)(const ExpertsPackedWords& args, int64_t begin, int64_t end) {
-  MINIRL_BY_DTYPE(count_words, args.dtype)
+  with_float(args.dtype, [&](auto* type) __attribute__((always_inline)) { count_words(type, args, begin, end); });
 }
 void MINIRL_KERNEL(experts_pack)(const ExpertsPack& args, int64_t begin, int64_t end) {
-  MINIRL_BY_DTYPE(pack, args.dtype)
+  with_float(args.dtype, [&](auto* type) __attribute__((always_inline)) { pack(type, args, begin, end); });
 }
 void MINIRL_KERNEL(experts_combine)(const ExpertsCombine& args, int64_t begin, int64_t end) {
-  MINIRL_BY_DTYPE(combine, args.dtype)
+  with_float(args.dtype, [&](auto* type) __attribute__((always_inline)) { combine(type, args, begin, end); });
 }
 void MINIRL_KERNEL(experts_weight_grad)(const ExpertsWeightGrad& args, int64_t begin, int64_t end) {
-  MINIRL_BY_DTYPE(weight_grad, args.rows.dtype)
+  with_float(args.rows.dtype, [&](auto* type) __attribute__((always_inline)) { weight_grad(type, args, begin, end); });
 }
 
 }  // namespace minirl

@@ -4,7 +4,7 @@
 // columns come after each other, so that equal numbers of pieces are about equal work, however full each expert is.
 #pragma once
 #include "cpu/dispatch.h"
-#include "cpu/logits.h"
+#include "cpu/dtypes.h"
 
 namespace minirl {
 

@@ -91,7 +91,7 @@ MINIRL_INLINE void add(uint64_t* set, int64_t j) { set[j / 64] |= (uint64_t)1 <<
 
 // Keys of experts outside the chosen groups fall below those of any score.
 MINIRL_INLINE void keep_best_groups(const MoERouting& args, Scratch& s) {
-  const int64_t size = args.logits.num_experts / args.num_groups;
+  const int64_t size = args.logits.rows.size / args.num_groups;
   for (int64_t group = 0; group < args.num_groups; ++group) {
     rank(s.keys + group * size, size, 2, s.ranking);
     const float* scores = s.selection + group * size;
@@ -107,30 +107,12 @@ MINIRL_INLINE void keep_best_groups(const MoERouting& args, Scratch& s) {
       for (int64_t j = 0; j < size; ++j) s.keys[group * size + j] = INT32_MIN;
 }
 
-MINIRL_INLINE int64_t id_at(const void* ids, IdType type, int64_t place) {
-  switch (type) {
-    case IdType::kUInt8:
-      return ((const uint8_t*)ids)[place];
-    case IdType::kInt8:
-      return ((const int8_t*)ids)[place];
-    case IdType::kUInt16:
-      return ((const uint16_t*)ids)[place];
-    case IdType::kInt16:
-      return ((const int16_t*)ids)[place];
-    case IdType::kInt32:
-      return ((const int32_t*)ids)[place];
-    case IdType::kInt64:
-      return ((const int64_t*)ids)[place];
-  }
-  return -1;
-}
-
 // The row's replayed experts into s.chosen; false if one is out of range, or there twice.
 MINIRL_INLINE bool read_replayed(const MoERouting& args, int64_t row, Scratch& s) {
   memset(s.is_chosen, 0, sizeof s.is_chosen);
   for (int64_t i = 0; i < args.logits.top_k; ++i) {
-    const int64_t id = id_at(args.routed, args.routed_type, row * args.routed_stride + i);
-    if (id < 0 || id >= args.logits.num_experts || has(s.is_chosen, id)) return false;
+    const int64_t id = integer_at(args.routed, args.routed_dtype, row * args.routed_stride + i);
+    if (id < 0 || id >= args.logits.rows.size || has(s.is_chosen, id)) return false;
     add(s.is_chosen, id);
     s.chosen[i] = id;
   }
@@ -138,10 +120,10 @@ MINIRL_INLINE bool read_replayed(const MoERouting& args, int64_t row, Scratch& s
 }
 
 template <class T>
-MINIRL_INLINE void route_row(const MoERouting& args, int64_t row, Scratch& s) {
+MINIRL_INLINE void route_row(const T* type, const MoERouting& args, int64_t row, Scratch& s) {
   const RouterLogits& logits = args.logits;
-  const int64_t n = logits.num_experts, k = logits.top_k;
-  load_row((const T*)logits.data + row * logits.stride, n, s.x);
+  const int64_t n = logits.rows.size, k = logits.top_k;
+  load_row(row_of(type, logits.rows, row), n, s.x);
   const float shift = shift_of(s.x, n, logits.sigmoid);
   const float total = fill_scores(s.x, n, logits.sigmoid, shift, s.t);
   const bool by_score = args.bias || args.num_groups > 1;
@@ -207,10 +189,10 @@ MINIRL_INLINE void route_row(const MoERouting& args, int64_t row, Scratch& s) {
 // d w_i / d x_j = w_i (1[i = j] - p_j), with p the weights over scale if they are normalised, else the softmax; for a
 // sigmoid 1 - s_j times that if they are normalised, else w_i (1 - s_i) 1[i = j].
 template <class T>
-MINIRL_INLINE void backward_row(const MoERoutingBackward& args, int64_t row, float* x) {
+MINIRL_INLINE void backward_row(const T* type, const MoERoutingBackward& args, int64_t row, float* x) {
   const RouterLogits& logits = args.logits;
-  const int64_t n = logits.num_experts, k = logits.top_k;
-  const T* const p = (const T*)logits.data + row * logits.stride;
+  const int64_t n = logits.rows.size, k = logits.top_k;
+  const T* const p = row_of(type, logits.rows, row);
   T* const out = (T*)args.out + row * n;
   const int64_t* const experts = args.experts + row * k;
   const float *const weights = args.weights + row * k, *const grads = args.weight_grad + row * k;
@@ -243,26 +225,16 @@ MINIRL_INLINE void backward_row(const MoERoutingBackward& args, int64_t row, flo
 
 void MINIRL_KERNEL(moe_routing)(const MoERouting& args, int64_t begin, int64_t end) {
   Scratch scratch;
-  for (int64_t row = begin; row < end; ++row) {
-    if (args.logits.dtype == DType::kFloat32)
-      route_row<float>(args, row, scratch);
-    else if (args.logits.dtype == DType::kBFloat16)
-      route_row<BFloat16>(args, row, scratch);
-    else
-      route_row<Float16>(args, row, scratch);
-  }
+  with_float(args.logits.rows.dtype, [&](auto* type) __attribute__((always_inline)) {
+    for (int64_t row = begin; row < end; ++row) route_row(type, args, row, scratch);
+  });
 }
 
 void MINIRL_KERNEL(moe_routing_backward)(const MoERoutingBackward& args, int64_t begin, int64_t end) {
   float x[kMaxExperts];
-  for (int64_t row = begin; row < end; ++row) {
-    if (args.logits.dtype == DType::kFloat32)
-      backward_row<float>(args, row, x);
-    else if (args.logits.dtype == DType::kBFloat16)
-      backward_row<BFloat16>(args, row, x);
-    else
-      backward_row<Float16>(args, row, x);
-  }
+  with_float(args.logits.rows.dtype, [&](auto* type) __attribute__((always_inline)) {
+    for (int64_t row = begin; row < end; ++row) backward_row(type, args, row, x);
+  });
 }
 
 }  // namespace minirl

@@ -1,18 +1,15 @@
 #pragma once
 #include "cpu/dispatch.h"
-#include "cpu/logits.h"
+#include "cpu/strided_rows.h"
 
 namespace minirl {
 
 constexpr int64_t kMaxExperts = 4096;  // a row is kept on the stack
 
-enum class IdType { kUInt8, kInt8, kUInt16, kInt16, kInt32, kInt64 };
-
 // Rows of router logits, and how a row becomes weights.
 struct RouterLogits {
-  const void* data;
-  DType dtype;
-  int64_t num_experts, stride, top_k;
+  StridedRows rows;  // a row has a logit for each expert
+  int64_t top_k;
   bool normalize, sigmoid;
   float scale;
 };
@@ -22,7 +19,7 @@ struct MoERouting {
   const float* bias;  // one per expert, or null
   int64_t num_groups, top_k_groups;
   const void* routed;  // [rows, top_k], rows `routed_stride` apart; null where nothing is replayed
-  IdType routed_type;
+  DType routed_dtype;
   int64_t routed_stride;
   const bool* valid;  // null where every row is
   float* weights;

@@ -1,7 +1,6 @@
 // Root-mean-square normalisation of each row, and its gradients.
 #include "cpu/rms_norm.h"
 
-#include "cpu/row_types.h"
 #include "cpu/sums.h"
 
 namespace minirl {
@@ -46,35 +45,35 @@ MINIRL_INLINE void normalize_row_backward(const T* x, const T* grad, T* out, con
 }  // namespace
 
 void MINIRL_KERNEL(rms_norm)(const RmsNorm& args, int64_t begin, int64_t end) {
-  with_type(args.x.dtype, [&](auto* type) __attribute__((always_inline)) {
+  with_float(args.x.dtype, [&](auto* type) __attribute__((always_inline)) {
     for (int64_t row = begin; row < end; ++row)
       args.rstd[row] =
-          normalize_row(row_of(type, args.x, row), row_of(type, args.out, row), args.weight, args.size, args.eps);
+          normalize_row(row_of(type, args.x, row), row_of(type, args.out, row), args.weight, args.x.size, args.eps);
   });
 }
 
 void MINIRL_KERNEL(rms_norm_backward)(const RmsNormBackward& args, int64_t begin, int64_t end) {
-  with_type(args.x.dtype, [&](auto* type) __attribute__((always_inline)) {
+  with_float(args.x.dtype, [&](auto* type) __attribute__((always_inline)) {
     for (int64_t row = begin; row < end; ++row)
       normalize_row_backward(row_of(type, args.x, row), row_of(type, args.grad, row), row_of(type, args.out, row),
-                             args.weight, args.rstd[row], args.size);
+                             args.weight, args.rstd[row], args.x.size);
   });
 }
 
 void MINIRL_KERNEL(rms_norm_weight_partials)(const RmsNormBackward& args, int64_t begin, int64_t end) {
-  with_type(args.x.dtype, [&](auto* type) __attribute__((always_inline)) {
+  with_float(args.x.dtype, [&](auto* type) __attribute__((always_inline)) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t block = item / strips(args.size), strip = item % strips(args.size) * kStrip;
+      const int64_t block = item / strips(args.x.size), strip = item % strips(args.x.size) * kStrip;
       const int64_t first = block * kSumBlock;
       column_sums(
-          smaller(args.rows - first, kSumBlock), smaller(args.size - strip, kStrip),
+          smaller(args.x.count - first, kSumBlock), smaller(args.x.size - strip, kStrip),
           [&](int64_t row, int64_t column, int64_t lanes) __attribute__((always_inline)) {
             const int64_t at = strip + column;
             return load_or_zero(row_of(type, args.grad, first + row) + at, lanes) *
                    (load_or_zero(row_of(type, args.x, first + row) + at, lanes) * splat(args.rstd[first + row]));
           },
           [&](int64_t column, Floats sums, int64_t lanes) __attribute__((always_inline)) {
-            store_first(args.partials + block * args.size + strip + column, sums, lanes);
+            store_first(args.partials + block * args.x.size + strip + column, sums, lanes);
           });
     }
   });
@@ -83,7 +82,7 @@ void MINIRL_KERNEL(rms_norm_weight_partials)(const RmsNormBackward& args, int64_
 void MINIRL_KERNEL(rms_norm_weight_grad)(const RmsNormBackward& args, int64_t begin, int64_t end) {
   for (int64_t j = begin; j < end; ++j) {
     double total = 0;
-    for (int64_t block = 0; block < sum_blocks(args.rows); ++block) total += args.partials[block * args.size + j];
+    for (int64_t block = 0; block < sum_blocks(args.x.count); ++block) total += args.partials[block * args.x.size + j];
     args.weight_grad[j] = (float)total;
   }
 }

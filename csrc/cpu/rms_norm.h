@@ -8,8 +8,7 @@ namespace minirl {
 // out = x rstd weight, rstd = 1 / sqrt(mean(x^2) + eps)
 struct RmsNorm {
   StridedRows x, out;   // of one dtype
-  const float* weight;  // [size], or null
-  int64_t size;
+  const float* weight;  // one per column, or null
   double eps;
   float* rstd;  // one per row
 };
@@ -17,9 +16,8 @@ struct RmsNorm {
 struct RmsNormBackward {
   StridedRows x, grad, out;  // of one dtype; out = d x
   const float *weight, *rstd;
-  int64_t rows, size;
-  float* partials;     // [blocks of rows, size]
-  float* weight_grad;  // [size] = the sum of partials
+  float* partials;     // [blocks of rows, columns]
+  float* weight_grad;  // one per column: the sum of partials
 };
 
 MINIRL_DECLARE_KERNEL(rms_norm, RmsNorm)

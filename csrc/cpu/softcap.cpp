@@ -33,12 +33,13 @@ MINIRL_INLINE Floats tanh_lanes(Floats u) {
 
 void MINIRL_KERNEL(softcap)(const SoftcapLogits& args, int64_t begin, int64_t end) {
   const Floats cap = splat(args.cap), reciprocal = splat(1.f / args.cap);
+  const int64_t size = args.logits.size;
   for (int64_t row = begin; row < end; ++row) {
-    float* x = args.logits + row * args.stride;
+    float* x = row_of((const float*)nullptr, args.logits, row);
     int64_t j = 0;
-    for (; j + kLanes <= args.vocab_size; j += kLanes) store(x + j, cap * tanh_lanes(load(x + j) * reciprocal));
-    if (j < args.vocab_size) {
-      const int64_t rest = args.vocab_size - j;
+    for (; j + kLanes <= size; j += kLanes) store(x + j, cap * tanh_lanes(load(x + j) * reciprocal));
+    if (j < size) {
+      const int64_t rest = size - j;
       store_part(x + j, cap * tanh_lanes(load_part(x + j, rest) * reciprocal), rest);
     }
   }

@@ -1,12 +1,12 @@
 #pragma once
 #include "cpu/dispatch.h"
+#include "cpu/strided_rows.h"
 
 namespace minirl {
 
-// logits[row] = cap tanh(logits[row] / cap), rows `stride` apart
+// logits = cap tanh(logits / cap), in place
 struct SoftcapLogits {
-  float* logits;
-  int64_t vocab_size, stride;
+  StridedRows logits;  // float32
   float cap;
 };
 

@@ -1,7 +1,6 @@
 // Softmax of each row, its logarithm, and their gradients.
 #include "cpu/softmax.h"
 
-#include "cpu/row_types.h"
 #include "cpu/sums.h"
 
 namespace minirl {
@@ -69,17 +68,17 @@ MINIRL_INLINE void softmax_row_backward(const T* grad, const T* output, U* out, 
 }  // namespace
 
 void MINIRL_KERNEL(softmax)(const Softmax& args, int64_t begin, int64_t end) {
-  with_types(args.x.dtype, args.out.dtype, [&](auto* x_type, auto* out_type) __attribute__((always_inline)) {
+  with_floats(args.x.dtype, args.out.dtype, [&](auto* x_type, auto* out_type) __attribute__((always_inline)) {
     for (int64_t row = begin; row < end; ++row)
-      softmax_row(row_of(x_type, args.x, row), row_of(out_type, args.out, row), args.size, args.log);
+      softmax_row(row_of(x_type, args.x, row), row_of(out_type, args.out, row), args.out.size, args.log);
   });
 }
 
 void MINIRL_KERNEL(softmax_backward)(const SoftmaxBackward& args, int64_t begin, int64_t end) {
-  with_types(args.out.dtype, args.grad.dtype, [&](auto* out_type, auto* grad_type) __attribute__((always_inline)) {
+  with_floats(args.out.dtype, args.grad.dtype, [&](auto* out_type, auto* grad_type) __attribute__((always_inline)) {
     for (int64_t row = begin; row < end; ++row)
       softmax_row_backward(row_of(grad_type, args.grad, row), row_of(grad_type, args.output, row),
-                           row_of(out_type, args.out, row), args.size, args.log);
+                           row_of(out_type, args.out, row), args.out.size, args.log);
   });
 }
 

@@ -7,14 +7,12 @@ namespace minirl {
 // out = softmax of each row of x, or its logarithm.
 struct Softmax {
   StridedRows x, out;  // out is of x's dtype, or float32
-  int64_t size;
   bool log;
 };
 
 // out = d x, from the gradient of what Softmax gave, and that itself.
 struct SoftmaxBackward {
   StridedRows grad, output, out;  // of one dtype, except that out may be 16-bit where the others are float32
-  int64_t size;
   bool log;
 };
 

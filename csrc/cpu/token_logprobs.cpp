@@ -12,7 +12,7 @@ void MINIRL_KERNEL(token_logprobs)(const TokenLogprobs& args, int64_t begin, int
     TokenStats stats = {};
     if (id != kIgnoreIndex) {
       ForgetExponentials forget;
-      sums = row_sums(x, args.logits.vocab_size, kLog2E / temperature, forget);
+      sums = row_sums(x, args.logits.rows.size, kLog2E / temperature, forget);
       stats = token_stats(sums, load_one(x + id), temperature);
     }
     args.log_probs[row] = stats.log_prob;
@@ -27,7 +27,7 @@ void MINIRL_KERNEL(token_logprobs_backward)(const TokenLogprobsBackward& args, i
                         [&](int64_t row, auto* x, auto* out, int64_t id, float temperature) {
                           const bool counts = id != kIgnoreIndex;
                           const TokenStats stats = {0.f, args.entropy ? args.entropy[row] : 0.f, args.log_sum[row]};
-                          write_row(x, out, args.logits.vocab_size, id, temperature, args.shift[row], stats,
+                          write_row(x, out, args.logits.rows.size, id, temperature, args.shift[row], stats,
                                     counts ? args.log_prob_grad[row] : 0.f,
                                     counts && args.entropy_grad ? args.entropy_grad[row] : 0.f, args.out.softcap);
                         });

@@ -7,9 +7,6 @@ from torch import Tensor
 
 from ..backends import native
 
-# str(dtype) takes longer than a small product
-_NAMES = {dtype: str(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-
 
 def matmul_into(
     out: Tensor,
@@ -28,38 +25,13 @@ def matmul_into(
     more dimension in front. accumulate: into float32, without an addend. None of them shares memory with out.
     The order of every output's sum is a function of K and the dtype alone; it is rounded once, to the dtype of out.
     """
-    copies = native().matmul(
-        *matmul_arguments(out, a, b),
-        len(out) if out.dim() == 3 else 1,
-        0 if addend is None else addend.data_ptr(),
-        () if addend is None else addend.stride(),
-        alpha,
-        beta,
-        accumulate,
-    )
+    copies = native().matmul(out, a, b, addend, alpha, beta, accumulate, torch.get_num_threads())
     if copies:
         a, b = copied(copies, a, b)
         return matmul_into(out, a, b, accumulate=accumulate, addend=addend, alpha=alpha, beta=beta)
     return out
 
 
-def matmul_arguments(out: Tensor, a: Tensor, b: Tensor) -> tuple:
-    """What both native calls over matrices begin with."""
-    return (
-        out.data_ptr(),
-        out.stride(),
-        _NAMES[out.dtype],
-        a.data_ptr(),
-        a.shape,
-        a.stride(),
-        b.data_ptr(),
-        b.shape,
-        b.stride(),
-        _NAMES[a.dtype],
-        torch.get_num_threads(),
-    )
-
-
 def copied(copies: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of them contiguous that the native call asks for: no dimension of theirs is."""
+    """a and b, with a contiguous copy of each that the native call cannot read: bit 0 is a, bit 1 is b."""
     return a.contiguous() if copies & 1 else a, b.contiguous() if copies & 2 else b

@@ -26,13 +26,6 @@ def rows_of(x: Tensor) -> Tensor:
     return x.flatten(0, -3) if x.dim() > 3 else x
 
 
-def row_arguments(rows: Tensor) -> tuple[int, int, int, int]:
-    """(pointer, L, strides of B and of L in elements) of what rows_of returned."""
-    if rows.is_contiguous():
-        return rows.data_ptr(), 1, rows.shape[-1], 0
-    return rows.data_ptr(), rows.shape[-2], rows.stride(0) if rows.dim() == 3 else 0, rows.stride(-2)
-
-
 def matrices_of(*tensors: Tensor) -> list[Tensor]:
     """Tensors of one shape [..., D] as [L, D] or [B, L, D], all alike, with D contiguous."""
     rows = [rows_of(x) for x in tensors]

@@ -15,7 +15,7 @@ def forward(
     batch, heads, queries, _ = q.shape
     out = torch.empty((batch, queries, heads, v.shape[3]), dtype=q.dtype, device=q.device)
     stats = torch.empty((batch, queries, heads, 2) if for_backward else 0)
-    native().attention(*_arguments(q, k, v, spans, causal, scale, out, stats if for_backward else None))
+    native().attention(q, k, v, spans, out, stats if for_backward else None, causal, scale)
     return out, stats
 
 
@@ -38,37 +38,6 @@ def backward(
         )
         for x, needed in zip((q, k, v), needs, strict=True)
     ]
-    native().attention_backward(
-        *_arguments(q, k, v, spans, causal, scale, out, stats),
-        *_strided(grad_out.transpose(1, 2)),
-        *(grad.data_ptr() if needed else 0 for grad, needed in zip(grads, needs, strict=True)),
-    )
+    outputs = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
+    native().attention_backward(q, k, v, spans, out, stats, grad_out.transpose(1, 2), *outputs, causal, scale)
     return tuple(grads)
-
-
-def _arguments(q, k, v, spans, causal, scale, out, stats) -> tuple:
-    batch, heads, queries, size = q.shape
-    _, key_heads, keys, value_size = v.shape
-    return (
-        str(q.dtype),
-        spans.data_ptr(),
-        len(spans),
-        batch,
-        queries,
-        keys,
-        key_heads,
-        heads // key_heads,
-        size,
-        value_size,
-        scale,
-        causal,
-        *_strided(q),
-        *_strided(k),
-        *_strided(v),
-        out.data_ptr(),
-        0 if stats is None else stats.data_ptr(),
-    )
-
-
-def _strided(x: Tensor) -> tuple:
-    return x.data_ptr(), *x.stride()[:3]

@@ -66,16 +66,7 @@ def run(function: str, x: Tensor, grad: Tensor | None = None, a: float = 0.0, b:
     x = _in_memory_as(out, x)
     if grad is not None:
         grad = _in_memory_as(out, grad)
-    native().elementwise(
-        function,
-        str(x.dtype),
-        x.data_ptr(),
-        0 if grad is None else grad.data_ptr(),
-        out.data_ptr(),
-        out.numel(),
-        a,
-        b,
-    )
+    native().elementwise(function, x, grad, out, a, b)
     return out
 
 

@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ...backends import native
-from ..token_logprobs.cpu import ids_arguments, logits_arguments, output_arguments, raise_bad_id
+from ..token_logprobs.cpu import raise_bad_id
+
+
+class _Tokens(NamedTuple):
+    """One float32 number for each token. The kernel reads the fields of these records by name."""
+
+    old_log_probs: Tensor | None
+    behaviour_log_probs: Tensor | None
+    ref_log_probs: Tensor | None
+    advantages: Tensor
+    weights: Tensor
+
+
+class _Options(NamedTuple):
+    objective: str
+    clip: bool
+    ratio_low: float
+    ratio_high: float
+    threshold: float
+    kl_coef: float
+    kl_estimator: str
+    entropy_coef: float
+
+
+class _Results(NamedTuple):
+    log_probs: Tensor
+    entropy: Tensor
+    token_loss: Tensor
+    token_grad: Tensor
 
 
 def forward_backward(
@@ -35,24 +65,11 @@ def forward_backward(
 
     only_overflow: no gradient and no entropy; the others are 0 where no log-probability can make a loss overflow.
     """
-    log_probs, entropy, token_loss, token_grad = (torch.empty(token_ids.shape) for _ in range(4))
-    per_token = (old_log_probs, behaviour_log_probs, ref_log_probs, advantages, weights)
+    tokens = _Tokens(old_log_probs, behaviour_log_probs, ref_log_probs, advantages, weights)
+    options = _Options(objective, clip, ratio_low, ratio_high, threshold, kl_coef, kl_estimator, entropy_coef)
+    results = _Results(*(torch.empty(token_ids.shape) for _ in _Results._fields))
     bad_row = native().fused_policy_loss(
-        *logits_arguments(logits),
-        *ids_arguments(token_ids),
-        temperature.data_ptr(),
-        *(0 if values is None else values.data_ptr() for values in per_token),
-        objective,
-        clip,
-        ratio_low,
-        ratio_high,
-        threshold,
-        kl_coef,
-        kl_estimator,
-        entropy_coef,
-        *(values.data_ptr() for values in (log_probs, entropy, token_loss, token_grad)),
-        *output_arguments(out, softcap),
-        only_overflow,
+        logits, token_ids, temperature, tokens, options, results, out, softcap, only_overflow
     )
     raise_bad_id(bad_row, token_ids, logits)
-    return log_probs, entropy, token_loss, token_grad
+    return results

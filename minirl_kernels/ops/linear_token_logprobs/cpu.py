@@ -27,7 +27,7 @@ def logits_into(tile: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | Non
     if bias is not None:
         tile += bias
     if softcap:
-        native().softcap(tile.data_ptr(), *tile.shape, tile.stride(0), softcap)
+        native().softcap(tile, softcap)
 
 
 def keep_(tile: Tensor, kept: KeptRows, softcap: float) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...backends import native
-from ...common.native_matmul import copied, matmul_arguments, matmul_into
+from ...common.native_matmul import copied, matmul_into
 
 __all__ = ["grouped_into", "matmul_into"]
 
@@ -16,7 +17,7 @@ def grouped_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor, grouped: str) 
     grouped: "rows": a [M, K], b [G, K, N], out [M, N]; "columns": a [G, M, K], b [K, N], out [M, N]; "terms": a [M, K],
     b [K, N], out [G, M, N]. ends: [G] int32, contiguous. Otherwise as matmul_into; rows and columns of no group are 0.
     """
-    copies, bad_group = native().matmul_grouped(*matmul_arguments(out, a, b), grouped, ends.data_ptr(), len(ends))
+    copies, bad_group = native().matmul_grouped(out, a, b, grouped, ends, torch.get_num_threads())
     if copies:
         grouped_into(out, *copied(copies, a, b), ends, grouped)
     elif bad_group >= 0:

@@ -19,19 +19,6 @@ def forward(
     dims = reduced_dims(x, dim)
     out = torch.empty(reduced_shape(x, dims, keepdim), dtype=dtype)
     if out.numel():
-        lie = layout_of(x, dims, transposes=True)
-        native().mean(
-            lie.x.data_ptr(),
-            lie.length,
-            lie.batch_stride,
-            lie.length_stride,
-            str(lie.x.dtype),
-            lie.batch * lie.length,
-            lie.reduced,
-            lie.reduced_stride,
-            lie.inner,
-            lie.reduced if divide else 1,
-            out.data_ptr(),
-            str(dtype),
-        )
+        layout = layout_of(x, dims, transposes=True)
+        native().mean(layout, layout.reduced if divide else 1, out)
     return out

@@ -14,40 +14,34 @@ def forward(
     hidden: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, for_backward: bool
 ) -> tuple[Tensor, Tensor]:
     """(out, gate_up): the second, [T K, 2 I] with the pairs of token and expert sorted by expert, for the backward."""
-    arguments = _arguments(hidden, weights, experts, gate_up_proj, down_proj)
-    return _forward(arguments, hidden, experts, gate_up_proj.shape[0], down_proj.shape[2], for_backward)
+    operands = (hidden, weights, experts, gate_up_proj, down_proj)
+    return _forward(operands, down_proj.shape, for_backward)
 
 
 def forward_packed(
     hidden: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: PackedExperts, down_proj: PackedExperts
 ) -> Tensor:
-    num_experts, _, width = down_proj.shape
-    packed = (part for weight in (gate_up_proj, down_proj) for part in (weight.words.data_ptr(), weight.stride, 0))
-    arguments = (*_tokens(hidden, weights, experts, num_experts), width, *packed, True)
-    return _forward(arguments, hidden, experts, num_experts, width, False)[0]
+    words = (weight.words.view(weight.shape[0], weight.stride) for weight in (gate_up_proj, down_proj))
+    return _forward((hidden, weights, experts, *words), down_proj.shape, False)[0]
 
 
 def pack(weight: Tensor, parts: int) -> PackedExperts:
     """weight [E, parts * rows, columns], each of an expert's parts by itself."""
-    num_experts, rows, columns = weight.shape
-    dtype, rows = str(weight.dtype), rows // parts
-    stride = parts * native().packed_words(dtype, rows, columns)
-    words = torch.empty((num_experts * stride,), dtype=torch.int32, device=weight.device)
-    native().pack_experts(
-        dtype, num_experts, weight.data_ptr(), *weight.stride()[:2], parts, rows, columns, words.data_ptr()
-    )
+    stride = native().packed_words(weight, parts)
+    words = torch.empty((weight.shape[0] * stride,), dtype=torch.int32, device=weight.device)
+    native().pack_experts(weight, parts, words)
     return PackedExperts(words, stride, weight.shape, weight.dtype, native().isa_picked())
 
 
-def _forward(arguments, hidden, experts, num_experts, width, for_backward) -> tuple[Tensor, Tensor]:
+def _forward(operands, down_shape: torch.Size, for_backward: bool) -> tuple[Tensor, Tensor]:
+    hidden, _, experts, *_ = operands
+    num_experts, _, width = down_shape
     pairs = experts.numel()
     out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     gate_up = torch.empty((pairs, 2 * width) if for_backward else (0,), dtype=hidden.dtype, device=hidden.device)
     activation = torch.empty((pairs, width), dtype=hidden.dtype, device=hidden.device)
     y = torch.empty((pairs, hidden.shape[1]), dtype=torch.float32, device=hidden.device)
-    bad_token = native().moe_experts(
-        *arguments, activation.data_ptr(), y.data_ptr(), gate_up.data_ptr(), out.data_ptr()
-    )
+    bad_token = native().moe_experts(*operands, activation, y, gate_up, out)
     if bad_token >= 0:
         raise ValueError(experts_message(bad_token, experts, num_experts))
     return out, gate_up
@@ -77,27 +71,6 @@ def backward(
     gate_up_grad = scratch(needs_hidden or needs_gate_up, 2 * width, hidden.dtype)
     weighted = scratch(needs_down, width, hidden.dtype)
     y = scratch(needs_hidden, hidden.shape[1], torch.float32)
-    native().moe_experts_backward(
-        *_arguments(hidden, weights, experts, gate_up_proj, down_proj),
-        *(tensor.data_ptr() for tensor in (gate_up, grad_out, gate_up_grad, weighted, y, *grads)),
-    )
+    operands = (hidden, weights, experts, gate_up_proj, down_proj)
+    native().moe_experts_backward(*operands, gate_up, grad_out, gate_up_grad, weighted, y, *grads)
     return tuple(grads)
-
-
-def _tokens(hidden, weights, experts, num_experts) -> tuple:
-    return (
-        str(hidden.dtype),
-        experts.data_ptr(),
-        weights.data_ptr(),
-        *experts.shape,
-        num_experts,
-        hidden.data_ptr(),
-        hidden.stride(0),
-        hidden.shape[1],
-    )
-
-
-def _arguments(hidden, weights, experts, gate_up_proj, down_proj) -> tuple:
-    num_experts, _, width = down_proj.shape
-    strided = (part for weight in (gate_up_proj, down_proj) for part in (weight.data_ptr(), *weight.stride()[:2]))
-    return *_tokens(hidden, weights, experts, num_experts), width, *strided, False

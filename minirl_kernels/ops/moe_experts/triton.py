@@ -82,11 +82,10 @@ def native_sort(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
     # a thread walks twice through its segment, and once over as many segments as there are: about equally far
     segments = min(max(math.isqrt(2 * keys.numel()), 1), native().most_segments)
     order, begins = keys.new_empty(keys.numel()), keys.new_empty(num_keys + 2)
-    places = keys.new_empty(segments * (num_keys + 1))
-    addresses = (tensor.data_ptr() for tensor in (places, begins, order))
+    places = keys.new_empty(segments, num_keys + 1)
     with torch.cuda.device_of(keys):
         stream = torch.cuda.current_stream().cuda_stream
-        native().counting_sort(keys.data_ptr(), keys.numel(), num_keys + 1, segments, *addresses, stream)
+        native().counting_sort(keys, places, begins, order, stream)
     return order, begins
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,16 @@ from .checks import routed_experts_message
 
 # wider ones than these are cast
 _ID_DTYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32, torch.int64)
+
+
+class _Options(NamedTuple):
+    """How a row of logits becomes weights. The kernels read the fields by name."""
+
+    normalize: bool
+    sigmoid: bool
+    scale: float
+    num_groups: int = 1
+    top_k_groups: int = 1
 
 
 def forward(
@@ -32,25 +44,12 @@ def forward(
     ids = routed_experts
     if ids is not None and ids.dtype not in _ID_DTYPES:
         ids = ids.long()
-    bad_row = native().moe_routing(
-        *_logits_arguments(router_logits, top_k, norm_topk_prob, scoring, scale),
-        _address(correction_bias),
-        num_groups,
-        top_k_groups,
-        _address(ids),
-        "" if ids is None else str(ids.dtype),
-        0 if ids is None else ids.stride(0),
-        _address(valid),
-        weights.data_ptr(),
-        experts.data_ptr(),
-        0 if ids is None else natural.data_ptr(),
-        agreement.data_ptr(),
-        mass.data_ptr(),
-        margin.data_ptr(),
-    )
+    options = _Options(norm_topk_prob, scoring == "sigmoid", scale, num_groups, top_k_groups)
+    results = (weights, experts, natural, agreement, mass, margin)
+    bad_row = native().moe_routing(router_logits, correction_bias, ids, valid, options, *results)
     if bad_row >= 0:
         raise ValueError(routed_experts_message(bad_row, routed_experts, router_logits.shape[1]))
-    return weights, experts, natural, agreement, mass, margin
+    return results
 
 
 def backward(
@@ -64,29 +63,5 @@ def backward(
     out: Tensor,
 ) -> None:
     """d router_logits into `out`."""
-    native().moe_routing_backward(
-        *_logits_arguments(router_logits, experts.shape[1], norm_topk_prob, scoring, scale),
-        weights.data_ptr(),
-        experts.data_ptr(),
-        grad_weights.data_ptr(),
-        out.data_ptr(),
-    )
-
-
-def _logits_arguments(router_logits, top_k, norm_topk_prob, scoring, scale) -> tuple:
-    tokens, num_experts = router_logits.shape
-    return (
-        router_logits.data_ptr(),
-        str(router_logits.dtype),
-        tokens,
-        num_experts,
-        router_logits.stride(0),
-        top_k,
-        norm_topk_prob,
-        scoring == "sigmoid",
-        scale,
-    )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    options = _Options(norm_topk_prob, scoring == "sigmoid", scale)
+    native().moe_routing_backward(router_logits, options, weights, experts, grad_weights, out)

@@ -6,23 +6,13 @@ import torch
 from torch import Tensor
 
 from ...backends import native
-from ...common.rows import row_arguments, rows_of
+from ...common.rows import rows_of
 
 
 def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """(out, rstd [..., 1] float32): x * rstd * weight and 1 / sqrt(mean(x^2) + eps)."""
     out, rstd = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(*x.shape[:-1], 1)
-    rows, wide = rows_of(x), _wide(weight)
-    native().rms_norm(
-        *row_arguments(rows),
-        str(x.dtype),
-        rstd.numel(),
-        x.shape[-1],
-        0 if wide is None else wide.data_ptr(),
-        eps,
-        out.data_ptr(),
-        rstd.data_ptr(),
-    )
+    native().rms_norm(rows_of(x), _wide(weight), eps, out, rstd)
     return out, rstd
 
 
@@ -30,21 +20,9 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, input_grad: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """(d x, d weight float32), each empty where it is not asked for."""
-    size = x.shape[-1]
     grad_x = torch.empty(x.shape if input_grad else (0,), dtype=x.dtype, device=x.device)
-    grad_weight = torch.empty(size if weight_grad else 0)
-    grad_rows, x_rows, wide = rows_of(grad), rows_of(x), _wide(weight)
-    native().rms_norm_backward(
-        *row_arguments(x_rows),
-        *row_arguments(grad_rows),
-        str(x.dtype),
-        rstd.numel(),
-        size,
-        0 if wide is None else wide.data_ptr(),
-        rstd.data_ptr(),
-        grad_x.data_ptr(),
-        grad_weight.data_ptr(),
-    )
+    grad_weight = torch.empty(x.shape[-1] if weight_grad else 0)
+    native().rms_norm_backward(rows_of(x), rows_of(grad), _wide(weight), rstd, grad_x, grad_weight)
     return grad_x, grad_weight
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...backends import native
-from ...common.rows import moved_back, moved_last, row_arguments, rows_of
+from ...common.rows import moved_back, moved_last, rows_of
 
 
 def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
@@ -14,9 +14,7 @@ def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
     x = moved_last(x, dim)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
-        size = x.shape[-1]
-        rows = rows_of(x)
-        native().softmax(*row_arguments(rows), str(x.dtype), x.numel() // size, size, log, out.data_ptr(), str(dtype))
+        native().softmax(rows_of(x), out, log)
     return moved_back(out, dim)
 
 
@@ -25,16 +23,5 @@ def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dty
     grad, output = moved_last(grad, dim), moved_last(output, dim)
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     if grad.numel():
-        size = grad.shape[-1]
-        grad_rows, output_rows = rows_of(grad), rows_of(output)
-        native().softmax_backward(
-            *row_arguments(grad_rows),
-            *row_arguments(output_rows),
-            str(grad.dtype),
-            grad.numel() // size,
-            size,
-            log,
-            out.data_ptr(),
-            str(dtype),
-        )
+        native().softmax_backward(rows_of(grad), rows_of(output), out, log)
     return moved_back(out, dim)
