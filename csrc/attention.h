@@ -1,4 +1,5 @@
-// Attention over torch's threads: the pieces of work, in both directions. The caller owns all memory but their list.
+// Attention over torch's threads, forward and backward, piece by piece. The caller owns all memory but the list of
+// pieces.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -9,20 +10,20 @@
 
 namespace minirl {
 
-// [batch, rows, heads, size], contiguous: what a call writes.
+// A result [batch, rows, heads, size], contiguous.
 struct AttentionOutput {
   void* data;
   int64_t batch, rows, heads, size;
 
   AttentionOperand operand() const { return {data, rows * heads * size, size, heads * size}; }
-  // What no span writes is 0; `covered` rows are in one.
+  // Rows in no span become 0. `covered` is the number of rows in a span.
   void clear(DType dtype, int64_t covered) const {
     const int64_t row_bytes = heads * size * bytes_of(dtype);
     if (data && covered < batch * rows) write_zeros(data, batch * rows * row_bytes);
   }
 };
 
-// The spans' queries for each head, by head first: contiguous shares of the list are about equal work.
+// Blocks of the spans' queries for each head, ordered by head, so that equal shares of the list are about equal work.
 class AttentionPieces {
  public:
   AttentionPieces(const Span* spans, int64_t num_spans) : spans_(spans), num_spans_(num_spans) {
@@ -30,12 +31,12 @@ class AttentionPieces {
       most_queries_ = std::max(most_queries_, spans[i].queries);
       most_keys_ = std::max(most_keys_, spans[i].keys);
       queries_ += spans[i].queries;
-      if (spans[i].queries > 0) keys_ += spans[i].keys;  // else nothing writes their gradients
+      if (spans[i].queries > 0) keys_ += spans[i].keys;  // without queries nothing writes the keys' gradients
       products_ += spans[i].queries * spans[i].keys;
     }
   }
 
-  // Sizes that are 0 need no memory, which has to be asked for all the same.
+  // At least 1: scratch of no bytes is not allocated.
   void describe(Attention& args) const {
     args.spans = spans_;
     args.most_queries = std::max<int64_t>(most_queries_, 1);
@@ -49,7 +50,7 @@ class AttentionPieces {
     std::vector<AttentionPiece> pieces;
     for (int64_t head = 0; head < attention.heads; ++head) {
       for (int64_t span = 0; span < num_spans_; ++span) {
-        // the last block of a causal span is the longest: from both ends alternately
+        // alternately from both ends: the last block of a causal span is the longest
         const int64_t blocks = (spans_[span].queries + queries_of_a_piece - 1) / queries_of_a_piece;
         for (int64_t i = 0; i < blocks; ++i)
           pieces.push_back({span, head, (i % 2 ? blocks - 1 - i / 2 : i / 2) * queries_of_a_piece});
@@ -57,7 +58,7 @@ class AttentionPieces {
     }
     attention.pieces = pieces.data();
     if (pieces.empty()) return;
-    // a product of two sizes costs as much as sixteen elements that are only moved
+    // sixteen multiply-adds cost about as much as moving one element
     const int64_t products = products_ * attention.heads * attention.group;
     const int64_t elements = products * (attention.key_size + attention.value_size) / kProductsPerElement;
     parallel_rows((int64_t)pieces.size(), elements / (int64_t)pieces.size(), kernel, args);
@@ -78,7 +79,7 @@ static inline void run_attention(Attention args, int64_t num_spans, const Attent
   pieces.run(args, args, args.queries_at_once(), MINIRL_PICK_PRODUCT(attention_forward, Attention));
 }
 
-// Each of the gradients may be null.
+// Each gradient may be null.
 static inline void run_attention_backward(Attention args, int64_t num_spans, const AttentionOutput& out,
                                           const AttentionOperand& grad_out, const AttentionOutput& grad_q,
                                           const AttentionOutput& grad_k, const AttentionOutput& grad_v) {

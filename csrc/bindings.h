@@ -1,5 +1,4 @@
-// What the bindings of all kernels share: records in (tensor.h, options.h), nothing of torch's headers. The Python side
-// has checked the shapes.
+// The bindings take records: of tensors (tensor.h) and of options (options.h). The Python side has checked the shapes.
 #pragma once
 #include "options.h"
 #include "tensor.h"

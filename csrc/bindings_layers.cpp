@@ -48,7 +48,7 @@ minirl::Matrix matrix_of(const Tensor& x) {
   return matrix;
 }
 
-// Which of a and b the kernels cannot read: neither rows nor columns are contiguous.
+// The operands that the kernels cannot read, since neither rows nor columns are contiguous.
 constexpr int kCopyA = 1, kCopyB = 2;
 int copies_wanted(const minirl::Matmul& args) {
   auto readable = [](const minirl::Matrix& x) { return x.row_stride == 1 || x.column_stride == 1; };
@@ -81,7 +81,7 @@ int matmul(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTe
   return 0;
 }
 
-// Returns the same, and the first group whose end is out of order or out of range, else -1.
+// Returns as matmul does, and the first group whose end is out of order or out of range, else -1.
 std::pair<int, int64_t> matmul_grouped(const Tensor& out, const Tensor& a, const Tensor& b, const std::string& grouped,
                                        const Tensor& ends, int64_t threads) {
   using minirl::Grouped;
@@ -130,7 +130,7 @@ void rms_norm_backward(const Tensor& x, const Tensor& grad, OptionalData<float> 
   minirl::parallel_rows(size, blocks, MINIRL_PICK(minirl::rms_norm_weight_grad, Args), args);
 }
 
-// layout: of x as [B, L, R, I] with R or I contiguous (minirl_kernels/ops/mean/layout.py).
+// layout: a record of x as [B, L, R, I] with R or I contiguous (Layout of minirl_kernels/ops/mean/layout.py).
 void mean(py::handle layout, double divisor, const Tensor& out) {
   using minirl::Mean;
   static const Field<Tensor> tensor("x");

@@ -20,7 +20,7 @@ minirl::Logits logits_of(const Tensor& logits, const Tensor& ids, const float* t
   return {rows_of(logits), ids.data, ids.integer_dtype(), temperature};
 }
 
-// First row whose id is neither in the vocabulary nor ignored, or -1; asked before anything is written.
+// First row whose id is neither in the vocabulary nor ignored, or -1. Checked before anything is written.
 int64_t first_bad_row(const minirl::Logits& logits) {
   for (int64_t row = 0; row < logits.rows.count; ++row) {
     const int64_t id = minirl::id_of_row(logits, row);
@@ -77,7 +77,8 @@ minirl::ObjectiveConfig objective_of(py::handle options) {
                                       {{"k1", KLEstimator::kK1}, {"k2", KLEstimator::kK2}, {"k3", KLEstimator::kK3}})};
 }
 
-// The loss of every row and the gradient of its logits; or, if `only_overflow`, what fused_policy_loss_overflow writes.
+// The loss of every row and the gradient of its logits; with `only_overflow`, the results of
+// fused_policy_loss_overflow.
 int64_t fused_policy_loss(const Tensor& logits, const Tensor& ids, Data<float> temperature, py::handle tokens,
                           py::handle options, py::handle results, const Tensor& out, float softcap,
                           bool only_overflow) {

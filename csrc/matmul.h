@@ -1,4 +1,4 @@
-// Products of matrices over torch's threads: one of them, a batch, or one for each group of rows, columns or terms.
+// Products of matrices over torch's threads: one product, a batch, or one for each group of rows, columns or terms.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -8,17 +8,17 @@
 
 namespace minirl {
 
-// Between the products of a batch, in elements; an operand that all of them share has 0.
+// Distances between the products of a batch, in elements; 0 for an operand that all products share.
 struct BatchStrides {
   int64_t a, b, out, addend;
 };
 
-// A piece of a product that is yet to be cut: all of it.
+// A product as one piece, before it is cut.
 static inline Piece whole_product(int64_t rows, int64_t columns, int64_t depth) {
   return {0, 0, 0, 0, rows, columns, rows, columns, depth};
 }
 
-// Of what is left of `product` from a row and a column on, so many.
+// At most `rows` by `columns` of `product`, from `row` and `column` on.
 static inline Piece piece_of(const Matmul& args, const Piece& product, int64_t row, int64_t rows, int64_t column,
                              int64_t columns) {
   Piece piece = product;
@@ -33,20 +33,20 @@ static inline Piece piece_of(const Matmul& args, const Piece& product, int64_t r
   return piece;
 }
 
-// All of the products, cut so that every one of `threads` has work.
+// All products, cut so that each of `threads` has work.
 static inline void multiply_products(Matmul args, const std::vector<Piece>& products, int64_t threads) {
-  constexpr int64_t kPanels = 32;  // rows or columns that are multiplied at once: a cut through them costs as much
+  constexpr int64_t kPanels = 32;  // rows or columns of a panel: part of one costs as much as all of it
   int64_t rows = 0, columns = 0, blocks = 0;
   for (const Piece& product : products) {
     rows = std::max(rows, product.rows);
     columns = std::max(columns, product.columns);
     blocks += pieces(product.rows, kBlockRows) * pieces(product.columns, kBlockColumns);
   }
-  // of equal height, or the threads' shares would not be equal
+  // blocks of equal height give the threads equal shares
   int64_t block_rows = pieces(pieces(rows, std::max<int64_t>(pieces(rows, kBlockRows), 1)), kPanels) * kPanels;
   int64_t block_columns = kBlockColumns;
   if (blocks < 4 * threads) {
-    // few are made one for every thread along the longer side, so that little is packed twice
+    // few blocks are cut along the longer side, one for each thread, so that little is packed twice
     const int64_t parts = pieces(threads, (int64_t)products.size());
     if (rows < columns)
       block_columns = std::min(block_columns, pieces(pieces(columns, parts), kPanels) * kPanels);
@@ -59,7 +59,7 @@ static inline void multiply_products(Matmul args, const std::vector<Piece>& prod
     for (int64_t row = 0; row < product.rows; row += block_rows)
       for (int64_t column = 0; column < product.columns; column += block_columns) {
         cut.push_back(piece_of(args, product, row, block_rows, column, block_columns));
-        // a column costs about as much to read as to multiply by eight rows
+        // reading a column costs about as much as multiplying it by eight rows
         terms += cut.back().columns * (cut.back().depth * (cut.back().rows + 8) / 8 + cut.back().rows);
       }
   args.pieces = cut.data();
@@ -79,11 +79,11 @@ static inline void multiply_batch(const Matmul& args, int64_t batch, const Batch
   multiply_products(args, products, threads);
 }
 
-// What the groups, one after another, divide: the rows of a and out, the columns of b and out, or the terms.
+// Successive groups divide the rows of a and out, the columns of b and out, or the terms.
 enum class Grouped { kRows, kColumns, kTerms };
 
-// Group g ends before ends[g]; returns the first that does not end where it may, and has written nothing then, or -1.
-// Rows and columns of no group are 0.
+// Group g ends before ends[g]. Returns the first group whose end is out of order or out of range and writes nothing, or
+// returns -1. Rows and columns of no group are 0.
 static inline int64_t multiply_groups(const Matmul& args, Grouped grouped, const int32_t* ends, int64_t groups,
                                       const BatchStrides& strides, const Piece& product, int64_t threads) {
   const int64_t size = grouped == Grouped::kRows      ? product.rows

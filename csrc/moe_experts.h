@@ -1,4 +1,4 @@
-// A mixture of experts over torch's threads, phase by phase. The caller owns all memory but that of the sorted pairs.
+// A mixture of experts over torch's threads, phase by phase. The caller owns all memory but the sorted pairs.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -10,7 +10,7 @@
 
 namespace minirl {
 
-// What both directions are given.
+// The inputs of the forward and of the backward.
 struct MoEExperts {
   DType dtype;
   const int64_t* experts;  // [tokens, top_k]
@@ -21,7 +21,7 @@ struct MoEExperts {
   ExpertWeight gate_up_proj, down_proj;
 
   int64_t pairs() const { return tokens * top_k; }
-  // First token with an expert that is none of num_experts, or -1.
+  // First token with an expert out of range, or -1.
   int64_t first_bad_token() const {
     for (int64_t pair = 0; pair < pairs(); ++pair)
       if (experts[pair] < 0 || experts[pair] >= num_experts) return pair / top_k;
@@ -29,7 +29,7 @@ struct MoEExperts {
   }
 };
 
-// The pairs of a token and one of its experts, by expert; those of one expert by token.
+// Pairs of a token and one of its experts, sorted by expert and then by token.
 class SortedPairs {
  public:
   explicit SortedPairs(const MoEExperts& args)
@@ -60,7 +60,7 @@ class SortedPairs {
 
 static inline int64_t blocks_of(int64_t columns, int64_t width) { return (columns + width - 1) / width; }
 
-// A piece packs its columns whatever its rows are, so that it costs no less than they do.
+// A piece packs its columns however few rows it has, so its least cost is the cost of packing.
 template <class Args>
 void run_pieces(const ExpertRows& rows, int64_t columns, int64_t width, int64_t depth, Kernel<Args> kernel,
                 const Args& args) {
@@ -106,8 +106,8 @@ static inline void moe_experts_forward(const MoEExperts& args, void* activation,
   run_combine(args, sorted, y, args.weights, out);
 }
 
-// Each gradient may be null; gate_up_grad [pairs, 2 I], weighted [pairs, I] and y [pairs, H] float32 are scratch, null
-// where nothing needs them: the first where neither d hidden nor d gate_up_proj is, the last without d hidden.
+// Each gradient may be null. gate_up_grad [pairs, 2 I], weighted [pairs, I] and y [pairs, H] float32 are scratch:
+// gate_up_grad is null without d hidden and d gate_up_proj, weighted without d down_proj, and y without d hidden.
 struct MoEExpertsGrads {
   const void *gate_up, *grad_out;
   void *gate_up_grad, *weighted;

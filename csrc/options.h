@@ -23,7 +23,7 @@ class Field {
   }
 
  private:
-  PyObject* name_;  // interned, so that a look-up compares addresses
+  PyObject* name_;  // interned, so that the look-up compares addresses
 };
 
 // The choice that has this name. `what` is the argument that an error names.

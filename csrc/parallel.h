@@ -1,4 +1,4 @@
-// Rows over torch's own thread pool, through the C symbol torch_parallel_for whose address Python passes in.
+// Rows over torch's own thread pool, through the C symbol torch_parallel_for. Python passes the address of that symbol.
 #pragma once
 #include <cstdint>
 
@@ -11,7 +11,7 @@ typedef int (*ParallelFor)(int64_t begin, int64_t end, int64_t grain, void (*)(i
 // Serial until Python has found the symbol: a torch older than 2.10 has none.
 inline ParallelFor g_parallel_for = nullptr;
 
-// Below this many elements a piece of work costs less than handing it to another thread.
+// A piece of fewer elements costs less than handing it to another thread.
 constexpr int64_t kMinElementsPerThread = 16384;
 
 template <class Args>

@@ -1,8 +1,11 @@
 // A stable sort of items by small keys, without atomics: phases with a barrier after each.
 //
-// The items are cut into segments, one for each worker. A worker counts the keys of its segment; then it turns the
-// counts of some of the keys, in all segments, into places; then one of them finds where each key begins; then each
-// puts its segment in order. The result does not depend on the number of segments.
+// The items are cut into segments, one for each worker. The phases:
+//   0. Each worker counts the keys of its segment.
+//   1. Each worker takes some of the keys, and turns their counts in all segments into places.
+//   2. One worker finds where each key begins.
+//   3. Each worker puts the items of its segment in order.
+// The result does not depend on the number of segments.
 #pragma once
 #include <stdint.h>
 
@@ -11,11 +14,11 @@
 namespace minirl {
 
 struct CountingSort {
-  const int64_t* keys;  // [items], from 0 to num_keys - 1; any other counts as the last
+  const int64_t* keys;  // [items], from 0 to num_keys - 1; any other key counts as the last one
   int64_t items, num_keys, segments;
-  int64_t* places;  // [segments, num_keys] of scratch: counts, then how many of a key come before its next item
+  int64_t* places;  // [segments, num_keys] of scratch: counts; then how many items of a key precede its next one
   int64_t* begins;  // [num_keys + 1]: where each key's items begin
-  int64_t* order;   // [items]: the items by key, those of one key in the order they had
+  int64_t* order;   // [items]: the items by key; items of one key keep their order
 };
 
 MINIRL_SHARED int64_t key_of(const CountingSort& sort, int64_t item) {
@@ -35,7 +38,7 @@ MINIRL_SHARED void count_segment(const CountingSort& sort, int64_t segment) {
     ++counts[key_of(sort, item)];
 }
 
-// begins[key + 1] is the number of the key's items until begin_keys.
+// Until begin_keys, begins[key + 1] is the number of the key's items.
 MINIRL_SHARED void place_key(const CountingSort& sort, int64_t key) {
   int64_t next = 0;
   for (int64_t segment = 0; segment < sort.segments; ++segment) {
@@ -62,7 +65,7 @@ MINIRL_SHARED void order_segment(const CountingSort& sort, int64_t segment) {
 
 constexpr int kSortPhases = 4;
 
-// What one of the workers, of which there are as many as segments, does in a phase; all have ended the one before.
+// One worker's share of a phase; there are as many workers as segments. All workers have ended the phase before.
 MINIRL_SHARED void sort_phase(const CountingSort& sort, int phase, int64_t worker) {
   if (phase == 0) count_segment(sort, worker);
   if (phase == 1)

@@ -1,4 +1,4 @@
-// How the functions are declared that the CPU kernels and CUDA share.
+// Declares the functions that the CPU kernels and CUDA share.
 #pragma once
 
 #ifdef __CUDACC__

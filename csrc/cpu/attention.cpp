@@ -1,7 +1,7 @@
 // Attention block by block of keys, with the online softmax of Milakov and Gimelshein (arXiv 1805.02867).
 //
-// A score that a row does not see has weight 0. A block of which a row sees nothing leaves its sums as they are, to the
-// last bit: they are multiplied by 1 and 0 is added. So blocks that no row of a piece sees are skipped.
+// A score that a row does not see has weight 0. A block in which a row sees nothing leaves the row's sums unchanged to
+// the last bit: they are multiplied by 1, and 0 is added. So blocks that no row of a piece sees are skipped.
 #include "cpu/attention.h"
 
 #include "cpu/gemm.h"
@@ -14,8 +14,8 @@ MINIRL_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 MINIRL_INLINE int64_t whole_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 MINIRL_INLINE void* allocate(int64_t words) { return aligned_alloc(64, (words + 15) / 16 * 64); }
 
-// Rows of float32 scores, and in the same memory what becomes of them: a weight is no wider than its score, so that
-// storing it overwrites none that is still to be read.
+// Rows of float32 scores, and the weights made of them in the same memory. A weight is no wider than its score, so that
+// storing it overwrites no unread score.
 template <class T>
 struct Tile {
   float* scores;
@@ -35,12 +35,12 @@ MINIRL_INLINE Tile<T> tile_for(const Attention& args, int64_t rows) {
 // A block of a span's queries, stacked.
 struct Rows {
   int64_t first, count, group;
-  int64_t keys, seen_before;  // the query before the span's first sees so many; below 0 where keys are fewer
+  int64_t keys, seen_before;  // keys - queries: the first query sees one key more; may be negative
   bool causal;
 
   int64_t seen_by(int64_t row) const { return causal ? most(seen_before + first + row / group + 1, 0) : keys; }
   int64_t seen() const { return seen_by(count - 1); }
-  // Of `columns` keys from `key` on.
+  // How many of `columns` keys from `key` on the row sees.
   int64_t seen_by(int64_t row, int64_t key, int64_t columns) const {
     return least(most(seen_by(row) - key, 0), columns);
   }
@@ -49,7 +49,7 @@ MINIRL_INLINE Rows rows_of(const Attention& args, const Span& span, int64_t firs
   const int64_t queries = least(span.queries - first, args.queries_at_once());
   return {first, queries * args.group, args.group, span.keys, span.keys - span.queries, args.causal};
 }
-// Of the largest block.
+// The rows of the largest block.
 MINIRL_INLINE int64_t most_rows(const Attention& args) {
   return least(args.most_queries, args.queries_at_once()) * args.group;
 }
@@ -59,7 +59,7 @@ MINIRL_INLINE T* at(const AttentionOperand& x, const Span& span, int64_t head, i
   return (T*)x.data + span.batch * x.batch_stride + head * x.head_stride + row * x.row_stride;
 }
 
-// What a piece has of an operand of the queries: where each row of a block lies.
+// An operand of the queries for a piece: where each row of a block lies.
 template <class T>
 struct QueryRows {
   T* data;
@@ -79,7 +79,7 @@ MINIRL_INLINE QueryRows<T> query_rows_for(int64_t rows) {
   return {nullptr, (int64_t*)allocate(2 * rows)};
 }
 
-// Of keys or values, as what a block of queries is multiplied by, or as what its weights are.
+// Keys or values as the right operand of a product: of a block of queries, and of a block of weights.
 template <class T>
 MINIRL_INLINE Operand<T> keys_as_columns(const AttentionOperand& x, const Span& span, int64_t head, int64_t key) {
   return {at<T>(x, span, head, span.first_key + key), x.row_stride, 1, 0};
@@ -90,13 +90,13 @@ MINIRL_INLINE Operand<T> keys_as_terms(const AttentionOperand& x, const Span& sp
   return {at<T>(x, span, head, span.first_key + key), 1, x.row_stride, size};
 }
 
-// What the softmax of a row is made of: weights are 2^((score - shift) c) / sum.
+// The softmax of a row: weights are 2^((score - shift) c) / sum.
 struct RowStats {
   float shift, sum;
 };
 
-// Another block in a row's softmax: its scores become 2^((score - shift) c), 0 from `seen` on. Returns what the sums so
-// far are to be multiplied by.
+// Adds a block to a row's softmax: its scores become 2^((score - shift) c), and 0 from `seen` on. Returns the factor by
+// which to multiply the sums so far.
 template <class T>
 MINIRL_INLINE float weigh(const float* scores, int64_t seen, int64_t columns, float c, RowStats& row, T* weights) {
   float factor = 1.f;
@@ -157,7 +157,7 @@ MINIRL_INLINE void forward(const T*, const Attention& args, int64_t begin, int64
                         words);
     }
     for (int64_t r = 0; r < rows.count; ++r) {
-      if (stats[r].sum == 0.f)  // it sees no key
+      if (stats[r].sum == 0.f)  // the row sees no key
         memset((void*)out.row(r), 0, width * sizeof(T));
       else
         store_scaled(sums + r * width, width, 1.f / stats[r].sum, out.row(r));
@@ -173,8 +173,9 @@ MINIRL_INLINE void forward(const T*, const Attention& args, int64_t begin, int64
   free(tile.scores);
 }
 
-// out . d out of each row of a block, by the matmul: a row that one key has all the weight of gets what the product of
-// d out with that key's value is, to the last bit, and no slope of what is left between two orders of a sum.
+// out . d out of each row of a block, by the matmul. Where one key has all the weight of a row, this equals the product
+// of d out and the key's value to the last bit. So the row's slope is exactly 0, not a difference of two orders of a
+// sum.
 template <class T>
 MINIRL_INLINE void inner_products(const QueryRows<T>& a, const QueryRows<T>& b, int64_t rows, int64_t size, float* out,
                                   uint32_t* words) {
@@ -187,7 +188,8 @@ MINIRL_INLINE void inner_products(const QueryRows<T>& a, const QueryRows<T>& b, 
   }
 }
 
-// Of a row: the scores become weights, and the gradient by the weights that by the scores, less the factor `scale`.
+// For a row: weights from the scores, and the gradient of the scores from that of the weights, without the factor
+// `scale`.
 template <class T>
 MINIRL_INLINE void slopes(const float* scores, const float* by_weights, int64_t seen, int64_t columns, float c,
                           RowStats row, float delta, T* weights, T* by_scores) {
@@ -196,7 +198,7 @@ MINIRL_INLINE void slopes(const float* scores, const float* by_weights, int64_t 
   for (; j < seen; j += kLanes) {
     const Floats e = exp2_lanes(bounded_exponent((load_first(scores + j, seen - j) - shift) * cs)), p = e * reciprocal;
     Floats slope = p * (load(by_weights + j) - deltas);
-    if (seen - j < kLanes) {  // what was not computed is anything
+    if (seen - j < kLanes) {  // lanes beyond the last key hold arbitrary values
       float lanes[kLanes];
       store(lanes, slope);
       for (int64_t i = seen - j; i < kLanes; ++i) lanes[i] = 0.f;
@@ -211,7 +213,7 @@ MINIRL_INLINE void slopes(const float* scores, const float* by_weights, int64_t 
   }
 }
 
-// A piece is all of a span for one head of keys, so that every sum over its queries or its keys has one order.
+// A piece is a whole span for one head of keys, so that every sum over queries or keys has one order.
 template <class T>
 MINIRL_INLINE void backward(const T*, const AttentionBackward& grads, int64_t begin, int64_t end) {
   const Attention& args = grads.forward;

@@ -22,7 +22,7 @@ const char* const kNames[] = {MINIRL_FOR_EACH_ISA(MINIRL_NAME)};
 constexpr int kCount = sizeof(kNames) / sizeof(kNames[0]);
 
 #ifdef MINIRL_HAVE_AVX2
-// AMX with bfloat16, which Linux saves for a process that has asked for it, and not for others.
+// AMX with bfloat16. Linux lets a process use it only after a request.
 bool may_use_tiles() {
 #ifdef __linux__
   unsigned a, b, c, d;

@@ -1,9 +1,9 @@
 // One kernel, compiled once per instruction set, and the choice between them.
 //
 // A source in cpu/ defines `void MINIRL_KERNEL(name)(const Args&, int64_t begin, int64_t end)` for rows
-// [begin, end); its header declares it with MINIRL_DECLARE_KERNEL(name, Args); MINIRL_PICK(name, Args) is the one to
+// [begin, end). Its header declares it with MINIRL_DECLARE_KERNEL(name, Args). MINIRL_PICK(name, Args) is the one to
 // run. Instructions that multiply pairs of bfloat16 serve products of matrices alone: only the sources that include
-// gemm.h are compiled for them, whose kernels are picked by MINIRL_PICK_PRODUCT; the others' are then those of AVX-512.
+// gemm.h are compiled for them, and MINIRL_PICK_PRODUCT picks their kernels. The other kernels are then AVX-512's.
 #pragma once
 #include <stdint.h>
 

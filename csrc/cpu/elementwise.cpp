@@ -1,4 +1,4 @@
-// Functions of one element and their slopes. Every element goes through the same sixteen lanes, the last ones too.
+// Functions of one element and their slopes. All elements, the last ones too, go through the same sixteen lanes.
 #include "cpu/elementwise.h"
 
 #include "cpu/functions.h"
@@ -22,7 +22,7 @@ struct Silu {
   }
 };
 
-// log(1 + e^y) / beta of y = beta x, and x where y is above the threshold.
+// log(1 + e^y) / beta with y = beta x; x where y is above the threshold.
 struct Softplus {
   float beta, threshold;
   MINIRL_METHOD Floats value(Floats x) const {
@@ -44,7 +44,7 @@ struct Gelu {
   }
 };
 
-// x (1 + tanh u) / 2 = x sigmoid(v) of v = 2u = x (c + 0.044715 c x^2), c = 2 sqrt(2 / pi).
+// x (1 + tanh u) / 2 = x sigmoid(v) with v = 2u = x (c + 0.044715 c x^2), c = 2 sqrt(2 / pi).
 struct GeluTanh {
   MINIRL_METHOD Floats value(Floats x) const {
     const Floats y = bounded(x);
@@ -55,11 +55,11 @@ struct GeluTanh {
     const Sigmoids s = sigmoids(y * (splat(1.59576912f) + splat(0.0713548163f) * z));
     return s.of_x + y * (s.of_x * s.of_minus_x) * (splat(1.59576912f) + splat(0.214064449f) * z);
   }
-  // far beyond where the sigmoid is 0 or 1, and no power overflows
+  // The sigmoid is exactly 0 or 1 at the bounds, and no power overflows.
   static MINIRL_METHOD Floats bounded(Floats x) { return max(splat(-64.f), at_most(x, 64.f)); }
 };
 
-// x tanh(log(1 + e^x)) = x n / (n + 2) of n = e^x (e^x + 2).
+// x tanh(log(1 + e^x)) = x n / (n + 2) with n = e^x (e^x + 2).
 struct Mish {
   MINIRL_METHOD Floats value(Floats x) const {
     const Floats n = numerator(bounded(x));
@@ -73,11 +73,11 @@ struct Mish {
     const Floats e = exp_precise(x);
     return e * (e + splat(2.f));
   }
-  // above 15 the quotient is 1, and e^4x would overflow
+  // Above 15 the quotient is 1; without the bound e^4x would overflow.
   static MINIRL_METHOD Floats bounded(Floats x) { return at_most(x, 15.f); }
 };
 
-// Those that the C library computes, one lane after another.
+// Functions of the C library, one lane after another.
 template <class F>
 MINIRL_INLINE Floats each_lane(Floats v, F f) {
   float a[kLanes];

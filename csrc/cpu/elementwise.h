@@ -8,8 +8,8 @@ enum class Function { kSigmoid, kSilu, kSoftplus, kGelu, kGeluTanh, kMish, kRsqr
 
 constexpr int64_t kElementwiseBlock = 1024;  // elements; a kernel's range counts in these
 
-// out = f(x), or out = grad f'(x) where there is a grad, which the last three functions take none of. All are
-// contiguous and of one dtype; out may be x or grad.
+// out = f(x); out = grad f'(x) with a grad, which the last three functions do not take. All are contiguous and of one
+// dtype; out may be x or grad.
 struct Elementwise {
   Function function;
   DType dtype;

@@ -1,9 +1,9 @@
-// The matmul of few rows: a weight that is used for a token or two is read once, in the order of its memory, and
-// written nowhere. Columns whose terms lie side by side are turned in the registers; of columns that lie side by side
-// themselves some terms are added at a time to sums in the first-level cache.
+// The matmul of few rows. A weight that serves a token or two is read once, in the order of its memory, and not packed.
+// Columns with contiguous terms are transposed in the registers. Columns that lie side by side are added a few terms at
+// a time to sums in the first-level cache.
 //
-// Every output is the chain that gemm.h says, so its bits are those of the packed matmul; tiles have an order of their
-// own, and are left to it.
+// Every output is the chain of gemm.h, so its bits equal the packed matmul's. Tiles have an order of their own, so this
+// file does not serve them.
 #pragma once
 #include "cpu/gemm.h"
 
@@ -12,18 +12,18 @@ namespace {
 MINIRL_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 MINIRL_INLINE int64_t whole_lanes(int64_t columns) { return (columns + kLanes - 1) / kLanes * kLanes; }
 
-// More rows make use of packed columns often enough.
+// With more rows packing the columns pays.
 constexpr int64_t kFewRows = 4;
 
-// Sixteen words of sixteen columns from `k` on: words[j] has word j of each.
+// Sixteen words of sixteen columns from `k` on: words[j] has word j of each column.
 template <class Word, class T>
 MINIRL_INLINE void load_square(Word, const T* const* columns, int64_t k, Ints (&words)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) words[i] = words_along(Word{}, columns[i] + k);
   transpose(words);
 }
 #if defined(__AVX512F__)
-// Four words at a time, each to its place: half of the turning is done by the loads. Those of one column come one after
-// another: columns a power of two apart share a few places of the first-level cache, and soon push each other out.
+// Loads four words at a time to their places, which does half of the transposition. The loads of one column come one
+// after another: columns a power of two apart share a few sets of the first-level cache, and evict each other soon.
 MINIRL_INLINE void load_square_of_words(const char* const* columns, int64_t offset, Ints (&words)[kLanes]) {
   __m512i a[4][4];
   for (int i = 0; i < 4; ++i) {
@@ -56,7 +56,7 @@ MINIRL_INLINE void load_square(PairWord, const BFloat16* const* columns, int64_t
 #endif
 #endif
 
-// The chains of kRows rows and sixteen columns, `count` words further. `a` is packed, kRows wide.
+// Continues the chains of kRows rows and sixteen columns by `count` words. `a` is packed, kRows wide.
 template <class Word, int kRows>
 MINIRL_INLINE void multiply_square(const uint32_t* a, const Ints (&words)[kLanes], int64_t count,
                                    Floats (&sum)[kRows]) {
@@ -68,8 +68,8 @@ MINIRL_INLINE void multiply_square(const uint32_t* a, const Ints (&words)[kLanes
             multiply_add(Word{}, a[j * kRows + i], (NativeFloat)words[Word::place(j)].part[part], sum[i].part[part]);
 }
 
-// One link's share: `columns` point to its first terms. No more than sixteen at a time, as memory is fetched ahead
-// along few columns only.
+// Adds one link, whose first terms `columns` point to. Sixteen columns at a time: the processor prefetches along few
+// columns only.
 template <class Word, int kRows, class T>
 MINIRL_INLINE void multiply_columns(const uint32_t* a, const T* const (&columns)[kLanes], int64_t terms,
                                     Floats (&sum)[kRows]) {
@@ -91,7 +91,7 @@ MINIRL_INLINE void multiply_columns(const uint32_t* a, const T* const (&columns)
   multiply_square<Word>(a, words, Word::words(terms - k), sum);
 }
 
-// All terms of the rows: those of a chunk from words(its first one) * kRows on.
+// Packs all terms of the rows; those of the chunk at term k begin at words(k) * kRows.
 template <int kRows, class T>
 MINIRL_INLINE void pack_few_rows(const Block<T>& block, uint32_t* out) {
   typedef typename WordOf<T>::type Word;
@@ -121,7 +121,7 @@ static void multiply_turned(const Block<T>& block, uint32_t* scratch) {
       for (int i = 0; i < kRows; ++i) sum[i] = splat(0.f);
       for (int64_t begin = k; begin < end; begin += kLink) {
         const T* columns[kLanes];
-        // beyond the last column there is the last one again
+        // lanes beyond the last column repeat it
         for (int64_t i = 0; i < kLanes; ++i) columns[i] = block.b.at(least(n + i, block.columns - 1), begin);
         Floats link[kRows];
         for (int i = 0; i < kRows; ++i) link[i] = splat(0.f);
@@ -147,7 +147,7 @@ MINIRL_INLINE Ints load_across(const Operand<T>& x, int64_t lane, int64_t lanes,
   return words_across(Word{}, padded, padded + (Word::kTerms - 1) * kLanes);
 }
 
-// Words that are added to a sum before it goes back to the cache.
+// Words that are added to a sum in a register before it is stored.
 constexpr int64_t kWordsAtOnce = 8;
 
 template <int kRows, class T>
@@ -156,7 +156,7 @@ static void multiply_across(const Block<T>& block, uint32_t* scratch) {
   pack_few_rows<kRows>(block, scratch);
   const int64_t width = whole_lanes(block.columns);
   float* const links = (float*)(scratch + Word::words(block.depth) * kRows + kLanes);
-  float* const sums = links + kRows * width;  // of the chunk's links before
+  float* const sums = links + kRows * width;  // of the chunk's earlier links
   for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
     const int64_t terms = least(block.depth - k, Word::kChunk), words = Word::words(terms);
     const bool is_last = k + terms == block.depth;
@@ -201,12 +201,12 @@ template <>
 constexpr bool kIsChain<TileWord> = false;
 #endif
 
-// Whether multiply_few_rows_unpacked is there for it, and worth it.
+// Whether multiply_few_rows_unpacked serves this block and is the faster way.
 template <class T>
 MINIRL_INLINE bool is_for_few_rows(const Block<T>& block) {
   return kIsChain<typename WordOf<T>::type> && block.rows <= kFewRows && block.depth > 0 && !block.accumulate;
 }
-// Words of scratch that it needs.
+// Words of scratch for multiply_few_rows_unpacked.
 template <class T>
 MINIRL_INLINE int64_t scratch_words_few_rows(int64_t columns, int64_t depth) {
   return (WordOf<T>::type::words(depth) + 2 * whole_lanes(columns)) * kFewRows + kLanes;

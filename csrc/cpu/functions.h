@@ -15,7 +15,7 @@ MINIRL_INLINE Floats negative_size(Floats x) {
 // The smaller of x and the limit. NaN stays NaN.
 MINIRL_INLINE Floats at_most(Floats x, float limit) { return splat(0.f) - max(splat(-limit), splat(0.f) - x); }
 
-// Of each lane `then` where x < bound, else `otherwise`.
+// Per lane: `then` where x < bound, else `otherwise`.
 MINIRL_INLINE Floats where_less(Floats x, float bound, Floats then, Floats otherwise) {
   Ints a = bits_of(then), b = bits_of(otherwise);
   MINIRL_EACH_PART b.part[i] ^= (NativeInt)(x.part[i] < bound) & (a.part[i] ^ b.part[i]);
@@ -25,8 +25,8 @@ MINIRL_INLINE Floats where_greater(Floats x, float bound, Floats then, Floats ot
   return where_less(splat(0.f) - x, -bound, then, otherwise);
 }
 
-// e^x for x up to 88; 0 below -87.7. ln 2 is taken off in two parts, of which the first has 16 bits, so that its
-// multiples are exact; the polynomial's relative error is 8e-9.
+// e^x for x up to 88; 0 below -87.7. ln 2 is subtracted in two parts. The first part has 16 bits, so its multiples are
+// exact. The polynomial's relative error is 8e-9.
 MINIRL_INLINE Floats exp_precise(Floats x) {
   const Floats magic = splat(12582912.f + 127.f);  // adding it rounds, and leaves exponent + 127 in the low bits
   x = max(splat(-88.f), x);
@@ -55,7 +55,7 @@ MINIRL_INLINE Floats log1p_of_fraction(Floats e) {
   return twice + twice * z * p;
 }
 
-// Of x and of -x, by e^-|x|: neither cancels, and where one is too small for a float it is 0.
+// The sigmoids of x and -x, from e^-|x|: neither cancels, and one that is too small for a float is 0.
 struct Sigmoids {
   Floats of_x, of_minus_x;
 };
@@ -68,8 +68,8 @@ MINIRL_INLINE Sigmoids sigmoids(Floats x) {
 struct Normal {
   Floats below, density;
 };
-// Around 0 by 1/2 + x R(x^2); else by e^(-x^2/2) t Q(t) of t = 1 / (1 + 0.35 |x|), which keeps the digits of a
-// probability that is nearly 0. Both polynomials are minimax, with relative errors of 4e-8 and 5e-8.
+// Near 0: 1/2 + x R(x^2). Elsewhere: e^(-x^2/2) t Q(t) with t = 1 / (1 + 0.35 |x|), which is accurate for probabilities
+// near 0. Both polynomials are minimax, with relative errors of 4e-8 and 5e-8.
 MINIRL_INLINE Normal normal(Floats x) {
   const Floats minus_size = max(splat(-14.f), negative_size(x)), z = minus_size * minus_size;
   const Floats e = exp_precise(z * splat(-0.5f)), t = splat(1.f) / (splat(1.f) - splat(0.35f) * minus_size);

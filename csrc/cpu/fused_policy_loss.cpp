@@ -1,5 +1,5 @@
-// Logits to loss and gradient in one sweep: a row is read once from memory, and its gradient written once while
-// the row is still in the cache.
+// Logits to loss and gradient in one sweep: a row is read from memory once, and its gradient is written once while the
+// row is still in the cache.
 #include "cpu/fused_policy_loss.h"
 
 #include <stdlib.h>
@@ -16,7 +16,7 @@ static ObjectiveToken token_of_row(const FusedPolicyLoss& args, int64_t row, flo
   return {log_prob, old, behaviour, ref, args.advantages[row]};
 }
 
-// A token's share of the loss and its c_t, or two NaN where float32 holds one of them not.
+// A token's share of the loss and its c_t; both are NaN where one of them does not fit in float32.
 struct TokenShare {
   float loss, grad;
 };
@@ -26,8 +26,8 @@ static TokenShare weighted_objective(const FusedPolicyLoss& args, int64_t row, f
   return fabsf(share.loss) < INFINITY && fabsf(share.grad) < INFINITY ? share : TokenShare{NAN, NAN};
 }
 
-// Where the exponentials of a row are kept: a float32 gradient is their place itself, and so are float32 logits that a
-// 16-bit gradient will overwrite; 16-bit logits need a buffer.
+// Where the exponentials of a row are kept: in a float32 gradient itself, or in float32 logits that a 16-bit gradient
+// will overwrite. 16-bit logits need a buffer.
 static KeepExponentials place_to_keep(float* buffer, float*, float* out, int64_t) { return {out, buffer}; }
 template <class U>
 static KeepExponentials place_to_keep(float* buffer, float* x, U*, int64_t) {
@@ -41,8 +41,8 @@ static KeepExponentials place_to_keep(float* buffer, T*, T*, int64_t tiles) {
 void MINIRL_KERNEL(fused_policy_loss)(const FusedPolicyLoss& args, int64_t begin, int64_t end) {
   const int64_t vocab_size = args.logits.rows.size, tiles = tiles_of(vocab_size);
   const bool wide = args.logits.rows.dtype == DType::kFloat32;
-  // the gradients of an entropy and of a softcap need y beside 2^y, so they walk the logits again, as do all where
-  // memory is short
+  // The gradients of an entropy and of a softcap need y beside 2^y, so they walk the logits again. All gradients do
+  // where the buffer cannot be allocated.
   const bool walks_twice = args.entropy_coef != 0.f || args.out.softcap != 0.f;
   float* buffer = walks_twice ? nullptr : (float*)malloc((tiles + (wide ? 0 : vocab_size)) * sizeof(float));
   for_each_gradient_row(
@@ -83,7 +83,7 @@ void MINIRL_KERNEL(fused_policy_loss_overflow)(const FusedPolicyLoss& args, int6
     TokenShare loss = {};
     if (id != kIgnoreIndex) {
       const float logit = load_one(x + id);
-      double lowest = -INFINITY;  // the log-probability is not below it
+      double lowest = -INFINITY;  // a lower bound of the log-probability
       if (needs_lowest(args.config)) {
         float largest = -INFINITY;
         for (int64_t j = 0; j < n; j += kTile) largest = fmaxf(largest, tile_max(x + j, n - j < kTile ? n - j : kTile));

@@ -7,7 +7,7 @@ namespace minirl {
 
 struct FusedPolicyLoss {
   Logits logits;
-  // one per row; null: old is the token's own log-probability, behaviour is old
+  // one per row; null: old is the token's own log-probability, behaviour is old, ref is not read
   const float *old_log_probs, *behaviour_log_probs, *ref_log_probs;
   const float *advantages, *weights;
   ObjectiveConfig config;
@@ -17,7 +17,7 @@ struct FusedPolicyLoss {
 };
 
 MINIRL_DECLARE_KERNEL(fused_policy_loss, FusedPolicyLoss)
-// Writes log_probs, token_loss and token_grad alone, and 0 where no log-probability can make a loss overflow.
+// Writes only log_probs, token_loss and token_grad; they are 0 where no log-probability can make a loss overflow.
 MINIRL_DECLARE_KERNEL(fused_policy_loss_overflow, FusedPolicyLoss)
 
 }  // namespace minirl

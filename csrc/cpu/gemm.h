@@ -2,10 +2,9 @@
 //
 // Every output is a sum, in order, over chunks of kChunk terms of the reduced dimension. A chunk is a sum, in order, of
 // chains of fused multiply-adds over kLinkWords words. So the bits of an output depend on that dimension and the dtype
-// alone: not on its place, on the rows beside it, or on the threads; and they are the same wherever there is a fused
-// multiply-add. bfloat16 is reduced in pairs, the second of a pair first,
-// which is what the instruction for it does (that one takes subnormals as 0); where there are tiles (tiles.h), by their
-// own order, whose bits no other table has.
+// alone: not on its place, the rows beside it, or the threads. They are equal on all tables with a fused multiply-add.
+// bfloat16 is reduced in pairs, the second term of a pair first, as its instruction does (which takes subnormals as 0).
+// Tiles (tiles.h) reduce bfloat16 in their own order, whose bits no other table has.
 #pragma once
 #include <stdlib.h>
 
@@ -33,7 +32,7 @@ MINIRL_INLINE NativeFloat multiply_add(PairWord, uint32_t a, NativeFloat b, Nati
 }
 #endif
 
-// Where a chunk's share goes: added to `sums` if `add`, and if `rounded` is there, the result to that instead.
+// The destination of a chunk's sums. With `add` they are added to `sums`. The result goes to `rounded` if it is given.
 template <class T>
 struct Place {
   float* sums;
@@ -43,7 +42,7 @@ struct Place {
   int64_t rounded_stride;
 };
 
-// Sums of a panel to their place.
+// Stores the sums of a panel.
 template <class T>
 MINIRL_INLINE void add_or_round(const Place<T>& place, const NativeFloat (*sum)[2], int64_t rows, int64_t columns) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -60,7 +59,7 @@ MINIRL_INLINE void add_or_round(const Place<T>& place, const NativeFloat (*sum)[
   }
 }
 
-// Whole rows of a panel, from the registers.
+// Stores whole rows of a panel from the registers.
 template <class T, int kRows>
 MINIRL_INLINE void round_panel(const Place<T>& place, const NativeFloat (&sum)[kRows][2]) {
   constexpr int kParts = kLanes / kNative;
@@ -79,7 +78,7 @@ template <class Word, class T, int kRows>
 static void multiply_panels(const uint32_t* a, const uint32_t* b, int64_t words, const Place<T>& place,
                             int64_t columns) {
   NativeFloat sum[kRows][2] = {};
-  // what is added to comes from memory while the chunk is summed
+  // fetched while the chunk is summed
   for (int i = 0; i < kRows; ++i)
     for (int64_t j = 0; j < kPanelColumns; j += 16) __builtin_prefetch(place.sums + i * place.stride + j, 1);
   for (int64_t begin = 0; begin < words; begin += Word::kLinkWords) {
@@ -137,7 +136,7 @@ static void multiply_rows(TileWord, int64_t rows, const uint32_t* a, const uint3
                              : (across ? multiply_tiles<1, 2> : multiply_tiles<1, 1>);
   multiply(a, b, kPanelColumns, words, place.add ? here.sums : nullptr, here.stride, direct ? place.sums : (float*)sum,
            direct ? place.stride : kPanelColumns);
-  place.add = false;  // it has been
+  place.add = false;  // the tiles have added already
   if (!direct) add_or_round(place, sum, rows, columns);
 }
 #endif
@@ -151,7 +150,7 @@ struct Block {
   bool accumulate;
   T* rounded = nullptr;  // if given, the result goes here, and `out` is scratch
   int64_t rounded_stride = 0;
-  const uint32_t* packed_b = nullptr;  // if given, instead of `b`: all its panels, by pack_matrix
+  const uint32_t* packed_b = nullptr;  // if given, all panels of b by pack_matrix, and `b` is not read
 
   Block some_rows(int64_t first, int64_t count) const {
     Block part = *this;
@@ -179,7 +178,7 @@ MINIRL_INLINE int64_t scratch_words(int64_t columns) {
   return panel_words<T>(columns) + Word::kRows * Word::words(Word::kChunk) + kLanes;
 }
 
-// A panel of columns for one chunk.
+// Packs a panel of columns for one chunk.
 template <class Word, class T>
 MINIRL_INLINE void pack_columns(const Operand<T>& b, int64_t column, int64_t columns, int64_t term, int64_t terms,
                                 uint32_t* out) {
@@ -189,12 +188,12 @@ MINIRL_INLINE void pack_columns(const Operand<T>& b, int64_t column, int64_t col
   }
 }
 
-// All columns for all of `depth`, panel by panel, each chunk by chunk: packed_words of them.
+// The words of all columns for all of `depth`, packed panel by panel, and each panel chunk by chunk.
 template <class T>
 MINIRL_INLINE int64_t packed_words(int64_t columns, int64_t depth) {
   return (columns + kPanelColumns - 1) / kPanelColumns * kPanelColumns * WordOf<T>::type::words(depth) + kLanes;
 }
-// Where the panel begins that begins with `column`.
+// The offset of the panel whose first column is `column`.
 template <class T>
 MINIRL_INLINE int64_t packed_words_before(int64_t column, int64_t depth) {
   return column * WordOf<T>::type::words(depth);
@@ -208,15 +207,15 @@ static void pack_matrix(const Operand<T>& b, int64_t columns, int64_t depth, uin
                          out + packed_words_before<T>(n, depth) + kPanelColumns * Word::words(k));
 }
 
-// The packed columns stay in the second-level cache while panels of rows, packed in the first, pass over them.
+// The packed columns stay in the second-level cache while panels of rows pass by, packed in the first-level cache.
 template <class T>
 static void multiply_many_rows(const Block<T>& block, uint32_t* scratch) {
   typedef typename WordOf<T>::type Word;
   uint32_t *packed_b = scratch, *packed_a = scratch + panel_words<T>(block.columns);
   for (int64_t k = 0; k < block.depth; k += Word::kChunk) {
     const int64_t terms = least(block.depth - k, Word::kChunk), words = Word::words(terms);
-    // Terms that lie apart are read some at a time, all columns of them: a panel's alone would each be on another page.
-    // (A panel narrower than a store may only be filled from one end to the other.)
+    // Terms that lie apart are read a few at a time for all columns: one panel's columns would touch a page for each
+    // term. (A panel narrower than a store can only be filled from one end to the other.)
     const bool apart = block.b.term_stride != 1 || block.b.term_index;
     const int64_t strip = apart && kPanelColumns >= kLanes ? kStrip : terms;
     for (int64_t first = 0; first < terms; first += strip)
@@ -233,8 +232,8 @@ static void multiply_many_rows(const Block<T>& block, uint32_t* scratch) {
   }
 }
 
-// All terms of the rows, packed, stay in the second-level cache while the columns pass, a panel at a time, all its
-// terms as they lie in memory.
+// All terms of the rows, packed, stay in the second-level cache while the columns pass panel by panel, in the order of
+// their memory.
 template <class T>
 static void multiply_few_rows(const Block<T>& block, uint32_t* scratch) {
   typedef typename WordOf<T>::type Word;
@@ -262,14 +261,14 @@ static void multiply_few_rows(const Block<T>& block, uint32_t* scratch) {
   }
 }
 
-// How many rows are few: all their terms, packed, take no more room than one chunk of so many columns.
+// The most rows whose terms, all packed, take no more room than one chunk of `columns`.
 template <class T>
 MINIRL_INLINE int64_t few_rows(int64_t columns, int64_t depth) {
   typedef typename WordOf<T>::type Word;
   const int64_t chunks = (depth + Word::kChunk - 1) / Word::kChunk;
   return (columns - kPanelColumns) / (chunks * Word::kRows) * Word::kRows;
 }
-// With columns that were packed before, that many at a time.
+// Rows at a time where the columns were packed before.
 constexpr int64_t kPackedColumns = 512;
 template <class T>
 MINIRL_INLINE int64_t rows_at_once(int64_t depth) {
@@ -277,14 +276,14 @@ MINIRL_INLINE int64_t rows_at_once(int64_t depth) {
   const int64_t few = few_rows<T>(kPackedColumns, depth);
   return few < kRows ? kRows : few;
 }
-// Words of scratch for them.
+// Words of scratch for packed columns.
 template <class T>
 MINIRL_INLINE int64_t scratch_words_packed(int64_t depth) {
   typedef typename WordOf<T>::type Word;
   return panel_words<T>(kPanelColumns) + rows_at_once<T>(depth) * (Word::words(depth) + Word::kChunk) + kLanes;
 }
 
-// Around the products of a block.
+// Run before and after the products of a block.
 template <class Word>
 MINIRL_INLINE void begin_products(Word) {}
 template <class Word>

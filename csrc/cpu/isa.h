@@ -1,4 +1,4 @@
-// Which instruction sets this build has, which this processor can run, and which is in use.
+// The instruction sets that this build has, that this processor runs, and the one in use.
 #pragma once
 #include <string>
 #include <vector>
@@ -6,10 +6,10 @@
 namespace minirl {
 
 std::vector<std::string> isa_built();
-std::vector<std::string> isa_supported();  // built, and this processor runs it; best last
+std::vector<std::string> isa_supported();  // built, and run by this processor; best last
 std::string isa_name();
 
-// Use `name` from now on; std::invalid_argument with the choices if it is not supported.
+// Uses `name` from now on. Throws std::invalid_argument with the choices where it is not supported.
 void set_isa(const std::string& name);
 
 }  // namespace minirl

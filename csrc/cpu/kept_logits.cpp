@@ -1,4 +1,4 @@
-// All but the kept logits of a row set to -inf, in place: a walk over the gaps between the kept ones.
+// Sets all but the kept logits of a row to -inf, in place, by a walk over the gaps between the kept ones.
 #include "cpu/kept_logits.h"
 
 #include "cpu/lanes.h"

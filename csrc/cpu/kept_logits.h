@@ -4,11 +4,11 @@
 
 namespace minirl {
 
-// Rows of logits, of which the ids [begin, end) stay; a row that has none stays whole.
+// Rows of logits. A row keeps the logits of ids[begin .. end), or all of them where that range is empty.
 struct KeptLogits {
   StridedRows logits;
-  const int32_t* ids;          // ascending within a row; those of other shards of the vocabulary are out of range
-  const int32_t *begin, *end;  // one per row, places in ids
+  const int32_t* ids;          // ascending within a row; ids in other shards of the vocabulary are out of range
+  const int32_t *begin, *end;  // one per row: places in `ids`
 };
 
 MINIRL_DECLARE_KERNEL(kept_logits, KeptLogits)

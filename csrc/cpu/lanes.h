@@ -1,8 +1,8 @@
-// Sixteen float lanes, and the only file that knows the instruction set.
+// Sixteen float lanes. Most of what depends on the instruction set is here.
 //
-// Every table computes with the same sixteen virtual lanes, built of vectors of the table's own width, and without
-// fused multiply-adds: so every table gives the same bits. Everything here has internal linkage, since the same
-// function compiled for two instruction sets must never be one symbol.
+// Every table computes with the same sixteen virtual lanes, built of vectors of its own width, and without fused
+// multiply-adds, so that all tables give the same bits. Everything here has internal linkage, since one function
+// compiled for two instruction sets must not become one symbol.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -87,7 +87,7 @@ MINIRL_INLINE Floats floats_of(Ints a) {
   return r;
 }
 
-// A vector at a time: one copy of all sixteen lanes would go through the stack, in pieces of another size.
+// One vector at a time: a single copy of sixteen lanes would go through the stack in pieces of another size.
 MINIRL_INLINE Floats load(const float* p) {
   Floats r;
   MINIRL_EACH_PART memcpy(&r.part[i], p + i * kNative, sizeof r.part[i]);
@@ -111,11 +111,11 @@ MINIRL_INLINE float max_lanes(Floats v) {
   return m;
 }
 
-// What exp2_lanes takes: below -127, -127. NaN stays NaN.
+// The argument of exp2_lanes: at least -127. NaN stays NaN.
 MINIRL_INLINE Floats bounded_exponent(Floats y) { return max(splat(-127.f), y); }
 
-// 2^y for y from -127 to 127; below -126.5 exactly 0, so that a logit of -inf has probability 0. The polynomial is
-// the minimax one of degree 5 on [-1/2, 1/2] through (0, 1): relative error 1.9e-7, 6.7e-8 in the mean square.
+// 2^y for y from -127 to 127; exactly 0 below -126.5, so that a logit of -inf has probability 0. The polynomial is
+// minimax of degree 5 on [-1/2, 1/2] through (0, 1): relative error 1.9e-7, in the mean square 6.7e-8.
 MINIRL_INLINE Floats exp2_lanes(Floats y) {
   const Floats magic = splat(12582912.f + 127.f);  // adding it rounds, and leaves exponent + 127 in the low bits
   Floats t = y + magic;
@@ -168,7 +168,7 @@ MINIRL_INLINE Floats load(const BFloat16* p) {
   MINIRL_EACH_PART w.part[i] <<= 16;
   return floats_of(w);
 }
-// Round to nearest, ties to even. A NaN made by arithmetic or widened from 16 bits stays one.
+// Rounds to nearest, ties to even. A NaN made by arithmetic or widened from 16 bits stays NaN.
 MINIRL_INLINE void store(BFloat16* p, Floats v) {
   Ints w = bits_of(v);
   MINIRL_EACH_PART w.part[i] = (w.part[i] + 0x7fff + (w.part[i] >> 16 & 1)) >> 16;
@@ -178,7 +178,7 @@ MINIRL_INLINE void store(BFloat16* p, Floats v) {
 MINIRL_INLINE Floats load(const Float16* p) {
   Ints h = load_halves(p), magnitude;
   MINIRL_EACH_PART magnitude.part[i] = (h.part[i] & 0x7fff) << 13;
-  // a power of two moves the exponent's bias, and makes normal what was subnormal
+  // the power of two shifts the exponent's bias and makes subnormals normal
   Ints w = bits_of(floats_of(magnitude) * splat(0x1p112f));
   MINIRL_EACH_PART {
     NativeInt special = (NativeInt)(magnitude.part[i] >= 0x0f800000) & 0x7f800000;  // inf and NaN
@@ -186,7 +186,7 @@ MINIRL_INLINE Floats load(const Float16* p) {
   }
   return floats_of(w);
 }
-// Round to nearest, ties to even, with subnormals and infinities.
+// Rounds to nearest, ties to even, with subnormals and infinities.
 MINIRL_INLINE void store(Float16* p, Floats v) {
   Ints w = bits_of(v), magnitude;
   MINIRL_EACH_PART magnitude.part[i] = w.part[i] & 0x7fffffff;
@@ -204,7 +204,7 @@ MINIRL_INLINE void store(Float16* p, Floats v) {
   store_halves(p, w);
 }
 
-// The first `n` lanes; the others are -inf, which is a probability of 0.
+// The first `n` lanes; the others are -inf, whose probability is 0.
 template <class T>
 MINIRL_INLINE Floats load_part(const T* p, int64_t n) {
   T padded[kLanes] = {};
@@ -221,7 +221,7 @@ MINIRL_INLINE void store_part(T* p, Floats v, int64_t n) {
   store(padded, v);
   memcpy(p, padded, n * sizeof(T));
 }
-// Up to all lanes.
+// At most all lanes.
 template <class T>
 MINIRL_INLINE Floats load_first(const T* p, int64_t n) {
   return n < kLanes ? load_part(p, n) : load(p);

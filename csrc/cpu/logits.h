@@ -5,7 +5,7 @@
 namespace minirl {
 
 constexpr int64_t kIgnoreIndex = -100;
-constexpr int64_t kElsewhere = -1;  // the id counts, and is in another shard of the vocabulary
+constexpr int64_t kElsewhere = -1;  // the token counts, and its id is in another shard of the vocabulary
 
 struct Logits {
   StridedRows rows;  // a row is as long as the vocabulary

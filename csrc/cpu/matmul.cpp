@@ -1,4 +1,4 @@
-// The shared matmul over pieces of whole matrices, and what is added to the products.
+// The shared matmul over pieces of whole matrices, with an addend.
 #include "cpu/matmul.h"
 
 #include "cpu/few_rows.h"

@@ -5,15 +5,15 @@
 
 namespace minirl {
 
-// out [rows, I]: the sums over R of x [rows, R, I], divided by `divisor`, which is 1 for the sum itself. Either I is 1
-// and R contiguous, or I is contiguous.
+// out [rows, I]: the sums over R of x [rows, R, I], divided by `divisor`, which is 1 for a sum. Either I is 1 and R is
+// contiguous, or I is contiguous.
 struct Mean {
-  StridedRows x;  // whose row is one [R, I]
+  StridedRows x;  // a row is one [R, I]
   int64_t reduced, reduced_stride, inner;
   double divisor;
-  float* partials;  // [rows, blocks of R, I] where there are several, which mean_of_blocks adds up
+  float* partials;  // [rows, blocks of R, I] with several blocks, for mean_of_blocks
   void* out;
-  DType out_dtype;  // that of x, or float32
+  DType out_dtype;  // the dtype of x, or float32
 };
 
 MINIRL_DECLARE_KERNEL(mean_rows, Mean)       // I = 1; by row and block

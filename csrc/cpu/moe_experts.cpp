@@ -7,7 +7,7 @@
 namespace minirl {
 namespace {
 
-// The first n lanes, the others 0.
+// The first n lanes; the others become 0.
 MINIRL_INLINE Floats keep_first(Floats v, int64_t n) {
   float a[kLanes];
   store(a, v);
@@ -15,8 +15,8 @@ MINIRL_INLINE Floats keep_first(Floats v, int64_t n) {
   return load(a);
 }
 
-// What a thread needs for blocks of up to `columns`: packed operands, and a block of results. Without a destructor,
-// which would bring a weak symbol for exceptions.
+// A thread's memory for blocks of up to `columns`: packed operands, and a block of results. A destructor would bring a
+// weak symbol for exceptions.
 struct Scratch {
   uint32_t* words;
   float* results;
@@ -195,8 +195,8 @@ MINIRL_INLINE Operand<T> columns_of(const ExpertsWeightGrad::Side& side, const E
   return {data + first * side.stride, 1, side.stride, side.columns - column};
 }
 
-// Float32 is summed in its place; the others in scratch if they have more than one chunk, and rounded once. Rows are
-// written whole, one piece after the other, while their new pages are still in a cache.
+// Float32 is summed in place. 16-bit dtypes are summed in scratch if they have more than one chunk, and rounded once.
+// Rows are written whole, one piece after another, while their new pages are still in a cache.
 template <class T>
 MINIRL_INLINE void weight_grad(const T*, const ExpertsWeightGrad& args, int64_t begin, int64_t end) {
   constexpr bool in_place = sizeof(T) == sizeof(float);

@@ -1,16 +1,16 @@
 // The phases of a mixture of experts over its rows: pairs of a token and one of its experts, sorted by expert.
 //
-// Work is split into pieces, (rows of one expert) by (columns); no bit depends on how. All the pieces of one block of
-// columns come after each other, so that equal numbers of pieces are about equal work, however full each expert is.
+// Work is split into pieces, (rows of one expert) by (columns); no bit depends on the split. Pieces of one block of
+// columns are neighbours, so that equal numbers of pieces are about equal work, however many rows each expert has.
 #pragma once
 #include "cpu/dispatch.h"
 #include "cpu/dtypes.h"
 
 namespace minirl {
 
-// Rows of a piece: whole panels on every table. Columns of it: half a second-level cache of float32 results, or less.
+// Rows of a piece: whole panels on every table. Columns: float32 results of at most half a second-level cache.
 constexpr int64_t kExpertRows = 252, kExpertColumns = 512;
-// Those of the activation, of which there are two products in the forward; the gradient of a weight is summed by them.
+// Columns of the activation: its forward has two products. The gradients of the routing weights are summed by them.
 constexpr int64_t kActivationColumns = 256;
 
 struct RowBlock {
@@ -18,7 +18,7 @@ struct RowBlock {
 };
 
 struct ExpertRows {
-  DType dtype;  // of everything that is not float32 by its type
+  DType dtype;  // of all operands that are not float*
   const RowBlock* blocks;
   int64_t num_blocks;
   const int64_t* begins;  // [E + 1]: the first row of each expert
@@ -26,7 +26,7 @@ struct ExpertRows {
   const int64_t* tokens;  // of each row
 };
 
-// [E, out, in], contiguous along in; or packed, expert by expert, and then the stride is in words
+// [E, out, in], contiguous along in; or packed expert by expert, with the stride in words
 struct ExpertWeight {
   const void* data;
   int64_t expert_stride, row_stride;
@@ -43,20 +43,20 @@ struct ExpertsUp {
   void* gate_up;     // [rows, 2 intermediate_size], or null
 };
 
-// The gradients of what ExpertsUp computed, where S = grad_out down_proj: each result may be null.
+// The gradients of ExpertsUp, with S = grad_out down_proj. Each result may be null.
 struct ExpertsActivationGrad {
   ExpertRows rows;
-  const void* gate_up;   // as ExpertsUp left it
+  const void* gate_up;   // from ExpertsUp
   const void* grad_out;  // [tokens, hidden_size], contiguous
   int64_t hidden_size, intermediate_size;
   ExpertWeight down_proj;
   const float* weights;      // of each pair
-  float* weight_grad_parts;  // [rows, blocks of kActivationColumns]: activation . S over each of them
+  float* weight_grad_parts;  // [rows, blocks of kActivationColumns]: activation . S over each block
   void* gate_up_grad;        // [rows, 2 intermediate_size]
   void* weighted;            // [rows, intermediate_size]: weight * activation
 };
 
-// out[row, column] = sum over depth of x[row] by the row's expert's matrix
+// out[row, column] = the sum over depth of x[row] times the matrix of the row's expert
 struct ExpertsProduct {
   ExpertRows rows;
   const void* x;  // [rows, depth], contiguous
@@ -67,13 +67,13 @@ struct ExpertsProduct {
   float* out;  // [rows, columns]
 };
 
-// How many words a matrix takes, packed.
+// The number of words of a packed matrix.
 struct ExpertsPackedWords {
   DType dtype;
   int64_t rows, columns;
   int64_t* words;
 };
-// Each expert's `parts` of equal height, one after the other, as the matmul reads them.
+// Packs each expert's `parts` of equal height one after another, as the matmul reads them.
 struct ExpertsPack {
   DType dtype;
   ExpertWeight weight;
@@ -91,12 +91,12 @@ struct ExpertsCombine {
   void* out;             // [tokens, hidden_size]
 };
 
-// out[expert] = the sum over its rows of left[row]^T right[row]; not written where it has none
+// out[expert] = the sum over its rows of left[row]^T right[row]; not written for an expert without rows
 struct ExpertsWeightGrad {
   struct Side {
     const void* data;
     int64_t stride, columns;
-    bool of_tokens;  // data is by token, else by row
+    bool of_tokens;  // data has a row for each token, else for each row of ExpertRows
   };
   ExpertRows rows;
   int64_t num_experts;

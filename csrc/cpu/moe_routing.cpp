@@ -1,7 +1,7 @@
-// Experts of each row of router logits, natural or replayed, their weights, and the gradient of these by the logits.
+// The experts of each row of router logits, natural or replayed, their weights, and the gradients of the logits.
 //
-// A score is known up to a factor: t_j = e^(x_j - shift), or e^(min(x_j, 0) - shift) / (1 + e^-|x_j|), where the shift
-// makes the largest of them about 1. So ratios of scores never underflow together.
+// A score is kept up to a factor: t_j = e^(x_j - shift), or e^(min(x_j, 0) - shift) / (1 + e^-|x_j|). The shift makes
+// the largest score about 1, so that numerator and denominator of a ratio never both underflow.
 #include "cpu/moe_routing.h"
 
 #include "cpu/lanes.h"
@@ -18,7 +18,7 @@ MINIRL_INLINE Floats sigmoid_denominator(Floats x) {
   return splat(1.f) + exp_lanes(floats_of(sign_set));
 }
 
-// What follows works on rows in memory of whole vectors, -inf after their ends.
+// Rows are copied to memory of whole vectors, with -inf after the last logit.
 MINIRL_INLINE int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
 template <class T>
@@ -35,7 +35,7 @@ MINIRL_INLINE float shift_of(const float* x, int64_t n, bool sigmoid) {
   return sigmoid && largest > 0.f ? 0.f : largest;
 }
 
-// The scores into t; returns their sum.
+// Writes the scores to t; returns their sum.
 MINIRL_INLINE float fill_scores(const float* x, int64_t n, bool sigmoid, float shift, float* t) {
   const Floats shifts = splat(shift);
   Floats sum = splat(0.f);
@@ -49,7 +49,7 @@ MINIRL_INLINE float fill_scores(const float* x, int64_t n, bool sigmoid, float s
   return sum_lanes(sum);
 }
 
-// Integers in the order of the floats: -0 is 0, and NaN is above all.
+// Integers in the order of the floats: -0 equals 0, and NaN is above all numbers.
 MINIRL_INLINE void fill_keys(const float* x, int64_t n, int32_t* keys) {
   for (int64_t j = 0; j < n; ++j) {
     const float v = x[j] + 0.f;
@@ -60,7 +60,7 @@ MINIRL_INLINE void fill_keys(const float* x, int64_t n, int32_t* keys) {
   }
 }
 
-// The k largest keys in descending order, the lower place first of equal ones.
+// The k largest keys in descending order; of equal keys the lower place comes first.
 struct Ranking {
   int32_t keys[kMaxExperts + 1], places[kMaxExperts + 1];
 };
@@ -89,7 +89,7 @@ struct Scratch {
 MINIRL_INLINE bool has(const uint64_t* set, int64_t j) { return set[j / 64] >> (j % 64) & 1; }
 MINIRL_INLINE void add(uint64_t* set, int64_t j) { set[j / 64] |= (uint64_t)1 << (j % 64); }
 
-// Keys of experts outside the chosen groups fall below those of any score.
+// Gives experts outside the chosen groups a key below that of any score.
 MINIRL_INLINE void keep_best_groups(const MoERouting& args, Scratch& s) {
   const int64_t size = args.logits.rows.size / args.num_groups;
   for (int64_t group = 0; group < args.num_groups; ++group) {
@@ -107,7 +107,7 @@ MINIRL_INLINE void keep_best_groups(const MoERouting& args, Scratch& s) {
       for (int64_t j = 0; j < size; ++j) s.keys[group * size + j] = INT32_MIN;
 }
 
-// The row's replayed experts into s.chosen; false if one is out of range, or there twice.
+// Writes the row's replayed experts to s.chosen; false if one is out of range or repeated.
 MINIRL_INLINE bool read_replayed(const MoERouting& args, int64_t row, Scratch& s) {
   memset(s.is_chosen, 0, sizeof s.is_chosen);
   for (int64_t i = 0; i < args.logits.top_k; ++i) {
@@ -127,7 +127,7 @@ MINIRL_INLINE void route_row(const T* type, const MoERouting& args, int64_t row,
   const float shift = shift_of(s.x, n, logits.sigmoid);
   const float total = fill_scores(s.x, n, logits.sigmoid, shift, s.t);
   const bool by_score = args.bias || args.num_groups > 1;
-  const float* plain = s.t;  // the scores with no factor, where anything needs them
+  const float* plain = s.t;  // the scores without the factor, where they are needed
   if ((by_score || !logits.normalize) && !(logits.sigmoid && shift == 0.f)) {
     plain = s.plain;
     if (logits.sigmoid)
@@ -148,7 +148,7 @@ MINIRL_INLINE void route_row(const T* type, const MoERouting& args, int64_t row,
   float margin = INFINITY;
   if (k < candidates) {
     const float kth = selection[s.ranking.places[k - 1]], next = selection[s.ranking.places[k]];
-    margin = kth == next ? 0.f : kth - next;  // of two infinities too
+    margin = kth == next ? 0.f : kth - next;  // also where both are infinite
   }
 
   float agreement = 1.f;
@@ -174,7 +174,7 @@ MINIRL_INLINE void route_row(const T* type, const MoERouting& args, int64_t row,
   } else {
     for (int64_t i = 0; i < k; ++i) weights[i] = plain[s.chosen[i]] * logits.scale;
   }
-  for (int64_t i = 0; i < k && total != total; ++i) weights[i] = NAN;  // wherever in the row it came from
+  for (int64_t i = 0; i < k && total != total; ++i) weights[i] = NAN;  // a NaN anywhere in the row
   float mass = 0.f;
   for (int64_t i = 0; i < k; ++i) {
     mass += s.t[s.chosen[i]];
@@ -186,8 +186,8 @@ MINIRL_INLINE void route_row(const T* type, const MoERouting& args, int64_t row,
   args.margin[row] = margin;
 }
 
-// d w_i / d x_j = w_i (1[i = j] - p_j), with p the weights over scale if they are normalised, else the softmax; for a
-// sigmoid 1 - s_j times that if they are normalised, else w_i (1 - s_i) 1[i = j].
+// For a softmax, d w_i / d x_j = w_i (1[i = j] - p_j), where p is weights / scale if normalised, else the softmax.
+// For a sigmoid, normalised weights have 1 - s_j times that derivative; others have w_i (1 - s_i) 1[i = j].
 template <class T>
 MINIRL_INLINE void backward_row(const T* type, const MoERoutingBackward& args, int64_t row, float* x) {
   const RouterLogits& logits = args.logits;

@@ -21,10 +21,10 @@ struct MoERouting {
   const void* routed;  // [rows, top_k], rows `routed_stride` apart; null where nothing is replayed
   DType routed_dtype;
   int64_t routed_stride;
-  const bool* valid;  // null where every row is
+  const bool* valid;  // null where every row is valid
   float* weights;
-  int64_t *experts, *natural;        // natural may be null if routed is
-  float *agreement, *mass, *margin;  // agreement is NaN where a replayed row is bad, and nothing else is written there
+  int64_t *experts, *natural;        // natural may be null where routed is null
+  float *agreement, *mass, *margin;  // a bad replayed row gets NaN as agreement, and nothing else
 };
 
 struct MoERoutingBackward {

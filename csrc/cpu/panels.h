@@ -1,12 +1,12 @@
-// Panels of an operand of the matmul (gemm.h): some of its rows or columns for a chunk of the reduced dimension, packed
-// in the order in which the products read them.
+// Panels of an operand of the matmul (gemm.h): a few rows or columns for a chunk of the reduced dimension, packed in
+// the order in which the products read them.
 #pragma once
 #include "cpu/lanes.h"
 #include "cpu/tiles.h"
 
 namespace {
 
-// Accumulators of so many rows by two vectors, and the operands of a step, fill the registers.
+// Accumulators of kRegisterRows rows by two vectors, and the operands of a step, fill the registers.
 #if defined(__AVX512F__)
 constexpr int kRegisterRows = 14;
 #else
@@ -15,8 +15,8 @@ constexpr int kRegisterRows = 6;
 constexpr int kPanelColumns = 2 * kNative;
 constexpr int64_t kStrip = 32;
 
-// What a packed word of 32 bits holds: `kTerms` terms of the reduced dimension, in place `place(k)` of a chunk. Panels
-// of rows have kRows of them. A chunk is summed in links of kLinkWords: short chains of float32 products lose less.
+// A packed word of 32 bits: it holds `kTerms` terms of the reduced dimension, at place(k) of a chunk. Panels of rows
+// have kRows rows. A chunk is summed in links of kLinkWords, since short chains of float32 products lose less.
 template <class T>
 struct FloatWord {
   static constexpr int kTerms = 1, kRows = kRegisterRows;
@@ -42,8 +42,8 @@ struct WordOf {
   typedef FloatWord<T> type;
 };
 #if defined(__AMX_BF16__)
-// Pairs as tiles take them: a whole number of tiles, the rest of the last one 0. A chunk goes on from the sum so far,
-// so that its length shows in no bit.
+// Pairs as tiles take them: a whole number of tiles, the rest of the last tile 0. A chunk continues the sum so far, so
+// that its length changes no bit.
 struct TileWord : PairWord {
   static constexpr int kRows = 2 * kTileRows;
   static int64_t words(int64_t terms) { return (terms + 2 * kTileWords - 1) / (2 * kTileWords) * kTileWords; }
@@ -65,7 +65,7 @@ MINIRL_INLINE void store_words(uint32_t* p, Ints v) {
   MINIRL_EACH_PART memcpy(p + i * kNative, &v.part[i], sizeof v.part[i]);
 }
 
-// Sixteen words along the reduced dimension from `p`.
+// Sixteen words along the reduced dimension, from `p` on.
 template <class T>
 MINIRL_INLINE Ints words_along(FloatWord<T>, const T* p) {
   return bits_of(load(p));
@@ -86,7 +86,7 @@ MINIRL_INLINE Ints words_across(PairWord, const BFloat16* p, const BFloat16* q) 
   return first;
 }
 
-// words[i] lane j becomes words[j] lane i.
+// Lane j of words[i] becomes lane i of words[j].
 MINIRL_INLINE void transpose(Ints (&words)[kLanes]) {
 #if defined(__AVX512F__)
   __m512i a[kLanes], b[kLanes];
@@ -120,15 +120,15 @@ MINIRL_INLINE void transpose(Ints (&words)[kLanes]) {
 #endif
 }
 
-// An operand: its lanes are the rows of the output (of the left one) or its columns (of the right one), its terms are
-// summed over. An index says where the lanes or the terms lie, so that what it gathers is never copied but in packing.
+// An operand. The lanes of the left operand are rows of the output, the lanes of the right one are its columns; terms
+// are summed over. An index says where lanes or terms lie, so that gathered ones are copied only by the packing.
 template <class T>
 struct Operand {
   const T* data;
-  int64_t lane_stride, term_stride;     // in elements; one of them is 1: the latter if lanes are gathered, else
-                                        // the former if terms are
-  int64_t readable;                     // lanes from the first on that lie beside each other, where lane_stride is 1
-  const int64_t* lane_index = nullptr;  // of each lane, or null: lane i is the i-th
+  int64_t lane_stride, term_stride;     // in elements; one is 1: term_stride with a lane_index, lane_stride with a
+                                        // term_index
+  int64_t readable;                     // with lane_stride 1, how many lanes lie side by side from the first one on
+  const int64_t* lane_index = nullptr;  // of each lane; null: lane i is the i-th
   const int64_t* term_index = nullptr;
 
   const T* at(int64_t lane, int64_t term) const {
@@ -146,9 +146,8 @@ struct Operand {
   }
 };
 
-// A panel of an operand for one chunk, `terms` from `term` on of `lanes` from `lane` on: word k of lane i goes to
-// out[k * width + i]. Writes sixteen words at a time, the last ones beyond what they mean; so `out` has sixteen words
-// more than it needs.
+// Packs a panel of an operand for one chunk: `terms` from `term` on, of `lanes` from `lane` on. Word k of lane i goes
+// to out[k * width + i]. Sixteen words are written at a time, so `out` needs room for sixteen words more.
 template <class Word, class T>
 MINIRL_INLINE void pack_panel(const Operand<T>& x, int64_t lane, int64_t lanes, int64_t term, int64_t terms,
                               int64_t width, uint32_t* out) {
@@ -193,14 +192,14 @@ MINIRL_INLINE void pack_panel(const Operand<T>& x, int64_t lane, int64_t lanes, 
   }
 }
 
-// A panel of rows for one chunk, as multiply_rows reads it.
+// Packs a panel of rows for one chunk, as multiply_rows reads it.
 template <class Word, class T>
 MINIRL_INLINE void pack_rows(Word, const Operand<T>& a, int64_t row, int64_t rows, int64_t term, int64_t terms,
                              uint32_t* out) {
   pack_panel<Word>(a, row, rows, term, terms, Word::kRows, out);
 }
 #if defined(__AMX_BF16__)
-// Tiles of `a`, as multiply_tiles reads them; what lies below the last row is left as it is.
+// Packs tiles of `a`, as multiply_tiles reads them. Words below the last row are not written.
 static void pack_rows(TileWord, const Operand<BFloat16>& a, int64_t row, int64_t rows, int64_t term, int64_t terms,
                       uint32_t* out) {
   constexpr int64_t kTile = kTileRows * kTileWords, kGroup = kTileWords * TileWord::kTerms;

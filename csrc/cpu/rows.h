@@ -1,7 +1,7 @@
-// The softmax of one row of logits, in two walks over it: its sums, then its gradient.
+// The softmax of one row of logits by two passes over the row: its sums, then its gradient.
 //
-// With c = log2(e) / temperature and y_j = (x_j - shift) c, probabilities are p_j = 2^y_j / sum. The shift is
-// the maximum, and subtracted before anything is scaled, so that a row far from 0 loses nothing.
+// With c = log2(e) / temperature and y_j = (x_j - shift) c, probabilities are p_j = 2^y_j / sum. The shift is the
+// maximum. It is subtracted before the scaling, so that a row far from 0 loses no digits.
 #pragma once
 #include "cpu/lanes.h"
 
@@ -9,17 +9,17 @@ namespace {
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
-constexpr int64_t kUnroll = 4;  // independent sums, to hide the latency of the additions
+constexpr int64_t kUnroll = 4;  // independent sums hide the latency of the additions
 constexpr int64_t kStep = kUnroll * kLanes;
-constexpr int64_t kTile = 16 * kStep;  // its maximum is found first; it stays in the first-level cache
+constexpr int64_t kTile = 16 * kStep;  // read twice, so it must fit in the first-level cache
 
 struct RowSums {
-  float shift;     // -inf where every logit is
+  float shift;     // -inf where every logit is -inf
   float sum;       // sum of 2^y
   float weighted;  // sum of 2^y y
 };
 
-// What becomes of the 2^y that the sums are made of: nothing, or kept, so that the gradient needs no second
+// Two sinks for the 2^y of the sums: one forgets them, the other keeps them, so that the gradient needs no second
 // exponential.
 struct ForgetExponentials {
   void put(int64_t, Floats) {}
@@ -27,7 +27,7 @@ struct ForgetExponentials {
   void end_tile(int64_t, float) {}
 };
 struct KeepExponentials {
-  float* values;       // [n], of each tile relative to its own shift; may be the row itself
+  float* values;       // [n], each tile relative to its own shift; may be the row itself
   float* tile_shifts;  // [tiles_of(n)]
   void put(int64_t j, Floats e) { store(values + j, e); }
   void put_part(int64_t j, Floats e, int64_t length) { store_part(values + j, e, length); }
@@ -35,7 +35,7 @@ struct KeepExponentials {
 };
 MINIRL_INLINE int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
 
-// Sums of a tile, or of all tiles so far: adding a tile's at once keeps the row's rounding error that of a short row.
+// Sums of a tile, or of all tiles so far. Adding whole tiles keeps the rounding error of a long row small.
 struct PartialSums {
   Floats sum[kUnroll], weighted[kUnroll];
 };
@@ -48,7 +48,7 @@ MINIRL_INLINE Floats accumulate(PartialSums& tile, int64_t u, Floats x, Floats s
   return e;
 }
 
-// Over x[begin .. end).
+// The sums over x[begin .. end).
 template <class T, class Sink>
 MINIRL_INLINE PartialSums tile_sums(const T* x, int64_t begin, int64_t end, float shift, float c, Sink& sink) {
   const Floats shifts = splat(shift), cs = splat(c);
@@ -78,7 +78,7 @@ MINIRL_INLINE float tile_max(const T* x, int64_t n) {
   return max_lanes(max(max(m[0], m[1]), max(m[2], m[3])));
 }
 
-// The sums as they are when the shift moves: 2^y and y of everything so far fall together.
+// Adjusts the sums to a larger shift, which lowers every y so far by the same amount.
 MINIRL_INLINE void move_shift(PartialSums& row, float from, float to, float c) {
   const float fall = (from - to) * c;
   const Floats factor = splat(exp2_one(fall)), falls = splat(fall > -127.f ? fall : -127.f);
@@ -100,7 +100,7 @@ MINIRL_INLINE RowSums row_sums(const T* x, int64_t n, float c, Sink& sink) {
       move_shift(row, shift, maximum, c);
       shift = maximum;
     }
-    // where everything so far is -inf there is nothing to subtract: any finite shift makes the tile add nothing
+    // while all logits so far are -inf, any finite shift makes the tile add nothing
     const PartialSums tile = tile_sums(x, begin, end, shift == -INFINITY ? 0.f : shift, c, sink);
     for (int64_t u = 0; u < kUnroll; ++u) {
       row.sum[u] = row.sum[u] + tile.sum[u];
@@ -110,7 +110,7 @@ MINIRL_INLINE RowSums row_sums(const T* x, int64_t n, float c, Sink& sink) {
   return {shift, sum_lanes(join(row.sum)), sum_lanes(join(row.weighted))};
 }
 
-// d x / d u: 1, or 1 - (x / softcap)^2 where x = softcap tanh(u / softcap); 0 where x was set to -inf after that.
+// d x / d u: 1, or 1 - (x / softcap)^2 for x = softcap tanh(u / softcap); 0 where x was set to -inf afterwards.
 struct NoSoftcap {
   Floats slope(Floats) const { return splat(1.f); }
   float slope_one(float) const { return 1.f; }
@@ -124,7 +124,7 @@ struct Softcap {
   float slope_one(float x) const { return slope(splat(x)).part[0][0]; }
 };
 
-// out_j = 2^y_j (k0 + k1 y_j), by the slope of a softcap; `out` may be `x`.
+// out_j = 2^y_j (k0 + k1 y_j), times the slope of a softcap; `out` may be `x`.
 template <bool kWithEntropy, class T, class U, class Cap>
 MINIRL_INLINE void write_gradient(const T* x, U* out, int64_t n, float c, float shift, float k0, float k1, Cap cap) {
   const Floats shifts = splat(shift), cs = splat(c), k0s = splat(k0), k1s = splat(k1);
@@ -140,7 +140,7 @@ MINIRL_INLINE void write_gradient(const T* x, U* out, int64_t n, float c, float 
   if (j < n) store_part(out + j, gradient(load_part(x + j, n - j)), n - j);
 }
 
-// The same with k1 = 0 from kept exponentials, which may lie in `out` itself.
+// write_gradient with k1 = 0, from kept exponentials, which may lie in `out` itself.
 template <class U>
 MINIRL_INLINE void write_kept_gradient(const KeepExponentials& kept, U* out, int64_t n, float c, float shift,
                                        float k0) {
@@ -153,7 +153,7 @@ MINIRL_INLINE void write_kept_gradient(const KeepExponentials& kept, U* out, int
   }
 }
 
-// What a row's token needs of the softmax, in natural units.
+// The softmax of a row as its token needs it, in natural units.
 struct TokenStats {
   float log_prob, entropy, log_sum;  // log p_j = (x_j - shift) / temperature - log_sum
 };
@@ -165,7 +165,7 @@ MINIRL_INLINE TokenStats token_stats(RowSums sums, float logit, float temperatur
 }
 
 // d loss / d logits of a row, from c_t = d loss / d log p(id) and e_t = d loss / d entropy:
-// (c_t (onehot - p) - e_t p (log p + entropy)) / temperature = 2^y (k0 + k1 y), and c_t / temperature more at id.
+// (c_t (onehot - p) - e_t p (log p + entropy)) / temperature = 2^y (k0 + k1 y), plus c_t / temperature at id.
 struct RowGradient {
   float k0, k1, at_id;
 };
@@ -196,7 +196,7 @@ MINIRL_INLINE void write_row(const T* x, U* out, int64_t n, int64_t id, float te
   if (id >= 0) store_one(out + id, g.at_id * cap.slope_one(logit));
 }
 
-// The same, with a softcap unless it is 0.
+// write_row with a softcap, or without one where it is 0.
 template <class T, class U>
 MINIRL_INLINE void write_row(const T* x, U* out, int64_t n, int64_t id, float temperature, float shift,
                              TokenStats stats, float log_prob_grad, float entropy_grad, float softcap) {
@@ -206,8 +206,8 @@ MINIRL_INLINE void write_row(const T* x, U* out, int64_t n, int64_t id, float te
     write_row(x, out, n, id, temperature, shift, stats, log_prob_grad, entropy_grad, Softcap{1.f / softcap});
 }
 
-// The same without entropy_grad or softcap, from kept exponentials; `logit` is that of id, whose place may hold one of
-// them.
+// write_row without entropy_grad and softcap, from kept exponentials. `logit` is the logit of id, which an exponential
+// may have overwritten.
 template <class U>
 MINIRL_INLINE void write_kept_row(const KeepExponentials& kept, U* out, int64_t n, int64_t id, float temperature,
                                   float shift, TokenStats stats, float logit, float log_prob_grad) {

@@ -6,7 +6,7 @@
 namespace minirl {
 namespace {
 
-// By an odd polynomial of least squares below 0.64 (relative error 6e-9), by 1 - 2 / (e^2|u| + 1) above.
+// Below 0.64 an odd polynomial of least squares (relative error 6e-9), above it 1 - 2 / (e^2|u| + 1).
 MINIRL_INLINE Floats tanh_lanes(Floats u) {
   const Floats z = u * u;
   Floats p = splat(-5.59025e-3f);

@@ -23,7 +23,7 @@ MINIRL_INLINE float row_max(const T* x, int64_t n) {
   return a[0];
 }
 
-// A row that has NaN or infinity is NaN by its sum, and one of -inf alone by its maximum.
+// A row with NaN or infinity becomes NaN by its sum; a row of only -inf becomes NaN by its maximum.
 template <class T, class U>
 MINIRL_INLINE void softmax_row(const T* x, U* out, int64_t n, bool log_of_it) {
   const float maximum = row_max(x, n);
@@ -35,7 +35,7 @@ MINIRL_INLINE void softmax_row(const T* x, U* out, int64_t n, bool log_of_it) {
     for (int64_t j = 0; j < n; j += kLanes) store_first(out + j, load_or_zero(x + j, n - j) - shift - log_sum, n - j);
     return;
   }
-  // the powers are kept where there is room for them
+  // the powers are kept if there is room
   float buffer[kSumBlock];
   float* kept = sizeof(U) == sizeof(float) ? (float*)out : n <= kSumBlock ? buffer : nullptr;
   if (!kept) {

@@ -10,7 +10,7 @@ struct Softmax {
   bool log;
 };
 
-// out = d x, from the gradient of what Softmax gave, and that itself.
+// out = d x, from `output`, the result of Softmax, and `grad`, its gradient.
 struct SoftmaxBackward {
   StridedRows grad, output, out;  // of one dtype, except that out may be 16-bit where the others are float32
   bool log;

@@ -1,8 +1,9 @@
-// One order of a sum, whichever way its terms lie: a function of their number alone.
+// Sums whose order depends on the number of terms alone, not on how the terms lie.
 //
-// Blocks of kSumBlock terms. Within one, term j is added to partial sum j % kPartials, and these are added by halves;
-// the sums of the blocks are added one after the other in double precision. A row's partial sums are the lanes of four
-// vectors; columns have a vector for each, so that a row and a column of the same terms have the same bits.
+// Terms are cut into blocks of kSumBlock. In a block, term j is added to partial sum j % kPartials, and the partial
+// sums are added by halves. The sums of the blocks are added one after another in double precision. The partial sums of
+// a row are the lanes of four vectors; those of columns are one vector each. So a row and a column of equal terms have
+// equal bits.
 #pragma once
 #include "cpu/lanes.h"
 #include "cpu/sum_blocks.h"
@@ -17,7 +18,7 @@ constexpr int64_t kStripVectors = kStrip / kLanes;  // their partial sums stay i
 
 MINIRL_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// The first `n` lanes, or all where there are more; the others are 0.
+// The first `n` lanes, at most all; the others are 0.
 template <class T>
 MINIRL_INLINE Floats load_or_zero(const T* p, int64_t n) {
   if (n >= kLanes) return load(p);
@@ -26,7 +27,7 @@ MINIRL_INLINE Floats load_or_zero(const T* p, int64_t n) {
   return load(padded);
 }
 
-// Of one block of `n` terms; term(j, lanes) gives the sixteen from j on, 0 in place of those beyond the first `lanes`.
+// The sum of one block of `n` terms. term(j, lanes) gives sixteen terms from j on, 0 beyond the first `lanes`.
 template <class Term>
 MINIRL_INLINE float block_sum(int64_t n, const Term& term) {
   Floats sums[4] = {splat(0.f), splat(0.f), splat(0.f), splat(0.f)};
@@ -37,7 +38,7 @@ MINIRL_INLINE float block_sum(int64_t n, const Term& term) {
   return sum_lanes((sums[0] + sums[2]) + (sums[1] + sums[3]));
 }
 
-// Of any number of terms.
+// The sum of any number of terms.
 template <class Term>
 MINIRL_INLINE double row_sum(int64_t n, const Term& term) {
   double total = 0;
@@ -61,8 +62,8 @@ MINIRL_INLINE void add_rows(ColumnSums& sums, int64_t n, int64_t width, const Te
     }
 }
 
-// One block of `n` rows, at most kStrip columns: put(column, sums, lanes) takes sixteen of them at once.
-// term(row, column, lanes) gives sixteen terms of a row; those beyond the first `lanes` do not matter.
+// The sums over one block of `n` rows, for at most kStrip columns: put(column, sums, lanes) takes sixteen columns at
+// once. term(row, column, lanes) gives sixteen terms of a row; terms beyond the first `lanes` are ignored.
 template <class Term, class Put>
 MINIRL_INLINE void column_sums(int64_t n, int64_t width, const Term& term, const Put& put) {
   ColumnSums sums;
@@ -71,7 +72,7 @@ MINIRL_INLINE void column_sums(int64_t n, int64_t width, const Term& term, const
   else
     add_rows(sums, n, width, term);
   const int64_t vectors = (width + kLanes - 1) / kLanes;
-  // what no row was added to is 0, and need not be
+  // partial sums of no row are left out: they would add 0
   for (int64_t half = kPartials / 2, used = smaller(n, kPartials); half; used = smaller(used, half), half /= 2)
     for (int64_t i = 0; i + half < used; ++i)
       for (int64_t v = 0; v < vectors; ++v) sums[i][v] = sums[i][v] + sums[i + half][v];

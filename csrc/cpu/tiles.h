@@ -1,7 +1,7 @@
 // The tiles of AMX: sixteen rows of sixteen words of 32 bits, each a pair of bfloat16.
 //
-// A product of two tiles adds to every float32 of a third: the sum over the pairs' first terms, plus that over their
-// second ones, each a chain of fused multiply-adds from 0; subnormals are 0.
+// A product of two tiles adds two sums to every float32 of a third tile: one over the first terms of the pairs, one
+// over the second terms. Each sum is a chain of fused multiply-adds from 0. Subnormals count as 0.
 #pragma once
 #include "cpu/lanes.h"
 
@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kTileRows = 16, kTileWords = 16;
 
-// Tiles hold what they hold for one thread, from open to close; both cost some hundred cycles.
+// Tiles belong to one thread and hold values from open to close. Both calls cost some hundred cycles.
 MINIRL_INLINE void open_tiles() {
   struct {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -21,8 +21,9 @@ MINIRL_INLINE void open_tiles() {
 }
 MINIRL_INLINE void close_tiles() { _tile_release(); }
 
-// out = from + a b for kDown by kAcross tiles, or a b where `from` is null. A step of sixteen words is two tiles of `a`
-// after each other (whatever kDown is), and sixteen rows of `b`, `b_stride` words apart, its tiles beside each other.
+// out = from + a b for kDown by kAcross tiles, or a b where `from` is null. A step is sixteen words. For each step `a`
+// has two consecutive tiles, whatever kDown is, and `b` has sixteen rows `b_stride` words apart, with its tiles side by
+// side.
 template <int kDown, int kAcross>
 static void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t b_stride, int64_t words, const float* from,
                            int64_t from_stride, float* out, int64_t out_stride) {
@@ -42,7 +43,7 @@ static void multiply_tiles(const uint32_t* a, const uint32_t* b, int64_t b_strid
   for (int64_t k = 0; k < words; k += kTileWords) {
     const uint32_t* const rows = a + k * 2 * kTileRows;
     const uint32_t* const columns = b + k * b_stride;
-    // `b` passes by, as much of it as the first-level cache holds, which is to keep `a`
+    // `b` is streamed, so that it does not push `a` out of the first-level cache
     _tile_loadd(4, rows, 64);
     if (kDown > 1) _tile_loadd(5, rows + kTileRows * kTileWords, 64);
     _tile_stream_loadd(6, columns, b_bytes);

@@ -1,4 +1,4 @@
-// Log-probability and entropy of each row's token, and their gradient by the logits.
+// Log-probability and entropy of each row's token, and the gradient of the logits.
 #include "cpu/token_logprobs.h"
 
 #include "cpu/logit_rows.h"

@@ -1,4 +1,4 @@
-// The counting sort by one block of threads, a segment each: one launch, where a radix sort takes several.
+// The counting sort by one block of threads, one segment per thread. It is one launch; a radix sort takes several.
 #include "cuda/counting_sort.h"
 
 #include <cuda_runtime.h>

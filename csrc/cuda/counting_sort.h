@@ -6,8 +6,7 @@ namespace minirl {
 
 constexpr int64_t kMostSegments = 1024;  // threads of a block
 
-// Puts it on the stream, for the device that is current; all pointers are of that device. Returns what went wrong, or
-// null.
+// Puts the sort on the stream of the current device, which owns all pointers. Returns CUDA's error text, or null.
 const char* launch_counting_sort(const CountingSort& sort, void* stream);
 
 }  // namespace minirl
