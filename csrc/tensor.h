@@ -29,8 +29,7 @@ inline std::vector<std::string> float_names() { return {MINIRL_FOR_EACH_FLOAT(MI
 inline std::vector<std::string> integer_names() { return {MINIRL_FOR_EACH_INTEGER(MINIRL_NAME)}; }
 #undef MINIRL_NAME
 
-// kOther for a dtype that no kernel takes. torch's dtypes are objects that live as long as the process, so each is
-// asked for its name once.
+// kOther for a dtype that no kernel takes. Each of torch's dtypes is one object, which is asked for its name once.
 inline DType dtype_of(PyObject* dtype) {
   static std::vector<std::pair<PyObject*, DType>> known;
   for (const auto& [object, kind] : known)
@@ -41,6 +40,7 @@ inline DType dtype_of(PyObject* dtype) {
   if (text == name) found = DType::kind;
   MINIRL_FOR_EACH_DTYPE(MINIRL_FIND)
 #undef MINIRL_FIND
+  Py_INCREF(dtype);  // no other object gets its address
   known.emplace_back(dtype, found);
   return found;
 }
