@@ -133,10 +133,10 @@ void rms_norm_backward(const Tensor& x, const Tensor& grad, OptionalData<float> 
 // layout: a record of x as [B, L, R, I] with R or I contiguous (Layout of minirl_kernels/ops/mean/layout.py).
 void mean(py::handle layout, double divisor, const Tensor& out) {
   using minirl::Mean;
-  static const Field<Tensor> tensor("x");
+  static const Field<minirl::Elements> elements("x");
   static const Field<int64_t> batch("batch"), length("length"), reduced("reduced"), inner("inner"),
       batch_stride("batch_stride"), length_stride("length_stride"), reduced_stride("reduced_stride");
-  const Tensor x = tensor(layout);
+  const minirl::Elements x = elements(layout);
   const int64_t rows = batch(layout) * length(layout), terms = reduced(layout), columns = inner(layout);
   const int64_t blocks = minirl::sum_blocks(terms);
   const std::unique_ptr<float[]> partials(blocks > 1 ? new float[rows * blocks * columns] : nullptr);

@@ -20,10 +20,11 @@ namespace {
 // Ranking an expert among the chosen ones costs about as much as this many elements.
 constexpr int64_t kElementsPerChoice = 16;
 
-minirl::RouterLogits router_of(const Tensor& logits, int64_t top_k, py::handle options) {
+minirl::RouterLogits router_of(const Tensor& logits, py::handle options) {
+  static const Field<int64_t> top_k("top_k");
   static const Field<bool> normalize("normalize"), sigmoid("sigmoid");
   static const Field<float> scale("scale");
-  return {rows_of(logits), top_k, normalize(options), sigmoid(options), scale(options)};
+  return {rows_of(logits), top_k(options), normalize(options), sigmoid(options), scale(options)};
 }
 
 template <class Args>
@@ -35,11 +36,11 @@ void run_router(minirl::Kernel<Args> kernel, const Args& args) {
 
 // Returns the first row whose replayed experts are out of range or repeat one, or -1.
 int64_t moe_routing(const Tensor& logits, OptionalData<float> bias, const OptionalTensor& routed,
-                    OptionalData<bool> valid, py::handle options, const Tensor& weights, Data<int64_t> experts,
+                    OptionalData<bool> valid, py::handle options, Data<float> weights, Data<int64_t> experts,
                     Data<int64_t> natural, Data<float> agreement, Data<float> mass, Data<float> margin) {
   static const Field<int64_t> num_groups("num_groups"), top_k_groups("top_k_groups");
   if (logits.size(-1) > minirl::kMaxExperts) throw std::invalid_argument("router_logits has more experts than fit");
-  const minirl::MoERouting args = {router_of(logits, weights.size(-1), options),
+  const minirl::MoERouting args = {router_of(logits, options),
                                    bias,
                                    num_groups(options),
                                    top_k_groups(options),
@@ -47,7 +48,7 @@ int64_t moe_routing(const Tensor& logits, OptionalData<float> bias, const Option
                                    routed.data ? routed.integer_dtype() : minirl::DType::kInt64,
                                    routed.stride(-2),
                                    valid,
-                                   weights.as<float>(),
+                                   weights,
                                    experts,
                                    natural,
                                    agreement,
@@ -59,10 +60,9 @@ int64_t moe_routing(const Tensor& logits, OptionalData<float> bias, const Option
   return -1;
 }
 
-void moe_routing_backward(const Tensor& logits, py::handle options, const Tensor& weights, Data<int64_t> experts,
+void moe_routing_backward(const Tensor& logits, py::handle options, Data<float> weights, Data<int64_t> experts,
                           Data<float> weight_grad, Data<void> out) {
-  const minirl::MoERoutingBackward args = {router_of(logits, weights.size(-1), options), weights.as<float>(), experts,
-                                           weight_grad, out};
+  const minirl::MoERoutingBackward args = {router_of(logits, options), weights, experts, weight_grad, out};
   run_router(MINIRL_PICK(minirl::moe_routing_backward, minirl::MoERoutingBackward), args);
 }
 

@@ -77,23 +77,46 @@ void check_dtype(PyObject* dtype) = delete;
 MINIRL_FOR_EACH_DTYPE(MINIRL_CHECK_DTYPE)
 #undef MINIRL_CHECK_DTYPE
 
-// A tensor's address, dtype, sizes and strides in elements.
-struct Tensor {
+// A tensor's address and dtype.
+struct Elements {
   static constexpr bool kMayBeNone = false;
-  static constexpr int64_t kMostDims = 64;
 
   void* data = nullptr;
   PyObject* torch_dtype = nullptr;
   DType dtype = DType::kOther;
+
+  void read(pybind11::handle tensor) {
+    data = address_of(tensor);
+    torch_dtype = dtype_object(tensor);
+    dtype = dtype_of(torch_dtype);
+  }
+
+  template <class T>
+  T* as() const {
+    check_dtype<T>(torch_dtype);
+    return static_cast<T*>(data);
+  }
+  DType float_dtype() const {
+    if (!is_float(dtype)) refuse_dtype(torch_dtype, float_names());
+    return dtype;
+  }
+  DType integer_dtype() const {
+    if (!is_integer(dtype)) refuse_dtype(torch_dtype, integer_names());
+    return dtype;
+  }
+};
+
+// A tensor's address, dtype, sizes and strides in elements.
+struct Tensor : Elements {
+  static constexpr int64_t kMostDims = 64;
+
   int64_t dims = 0;
   int64_t sizes[kMostDims], strides[kMostDims];
 
   void read(pybind11::handle tensor) {
     static PyObject* const shape_name = PyUnicode_InternFromString("shape");
     static PyObject* const stride_name = PyUnicode_InternFromString("stride");
-    data = address_of(tensor);
-    torch_dtype = dtype_object(tensor);
-    dtype = dtype_of(torch_dtype);
+    Elements::read(tensor);
     const pybind11::object shape = attribute(tensor, shape_name), stride = call(tensor, stride_name);
     dims = PyTuple_GET_SIZE(shape.ptr());
     if (dims > kMostDims)
@@ -111,20 +134,6 @@ struct Tensor {
     int64_t product = 1;
     for (int64_t i = 0; i < dims; ++i) product *= sizes[i];
     return product;
-  }
-
-  template <class T>
-  T* as() const {
-    check_dtype<T>(torch_dtype);
-    return static_cast<T*>(data);
-  }
-  DType float_dtype() const {
-    if (!is_float(dtype)) refuse_dtype(torch_dtype, float_names());
-    return dtype;
-  }
-  DType integer_dtype() const {
-    if (!is_integer(dtype)) refuse_dtype(torch_dtype, integer_names());
-    return dtype;
   }
 };
 
@@ -184,6 +193,8 @@ struct RecordCaster {
 }  // namespace minirl
 
 namespace pybind11::detail {
+template <>
+struct type_caster<minirl::Elements> : minirl::RecordCaster<minirl::Elements> {};
 template <>
 struct type_caster<minirl::Tensor> : minirl::RecordCaster<minirl::Tensor> {};
 template <>

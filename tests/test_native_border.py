@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from minirl_kernels import moe_routing, rms_norm, token_logprobs
 from minirl_kernels.backends import native
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -85,3 +86,22 @@ def test_options_of_another_type_or_unknown_name_are_refused():
     with pytest.raises(ValueError, match="objective is 'ppo', which the kernel does not have"):
         fused_policy_loss(objective="ppo")
     assert fused_policy_loss() == -1
+
+
+def test_results_do_not_depend_on_the_default_dtype():
+    """Results are float32 whatever torch.empty makes by default."""
+    logits, ids = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3])
+    calls = [
+        lambda: token_logprobs(logits, ids, with_entropy=True, backend="cpu"),
+        lambda: moe_routing(logits, 2, backend="cpu"),
+        lambda: [rms_norm(logits, None, 1e-6, backend="cpu")],
+    ]
+    expected = [call() for call in calls]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = [call() for call in calls]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [x.dtype for x in ours] == [x.dtype for x in theirs]
+        assert all(map(torch.equal, ours, theirs))

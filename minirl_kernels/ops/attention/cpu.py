@@ -14,7 +14,7 @@ def forward(
     """(out [B, Lq, Hq, Dv], stats [B, Lq, Hq, 2] float32 for the backward, else empty)."""
     batch, heads, queries, _ = q.shape
     out = torch.empty((batch, queries, heads, v.shape[3]), dtype=q.dtype, device=q.device)
-    stats = torch.empty((batch, queries, heads, 2) if for_backward else 0)
+    stats = torch.empty((batch, queries, heads, 2) if for_backward else (0,), dtype=torch.float32)
     native().attention(q, k, v, spans, out, stats if for_backward else None, causal, scale)
     return out, stats
 

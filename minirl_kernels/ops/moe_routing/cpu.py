@@ -17,6 +17,7 @@ _ID_DTYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32, t
 class _Options(NamedTuple):
     """How a row of logits becomes weights. The kernels read the fields by name."""
 
+    top_k: int
     normalize: bool
     sigmoid: bool
     scale: float
@@ -38,13 +39,14 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """The fields of Routing; natural_experts is empty where nothing is replayed: experts are that then."""
     tokens = router_logits.shape[0]
-    weights, experts = torch.empty(tokens, top_k), torch.empty(tokens, top_k, dtype=torch.int64)
+    weights = torch.empty(tokens, top_k, dtype=torch.float32)
+    experts = torch.empty(tokens, top_k, dtype=torch.int64)
     natural = experts.new_empty(0) if routed_experts is None else torch.empty_like(experts)
-    agreement, mass, margin = (torch.empty(tokens) for _ in range(3))
+    agreement, mass, margin = (torch.empty(tokens, dtype=torch.float32) for _ in range(3))
     ids = routed_experts
     if ids is not None and ids.dtype not in _ID_DTYPES:
         ids = ids.long()
-    options = _Options(norm_topk_prob, scoring == "sigmoid", scale, num_groups, top_k_groups)
+    options = _Options(top_k, norm_topk_prob, scoring == "sigmoid", scale, num_groups, top_k_groups)
     results = (weights, experts, natural, agreement, mass, margin)
     bad_row = native().moe_routing(router_logits, correction_bias, ids, valid, options, *results)
     if bad_row >= 0:
@@ -63,5 +65,5 @@ def backward(
     out: Tensor,
 ) -> None:
     """d router_logits into `out`."""
-    options = _Options(norm_topk_prob, scoring == "sigmoid", scale)
+    options = _Options(experts.shape[1], norm_topk_prob, scoring == "sigmoid", scale)
     native().moe_routing_backward(router_logits, options, weights, experts, grad_weights, out)

@@ -11,7 +11,8 @@ from ...common.rows import rows_of
 
 def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """(out, rstd [..., 1] float32): x * rstd * weight and 1 / sqrt(mean(x^2) + eps)."""
-    out, rstd = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(*x.shape[:-1], 1)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rstd = torch.empty(*x.shape[:-1], 1, dtype=torch.float32)
     native().rms_norm(rows_of(x), _wide(weight), eps, out, rstd)
     return out, rstd
 
@@ -21,7 +22,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """(d x, d weight float32), each empty where it is not asked for."""
     grad_x = torch.empty(x.shape if input_grad else (0,), dtype=x.dtype, device=x.device)
-    grad_weight = torch.empty(x.shape[-1] if weight_grad else 0)
+    grad_weight = torch.empty(x.shape[-1] if weight_grad else 0, dtype=torch.float32)
     native().rms_norm_backward(rows_of(x), rows_of(grad), _wide(weight), rstd, grad_x, grad_weight)
     return grad_x, grad_weight
 
