@@ -67,7 +67,8 @@ def forward_backward(
     """
     tokens = _Tokens(old_log_probs, behaviour_log_probs, ref_log_probs, advantages, weights)
     options = _Options(objective, clip, ratio_low, ratio_high, threshold, kl_coef, kl_estimator, entropy_coef)
-    results = _Results(*(torch.empty(token_ids.shape, dtype=torch.float32) for _ in _Results._fields))
+    log_probs = torch.empty(token_ids.shape, dtype=torch.float32)
+    results = _Results(log_probs, *(torch.empty_like(log_probs) for _ in range(3)))
     bad_row = native().fused_policy_loss(
         logits, token_ids, temperature, tokens, options, results, out, softcap, only_overflow
     )

@@ -42,7 +42,8 @@ def forward(
     weights = torch.empty(tokens, top_k, dtype=torch.float32)
     experts = torch.empty(tokens, top_k, dtype=torch.int64)
     natural = experts.new_empty(0) if routed_experts is None else torch.empty_like(experts)
-    agreement, mass, margin = (torch.empty(tokens, dtype=torch.float32) for _ in range(3))
+    agreement = torch.empty(tokens, dtype=torch.float32)
+    mass, margin = torch.empty_like(agreement), torch.empty_like(agreement)
     ids = routed_experts
     if ids is not None and ids.dtype not in _ID_DTYPES:
         ids = ids.long()

@@ -11,7 +11,8 @@ from ...common.checks import token_id_message
 
 def forward(logits: Tensor, token_ids: Tensor, temperature: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
     """(log_probs, entropy or empty, shift, log_sum), each of token_ids' shape."""
-    log_probs, shift, log_sum = (torch.empty(token_ids.shape, dtype=torch.float32) for _ in range(3))
+    log_probs = torch.empty(token_ids.shape, dtype=torch.float32)
+    shift, log_sum = torch.empty_like(log_probs), torch.empty_like(log_probs)
     entropy = torch.empty(token_ids.shape if with_entropy else 0, dtype=torch.float32)
     bad_row = native().token_logprobs(
         logits, token_ids, temperature, log_probs, entropy if with_entropy else None, shift, log_sum
