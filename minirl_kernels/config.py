@@ -6,7 +6,12 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-Objective = Literal["minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo"]
+from .common.options import check_bool, check_choice, check_number
+from .correction import Correction
+from .objectives import NAMED, Objective
+from .objectives.clipped import RatioBounds
+
+ObjectiveName = Literal["minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo"]
 LossAggMode = Literal[
     "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-mean", "group-token-mean"
 ]
@@ -20,13 +25,16 @@ class PolicyLossConfig:
 
     Symbols per token: r = pi_theta / pi_old, d = pi_old / mu_old, w = d * r = pi_theta / mu_old.
 
-    objective: "minirl", "reinforce" (Eq. 3/4), "sequence_is" (Eq. 1/2), "grpo", "cispo" (Appendix A), "gspo".
+    objective: "minirl", "reinforce" (Eq. 3/4), "sequence_is" (Eq. 1/2), "grpo", "cispo" (Appendix A), "gspo"; or an
+        instance of a class that derives from `objectives.Objective`, whose parameters are its own fields. clip,
+        clip_ratio_low and clip_ratio_high belong to the named objectives and then keep their defaults.
     clip: apply the objective's bound on r; False gives the "no clipping" ablation.
     clip_ratio_low, clip_ratio_high: the bounds are 1 - low and 1 + high (also for CISPO and GSPO; TRL's CISPO
         bound of the same name is the ratio itself).
     rollout_is: level of the train-inference correction d. "token": d_t. "sequence": the product of d over the
         response. None: no correction (d = 1). MiniRL, REINFORCE and sequence IS use it inside w; GRPO, CISPO and
-        GSPO are multiplied by sg[min(d, rollout_is_threshold)].
+        GSPO are multiplied by sg[min(d, rollout_is_threshold)]. A `Correction` says more: its value takes the place
+        of d, its bounds the place of rollout_is_threshold, which is then the bound of w alone.
     rollout_is_threshold: upper bound C of that weight (of w itself in MiniRL and REINFORCE); None means none.
     loss_agg_mode: how per-token losses become a scalar:
         "seq-mean-token-sum": sum over tokens, mean over responses (MiniRL);
@@ -41,11 +49,11 @@ class PolicyLossConfig:
     Raises ValueError or TypeError, naming the field, for a combination that means nothing.
     """
 
-    objective: Objective = "minirl"
+    objective: ObjectiveName | Objective = "minirl"
     clip: bool = True
     clip_ratio_low: float = 0.2
     clip_ratio_high: float = 0.27
-    rollout_is: RolloutIS | None = "token"
+    rollout_is: RolloutIS | Correction | None = "token"
     rollout_is_threshold: float | None = 5.0
     loss_agg_mode: LossAggMode = "seq-mean-token-sum"
     loss_scale_factor: float | None = None
@@ -54,18 +62,18 @@ class PolicyLossConfig:
     kl_estimator: KLEstimator = "k3"
 
     def __post_init__(self):
-        _check_choice("objective", self.objective, get_args(Objective))
-        _check_choice("loss_agg_mode", self.loss_agg_mode, get_args(LossAggMode))
-        _check_choice("kl_estimator", self.kl_estimator, get_args(KLEstimator))
-        _check_choice("rollout_is", self.rollout_is, (*get_args(RolloutIS), None))
-        if not isinstance(self.clip, bool):
-            raise TypeError(f"clip is {self.clip!r}: it must be a bool")
-        _check_number("clip_ratio_low", self.clip_ratio_low, "in [0, 1]", lambda v: 0 <= v <= 1)
-        _check_number("clip_ratio_high", self.clip_ratio_high, "at least 0", lambda v: v >= 0)
-        _check_number("entropy_coef", self.entropy_coef, "finite", math.isfinite)
-        _check_number("kl_coef", self.kl_coef, "finite and at least 0", lambda v: 0 <= v < math.inf)
+        if not isinstance(self.objective, Objective):
+            check_choice("objective", self.objective, get_args(ObjectiveName))
+        check_choice("loss_agg_mode", self.loss_agg_mode, get_args(LossAggMode))
+        check_choice("kl_estimator", self.kl_estimator, get_args(KLEstimator))
+        if not isinstance(self.rollout_is, Correction):
+            check_choice("rollout_is", self.rollout_is, (*get_args(RolloutIS), None))
+        check_bool("clip", self.clip)
+        RatioBounds(clip_ratio_low=self.clip_ratio_low, clip_ratio_high=self.clip_ratio_high)  # checks them
+        check_number("entropy_coef", self.entropy_coef, "finite", math.isfinite)
+        check_number("kl_coef", self.kl_coef, "finite and at least 0", lambda v: 0 <= v < math.inf)
         if self.rollout_is_threshold is not None:
-            _check_number("rollout_is_threshold", self.rollout_is_threshold, "above 0, or None", lambda v: v > 0)
+            check_number("rollout_is_threshold", self.rollout_is_threshold, "above 0, or None", lambda v: v > 0)
         self._check_combination()
 
     def _check_combination(self):
@@ -75,33 +83,61 @@ class PolicyLossConfig:
                 "it must be given with 'seq-mean-token-sum-norm', and with no other mode"
             )
         if self.loss_scale_factor is not None:
-            _check_number("loss_scale_factor", self.loss_scale_factor, "above 0", lambda v: v > 0)
-        if self.clip and self.objective in ("reinforce", "sequence_is"):
+            check_number("loss_scale_factor", self.loss_scale_factor, "above 0", lambda v: v > 0)
+        object.__setattr__(self, "_policy_objective", self._make_objective())
+        self.policy_objective.check_config(self)
+        if self.rollout_is_threshold is not None and not self.weighs_by_w:
+            if self.rollout_is is None:
+                raise ValueError(
+                    f"rollout_is_threshold is {self.rollout_is_threshold} with objective={self.objective!r} and "
+                    "rollout_is=None: there is no weight to truncate, so rollout_is_threshold must be None"
+                )
+            if isinstance(self.rollout_is, Correction):
+                raise ValueError(
+                    f"rollout_is_threshold is {self.rollout_is_threshold} with objective={self.objective!r} and "
+                    f"rollout_is={self.rollout_is!r}: the Correction has bounds of its own, so rollout_is_threshold "
+                    "must be None"
+                )
+
+    def _make_objective(self) -> Objective:
+        """The instance given, or one of the named class with the fields of this config that are its own."""
+        if isinstance(self.objective, Objective):
+            for name in _OBJECTIVE_FIELDS:
+                value, default = getattr(self, name), getattr(PolicyLossConfig, name)
+                if value != default:
+                    raise ValueError(
+                        f"{name} is {value} with objective={self.objective!r}: it must be {default}, its default, "
+                        "since only the objectives that are given by name read it"
+                    )
+            return self.objective
+        cls = NAMED[self.objective]
+        own = {field.name for field in fields(cls)}
+        if self.clip and "clip" not in own:
             raise ValueError(
                 f"clip is True with objective={self.objective!r}: it has no bound on the ratio, so clip must be "
                 "False (objective='minirl' is REINFORCE with one)"
             )
-        if self.objective == "sequence_is" and self.rollout_is == "token":
-            raise ValueError(
-                "rollout_is is 'token' with objective='sequence_is': its weight is one product over the response, "
-                "so rollout_is must be 'sequence' or None"
-            )
+        return cls(**{name: getattr(self, name) for name in _OBJECTIVE_FIELDS if name in own})
 
-        if self.rollout_is_threshold is not None and self.rollout_is is None and not self.weighs_by_w:
-            raise ValueError(
-                f"rollout_is_threshold is {self.rollout_is_threshold} with objective={self.objective!r} and "
-                "rollout_is=None: there is no weight to truncate, so rollout_is_threshold must be None"
-            )
+    @property
+    def policy_objective(self) -> Objective:
+        """The objective as an instance of its class, also where it was given by name."""
+        return self._policy_objective
+
+    @property
+    def correction(self) -> Correction | None:
+        """rollout_is as a Correction; a level that was given by name has no bounds but rollout_is_threshold."""
+        return _CORRECTIONS.get(self.rollout_is, self.rollout_is)
 
     @property
     def is_sequence_level(self) -> bool:
         """Whether a token's gradient depends on its response's other tokens (a fused call then takes two phases)."""
-        return self.objective in ("sequence_is", "gspo")
+        return self.policy_objective.is_sequence_level
 
     @property
     def weighs_by_w(self) -> bool:
         """Whether the weight is w = pi_theta / mu_old itself; the other objectives correct by d beside their r."""
-        return self.objective in ("minirl", "reinforce", "sequence_is")
+        return self.policy_objective.weighs_by_w
 
     @property
     def needs_rollout_log_probs(self) -> bool:
@@ -109,13 +145,18 @@ class PolicyLossConfig:
         return self.rollout_is is not None
 
     @classmethod
-    def preset(cls, name: str, **overrides) -> PolicyLossConfig:
-        """The preset called `name` with some fields changed: `preset("grpo", clip_ratio_high=0.28)`."""
-        _check_choice("preset", name, get_args(Objective))
+    def preset(cls, name: ObjectiveName | Objective, **overrides) -> PolicyLossConfig:
+        """The preset of an objective with some fields changed: `preset("grpo", clip_ratio_high=0.28)`.
+
+        name: of the objective; or an instance of a class that derives from Objective.
+        """
+        if not isinstance(name, Objective):
+            check_choice("preset", name, get_args(ObjectiveName))
         for field in overrides:
             if field not in _FIELDS:
                 raise TypeError(f"PolicyLossConfig has no field {field!r}: it must be one of {', '.join(_FIELDS)}")
-        return cls(**{**_PRESETS[name], **overrides})
+        preset = name.preset if isinstance(name, Objective) else NAMED[name].preset
+        return cls(**{"objective": name, **preset, **overrides})
 
     @classmethod
     def minirl(cls, **overrides) -> PolicyLossConfig:
@@ -150,29 +191,5 @@ class PolicyLossConfig:
 
 
 _FIELDS = tuple(field.name for field in fields(PolicyLossConfig))
-_GROUP_RELATIVE = {"rollout_is": None, "rollout_is_threshold": None, "loss_agg_mode": "seq-mean-token-mean"}
-_PRESETS: dict[str, dict] = {
-    "minirl": {},
-    "reinforce": {"objective": "reinforce", "clip": False, "rollout_is_threshold": None},
-    "sequence_is": {
-        "objective": "sequence_is",
-        "clip": False,
-        "rollout_is": "sequence",
-        "rollout_is_threshold": None,
-    },
-    "grpo": {"objective": "grpo", **_GROUP_RELATIVE},
-    "cispo": {"objective": "cispo", **_GROUP_RELATIVE, "loss_agg_mode": "group-token-mean"},
-    "gspo": {"objective": "gspo", **_GROUP_RELATIVE, "clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4},
-}
-
-
-def _check_choice(name, value, choices):
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}: it must be one of {', '.join(repr(c) for c in choices)}")
-
-
-def _check_number(name, value, must_be, holds):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r}: it must be a number {must_be}")
-    if not holds(value):
-        raise ValueError(f"{name} is {value}: it must be {must_be}")
+_CORRECTIONS = {level: Correction(level=level) for level in get_args(RolloutIS)}
+_OBJECTIVE_FIELDS = ("clip", "clip_ratio_low", "clip_ratio_high")

@@ -36,6 +36,7 @@ from ..token_logprobs.op import (
     token_logprobs_backward_in_place,
     token_logprobs_forward,
 )
+from .objective_kernels import has_kernel, objective_arguments
 
 OP = Op(__package__)
 
@@ -138,8 +139,9 @@ def fused_policy_loss(
 def takes_one_sweep(inputs: PolicyLossInputs) -> bool:
     """Whether a token's loss is known from its own row: else log-probabilities first, then the gradient."""
     config = inputs.config
-    # the behaviour policy of sequence-level IS sums over the response, so it must be known before the sweep
-    return not config.is_sequence_level and (config.rollout_is != "sequence" or inputs.old_log_probs is not None)
+    # another correction than d itself may look at the whole response, so d must be known before the sweep
+    d_is_known = config.rollout_is in ("token", None) or inputs.old_log_probs is not None
+    return has_kernel(config.policy_objective) and d_is_known
 
 
 def sweep_arguments(inputs: PolicyLossInputs) -> tuple:
@@ -151,10 +153,7 @@ def sweep_arguments(inputs: PolicyLossInputs) -> tuple:
         *(None if values is None else values.float().contiguous() for values in per_token),
         inputs.advantages.contiguous(),
         inputs.weights.contiguous(),
-        config.objective,
-        config.clip,
-        1 - config.clip_ratio_low,
-        1 + config.clip_ratio_high,
+        *objective_arguments(config.policy_objective),
         float("inf") if config.rollout_is_threshold is None else config.rollout_is_threshold,
         config.kl_coef,
         config.kl_estimator,

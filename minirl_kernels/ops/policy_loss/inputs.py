@@ -61,6 +61,8 @@ def prepare_inputs(
             f"rollout_log_probs is None with rollout_is={config.rollout_is!r}: the objective weighs by pi/mu, so it "
             "must be the log-probabilities that the inference engine sampled with (or config.rollout_is None)"
         )
+    if config.correction is not None:
+        config.correction.check_counts(num_responses=num_responses, num_tokens=num_tokens, num_groups=num_groups)
     if ref_log_probs is None and config.kl_coef:
         raise ValueError(f"ref_log_probs is None with kl_coef={config.kl_coef}: it must be the reference policy's")
     layout = make_layout(shape, cu_seqlens, device)

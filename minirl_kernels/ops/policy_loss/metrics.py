@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...correction import Correction
+from .correction import changed_tokens
 from .inputs import PolicyLossInputs
 from .layout import ordered_sum
-from .reference import log_ratios
+from .reference import token_ratios
 
 _SUMS = (
     "tokens",
@@ -62,9 +64,10 @@ class PolicyLossMetrics:
         Over the tokens of the loss mask: `entropy` (nats); `discrepancy_kl_k1/k3` = KL(mu_old || pi_old) and
         `log_d_abs_max`, the training-inference discrepancy; `staleness_kl_k1/k3` = KL(pi_old || pi_theta) and
         `log_r_abs_max`, the staleness; `clip_fraction_high/low`, tokens whose gradient the bound on r stops (for
-        CISPO, changes); `truncation_fraction`, weights above rollout_is_threshold; `is_weight_mean/max` and
-        `ess`, (sum w)^2 / (n sum w^2), of w = pi_theta / mu_old; `kl_ref`; `num_tokens`; `num_overflow_tokens`,
-        those whose loss or c_t is NaN, as float32 does not hold it or an argument is not finite.
+        CISPO, changes); `truncation_fraction`, weights above rollout_is_threshold, and tokens that the bounds of a
+        Correction truncate or mask; `is_weight_mean/max` and `ess`, (sum w)^2 / (n sum w^2), of w = pi_theta / mu_old;
+        `kl_ref`; `num_tokens`; `num_overflow_tokens`, those whose loss or c_t is NaN, as float32 does not hold it or an
+        argument is not finite.
         Over the responses: `first_order_error_mean/max`, |prod w - 1 - sum (w - 1)|; `num_responses`.
         """
         s = dict(zip(_SUMS, self.sums.tolist(), strict=True))
@@ -157,15 +160,14 @@ def collect_metrics(
 
 
 def _bounds_met(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the upper and the lower bound on r change the gradient, and where the truncation does."""
-    config, advantages = inputs.config, inputs.advantages
-    log_r, log_w, log_d = log_ratios(log_probs, inputs)
-    r, weight = log_r.exp(), (log_w if config.weighs_by_w else log_d).exp()
-    bound = math.inf if config.rollout_is_threshold is None else config.rollout_is_threshold
-    above, below = r > 1 + config.clip_ratio_high, r < 1 - config.clip_ratio_low
-    if config.objective != "cispo":
-        above, below = above & (advantages > 0), below & (advantages < 0)
-    return above & config.clip, below & config.clip, weight > bound
+    """Where the objective's upper and lower bound change the gradient, and where the bounds of the weight do."""
+    config, token = inputs.config, token_ratios(log_probs, inputs)
+    above, below = config.policy_objective.bounds_met(token)
+    truncated = (token.log_w if config.weighs_by_w else token.log_d).exp() > token.threshold
+    if isinstance(config.rollout_is, Correction):
+        old = log_probs if inputs.old_log_probs is None else inputs.old_log_probs
+        truncated = truncated | changed_tokens(old, config.rollout_is, inputs)
+    return above, below, truncated
 
 
 def _maximum(values: Tensor) -> Tensor:

@@ -8,16 +8,16 @@ from torch import Tensor
 from ...common.checks import place_of_token
 from ...common.library import register
 from .inputs import PolicyLossInputs
-from .reference import log_ratios
+from .reference import token_ratios
 
 
 def check_losses(
     loss: Tensor, token_loss: Tensor, token_grad: Tensor, log_probs: Tensor, inputs: PolicyLossInputs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Copies of the first three; raises ValueError that names a token where one of them overflowed. Waits."""
-    log_r, log_w, _ = log_ratios(log_probs, inputs)
+    token = token_ratios(log_probs, inputs)
     log_ref = inputs.ref_log_probs.double() - log_probs if inputs.config.kl_coef else None
-    ratios = (log_probs, log_r, log_w, log_ref, inputs.advantages)
+    ratios = (log_probs, token.log_r, token.log_w, log_ref, inputs.advantages)
     return _checked_losses(loss, token_loss, token_grad, *ratios, inputs.layout.offsets)
 
 

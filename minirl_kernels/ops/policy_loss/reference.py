@@ -1,7 +1,7 @@
-"""The objectives, once: from log-probabilities to each token's loss and its derivative, in eager torch.
+"""The losses of the tokens, in eager torch: from log-probabilities to each token's loss and its derivative.
 
-This file defines what is correct. `token_objective` in C++ is `csrc/common/objective.h`, in Triton it stands in
-`ops/fused_policy_loss/triton.py`; a property test binds the three.
+This file and `minirl_kernels/objectives` define what is correct. `token_objective` in C++ is
+`csrc/common/objective.h`, in Triton it stands in `ops/fused_policy_loss/triton.py`; a property test binds the three.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ...config import PolicyLossConfig
+from ...objectives import TokenRatios, times
+from .correction import log_correction
 from .inputs import PolicyLossInputs
 
 
@@ -21,23 +23,20 @@ def token_losses(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, T
     NaN for a token where float32 holds one of them not, so that it has no gradient of two infinities.
     """
     config, mask = inputs.config, inputs.mask
-    log_probs = torch.where(mask, log_probs, 0.0).double()
-    loss, grad = token_objective(log_probs, *log_ratios(log_probs, inputs), inputs.advantages, config)
-    if config.objective == "sequence_is":
-        loss = loss / inputs.lengths  # Eq. 1 has one value per response: each token shows its share
+    token = token_ratios(log_probs, inputs)
+    loss, grad = _policy_term(token, config)
+    if config.policy_objective.level == "sequence":
+        loss = loss / inputs.lengths  # there is one value per response: each token shows its share
     if config.kl_coef:
-        kl, kl_grad = kl_penalty(log_probs, inputs.ref_log_probs, config.kl_estimator)
+        kl, kl_grad = kl_penalty(token.log_prob, inputs.ref_log_probs, config.kl_estimator)
         loss, grad = loss + config.kl_coef * kl, grad + config.kl_coef * kl_grad
     loss, grad = (torch.where(mask, inputs.weights * values, 0.0).float() for values in (loss, grad))
     finite = loss.isfinite() & grad.isfinite()
     return torch.where(finite, loss, torch.nan), torch.where(finite, grad, torch.nan)
 
 
-def log_ratios(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(log r, log w, log d) as the objective sees them: per token, or its response's at every token; 0 if masked.
-
-    float64.
-    """
+def token_ratios(log_probs: Tensor, inputs: PolicyLossInputs) -> TokenRatios:
+    """The ratios as the objective sees them: per token, or its response's at every token; 0 if masked."""
     config, mask, layout = inputs.config, inputs.mask, inputs.layout
     log_probs = torch.where(mask, log_probs, 0.0).double()
     old_log_probs = log_probs if inputs.old_log_probs is None else torch.where(mask, inputs.old_log_probs, 0.0).double()
@@ -45,20 +44,22 @@ def log_ratios(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, Ten
     log_r, log_w, log_d = log_probs - old_log_probs, log_probs - behaviour, old_log_probs - behaviour
     if config.is_sequence_level:
         log_r = layout.to_tokens(layout.response_sum(log_r))
+        if config.policy_objective.level == "sequence_mean":
+            log_r = log_r / inputs.lengths
         log_w = log_r + log_d
-    if config.objective == "gspo":
-        log_r = log_r / inputs.lengths
-    return log_r, log_w, log_d
+    threshold = float("inf") if config.rollout_is_threshold is None else config.rollout_is_threshold
+    return TokenRatios(log_probs, log_r, log_w, log_d, inputs.advantages, threshold)
 
 
 def behaviour_log_probs(old_log_probs: Tensor, inputs: PolicyLossInputs) -> Tensor:
-    """log mu as the objective is to see it: old - behaviour is log d at the level of `rollout_is`."""
-    if inputs.config.rollout_is is None:
+    """log mu as the objective is to see it: old - behaviour is log d, corrected as `rollout_is` says."""
+    correction = inputs.config.correction
+    if correction is None:
         return old_log_probs
     if inputs.config.rollout_is == "token":
-        return inputs.rollout_log_probs
+        return inputs.rollout_log_probs  # the difference of the difference would round
     log_d = torch.where(inputs.mask, old_log_probs.double() - inputs.rollout_log_probs, 0.0)
-    return old_log_probs - inputs.layout.to_tokens(inputs.layout.response_sum(log_d))
+    return old_log_probs - log_correction(log_d, correction, inputs)
 
 
 def token_objective(
@@ -69,27 +70,16 @@ def token_objective(
     advantages: Tensor,
     config: PolicyLossConfig,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, d loss / d log_probs) of every token before aggregation: minus the objective of `config.objective`.
-
-    log_r, log_w, log_d: log of pi_theta/pi_old, pi_theta/mu_old and pi_old/mu_old. All arguments share one shape.
-    A zero advantage and a masked ratio give exactly 0, whatever overflows beside them; NaN stays NaN.
-    """
-    r, low, high = log_r.exp(), 1 - config.clip_ratio_low, 1 + config.clip_ratio_high
-    above, below = (r > high) & config.clip, (r < low) & config.clip
-    stopped = ((advantages > 0) & above) | ((advantages < 0) & below)
+    """(loss, d loss / d log_prob) of every token before aggregation; the tensors are those of TokenRatios."""
     threshold = float("inf") if config.rollout_is_threshold is None else config.rollout_is_threshold
-    if config.weighs_by_w:
-        grad = _times(-log_w.exp().clamp(max=threshold), advantages.masked_fill(stopped, 0.0))
-        return (_times(log_probs, grad) if config.objective == "minirl" else grad), grad
-    bounded = (above | below) if config.objective == "cispo" else stopped
-    correction = log_d.exp()
-    # d r as one exponential, so that a large ratio meets a small correction
-    inside = torch.where(correction > threshold, threshold * r, (log_d + log_r).exp())
-    at_bound = _times(correction.clamp(max=threshold), r.clamp(low, high))
-    term = _times(-torch.where(bounded, at_bound, inside), advantages)
-    if config.objective == "cispo":
-        return _times(log_probs, term), term
-    return term, term.masked_fill(bounded, 0.0)
+    return _policy_term(TokenRatios(log_probs, log_r, log_w, log_d, advantages, threshold), config)
+
+
+def _policy_term(token: TokenRatios, config: PolicyLossConfig) -> tuple[Tensor, Tensor]:
+    loss, grad = config.policy_objective.loss(token)
+    if config.policy_objective.weighting == "d":
+        return times(token.d, loss), times(token.d, grad)
+    return loss, grad
 
 
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
@@ -100,9 +90,3 @@ def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> tupl
     if estimator == "k2":
         return 0.5 * log_ratio.square(), -log_ratio
     return log_ratio.expm1() - log_ratio, -log_ratio.expm1()
-
-
-def _times(weight: Tensor, factor: Tensor) -> Tensor:
-    """weight * factor, with 0 where one of them is 0 even if the other overflowed; NaN goes through."""
-    nothing = ((factor == 0) & ~weight.isnan()) | ((weight == 0) & ~factor.isnan())
-    return torch.where(nothing, 0.0, weight * factor)

@@ -1,0 +1,43 @@
+"""Dual-clip PPO, as verl has it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..common.options import check_number
+from .base import TokenRatios, times
+from .clipped import RatioBounds
+
+
+@dataclass(frozen=True, kw_only=True)
+class DualClip(RatioBounds):
+    """Dual-clip PPO (arXiv 1912.09729; `clip_ratio_c` in verl): max(min(r A, clip(r) A), c A) where A < 0.
+
+    clip_ratio_c: c, the largest r of a negative advantage. log_ratio_max: log r is clamped to plus and minus this.
+    """
+
+    preset: ClassVar = {"rollout_is": None, "rollout_is_threshold": None, "loss_agg_mode": "token-mean"}
+
+    clip_ratio_c: float = 3.0
+    log_ratio_max: float = 20.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_number("clip_ratio_c", self.clip_ratio_c, "above 1", lambda v: v > 1)
+        check_number("log_ratio_max", self.log_ratio_max, "above 0", lambda v: v > 0)
+
+    def bounds_met(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
+        above, below = super().bounds_met(token)
+        beyond = (token.r > self.clip_ratio_c) & (token.advantages < 0)
+        return above | beyond | (token.log_r > self.log_ratio_max), below | (token.log_r < -self.log_ratio_max)
+
+    def loss(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
+        above, below = self.bounds_met(token)
+        r = token.log_r.clamp(-self.log_ratio_max, self.log_ratio_max).exp()
+        r = torch.where(token.advantages < 0, r.clamp(self.ratio_low, self.clip_ratio_c), r.clamp(max=self.ratio_high))
+        term = times(-r, token.advantages)
+        return term, term.masked_fill(above | below, 0.0)
