@@ -155,8 +155,10 @@ class PolicyLossConfig:
         for field in overrides:
             if field not in _FIELDS:
                 raise TypeError(f"PolicyLossConfig has no field {field!r}: it must be one of {', '.join(_FIELDS)}")
-        preset = name.preset if isinstance(name, Objective) else NAMED[name].preset
-        return cls(**{"objective": name, **preset, **overrides})
+        if isinstance(name, Objective):
+            return cls(**{"objective": name, **name.preset, **overrides})
+        own = {field.name: field.default for field in fields(NAMED[name])}
+        return cls(**{"objective": name, "clip": False, **own, **NAMED[name].preset, **overrides})
 
     @classmethod
     def minirl(cls, **overrides) -> PolicyLossConfig:

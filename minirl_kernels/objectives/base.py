@@ -96,3 +96,9 @@ def times(weight: Tensor, factor: Tensor) -> Tensor:
     """weight * factor, with 0 where one of them is 0 even if the other overflowed; NaN goes through."""
     nothing = ((factor == 0) & ~weight.isnan()) | ((weight == 0) & ~factor.isnan())
     return torch.where(nothing, 0.0, weight * factor)
+
+
+def masked_gradient(token: TokenRatios, stopped: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, d loss / d log_prob) of sg[M w] A log pi, with M = 0 where `stopped`."""
+    grad = times(-token.w, token.advantages.masked_fill(stopped, 0.0))
+    return times(token.log_prob, grad), grad

@@ -34,6 +34,10 @@ class RatioBounds(Objective):
         above, below = token.r > self.ratio_high, token.r < self.ratio_low
         return above & (token.advantages > 0), below & (token.advantages < 0)
 
+    def two_sided(self, r: Tensor, advantages: Tensor, most: float) -> Tensor:
+        """r within the bounds that act on its advantage, where a negative one has an upper bound too: `most`."""
+        return torch.where(advantages < 0, r.clamp(self.ratio_low, most), r.clamp(max=self.ratio_high))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClippedRatio(RatioBounds):

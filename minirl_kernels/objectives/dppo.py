@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.options import check_choice, check_number
-from .base import Objective, TokenRatios, times
+from .base import Objective, TokenRatios, masked_gradient, times
 
 if TYPE_CHECKING:
     from ..config import PolicyLossConfig
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class DPPO(Objective):
     """Divergence PPO (arXiv 2602.04879), binary: sg[M min(w, threshold)] A log pi.
 
-    With p = pi_theta and q = mu_old of the sampled token, M = 0 where A (p - q) > 0 and the divergence is too large.
+    M = 0 where A (p - q) > 0 and p = pi_theta is too far from q = mu_old, of the sampled token.
     divergence: "tv": |p - q|. "kl": q log(q / p) + (1 - q) log((1 - q) / (1 - p)).
-    divergence_low, divergence_high: its largest value where the advantage is negative, and where it is positive.
+    divergence_low, divergence_high: its bound where the advantage is negative, and where it is positive.
     """
 
     weighting: ClassVar = "w in loss"
@@ -38,21 +38,16 @@ class DPPO(Objective):
 
     def check_config(self, config: PolicyLossConfig) -> None:
         if config.rollout_is not in ("token", None):
-            raise ValueError(
-                f"rollout_is is {config.rollout_is!r} with objective={self!r}: its mask compares the two policies "
-                "token by token, so rollout_is must be 'token' or None"
-            )
+            raise ValueError(f"rollout_is is {config.rollout_is!r} with DPPO: it must be 'token' or None")
 
     def bounds_met(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
-        log_p, log_q = token.log_prob, token.log_prob - token.log_w
-        p, q = log_p.exp(), log_q.exp()
+        p, q = token.log_prob.exp(), (token.log_prob - token.log_w).exp()
         gap = (p - q).abs()
         if self.divergence == "kl":
-            gap = times(q, log_q - log_p) + times(1 - q, torch.log1p(-q) - torch.log1p(-p))
+            gap = times(q, -token.log_w) + times(1 - q, torch.log1p(-q) - torch.log1p(-p))
         above = (token.advantages > 0) & (p > q) & (gap > self.divergence_high)
         return above, (token.advantages < 0) & (p < q) & (gap > self.divergence_low)
 
     def loss(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
         above, below = self.bounds_met(token)
-        grad = times(-token.w, token.advantages.masked_fill(above | below, 0.0))
-        return times(token.log_prob, grad), grad
+        return masked_gradient(token, above | below)

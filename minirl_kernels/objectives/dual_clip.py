@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..common.options import check_number
@@ -32,12 +32,11 @@ class DualClip(RatioBounds):
 
     def bounds_met(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
         above, below = super().bounds_met(token)
-        beyond = (token.r > self.clip_ratio_c) & (token.advantages < 0)
-        return above | beyond | (token.log_r > self.log_ratio_max), below | (token.log_r < -self.log_ratio_max)
+        above_c = (token.r > min(self.clip_ratio_c, math.exp(self.log_ratio_max))) & (token.advantages < 0)
+        return above | above_c, below | ((token.log_r < -self.log_ratio_max) & (token.advantages > 0))
 
     def loss(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
         above, below = self.bounds_met(token)
         r = token.log_r.clamp(-self.log_ratio_max, self.log_ratio_max).exp()
-        r = torch.where(token.advantages < 0, r.clamp(self.ratio_low, self.clip_ratio_c), r.clamp(max=self.ratio_high))
-        term = times(-r, token.advantages)
+        term = times(-self.two_sided(r, token.advantages, self.clip_ratio_c), token.advantages)
         return term, term.masked_fill(above | below, 0.0)

@@ -13,7 +13,6 @@ class GSPO(GRPO):
     """GSPO (arXiv 2507.18071), in its token form: GRPO whose r is the geometric mean over the response."""
 
     level: ClassVar = "sequence_mean"
-    preset: ClassVar = {**GRPO.preset, "clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4}
 
     clip_ratio_low: float = 3e-4
     clip_ratio_high: float = 4e-4

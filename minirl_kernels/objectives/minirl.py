@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .base import TokenRatios, times
+from .base import TokenRatios, masked_gradient
 from .clipped import ClippedRatio
 
 
@@ -19,5 +19,4 @@ class MiniRL(ClippedRatio):
 
     def loss(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
         above, below = self.bounds_met(token)
-        grad = times(-token.w, token.advantages.masked_fill(above | below, 0.0))
-        return times(token.log_prob, grad), grad
+        return masked_gradient(token, above | below)

@@ -15,7 +15,7 @@ class Reinforce(Objective):
     """REINFORCE, Eq. 3/4: min(w, threshold) A."""
 
     weighting: ClassVar = "w in loss"
-    preset: ClassVar = {"clip": False, "rollout_is_threshold": None}
+    preset: ClassVar = {"rollout_is_threshold": None}
 
     def loss(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
         grad = times(-token.w, token.advantages)

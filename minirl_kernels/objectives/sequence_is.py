@@ -16,7 +16,7 @@ class SequenceIS(Reinforce):
     """Sequence-level importance sampling, Eq. 1/2: min(prod_t w_t, threshold) A of each response."""
 
     level: ClassVar = "sequence"
-    preset: ClassVar = {"clip": False, "rollout_is": "sequence", "rollout_is_threshold": None}
+    preset: ClassVar = {"rollout_is": "sequence", "rollout_is_threshold": None}
 
     def check_config(self, config: PolicyLossConfig) -> None:
         if config.correction is not None and config.correction.level != "sequence":

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..common.options import check_number
@@ -26,8 +25,9 @@ class TwoSidedClip(RatioBounds):
 
     def __post_init__(self):
         super().__post_init__()
-        must_be = f"above 1 + clip_ratio_high, {self.ratio_high}"
-        check_number("delta", self.delta, must_be, lambda v: v > self.ratio_high)
+        check_number(
+            "delta", self.delta, f"above 1 + clip_ratio_high, {self.ratio_high}", lambda v: v > self.ratio_high
+        )
 
     def bounds_met(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
         above, below = super().bounds_met(token)
@@ -35,8 +35,5 @@ class TwoSidedClip(RatioBounds):
 
     def loss(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
         above, below = self.bounds_met(token)
-        r = torch.where(
-            token.advantages < 0, token.r.clamp(self.ratio_low, self.delta), token.r.clamp(max=self.ratio_high)
-        )
-        term = times(-r, token.advantages)
+        term = times(-self.two_sided(token.r, token.advantages, self.delta), token.advantages)
         return term, term.masked_fill(above | below, 0.0)
