@@ -5,6 +5,7 @@ import importlib.metadata
 from . import layers
 from .batch_invariant import batch_invariant_mode
 from .config import PolicyLossConfig
+from .correction import Correction
 from .layers import *  # noqa: F403
 from .moe import RoutedExperts, moe_layer_indices, record_routing, replay_routing
 from .ops.fused_linear_policy_loss import fused_linear_policy_loss
@@ -18,6 +19,7 @@ from .sampling_mask import SamplingMask
 
 __all__ = [  # noqa: RUF022
     # losses
+    "Correction",
     "PolicyLossConfig",
     "PolicyLossMetrics",
     "PolicyLossOutput",
