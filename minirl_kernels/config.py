@@ -62,8 +62,9 @@ class PolicyLossConfig:
     kl_estimator: KLEstimator = "k3"
 
     def __post_init__(self):
-        if not isinstance(self.objective, Objective):
-            check_choice("objective", self.objective, get_args(ObjectiveName))
+        if not isinstance(self.objective, Objective) and self.objective not in NAMED:
+            names = ", ".join(repr(name) for name in NAMED)
+            raise ValueError(f"objective is {self.objective!r}: it must be one of {names}, or an Objective instance")
         check_choice("loss_agg_mode", self.loss_agg_mode, get_args(LossAggMode))
         check_choice("kl_estimator", self.kl_estimator, get_args(KLEstimator))
         if not isinstance(self.rollout_is, Correction):

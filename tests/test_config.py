@@ -1,11 +1,14 @@
 """PolicyLossConfig: the presets' values as the papers have them, and what is refused."""
 
+import copy
 import dataclasses
 import math
+import pickle
 
 import pytest
 
-from minirl_kernels import PolicyLossConfig
+from minirl_kernels import Correction, PolicyLossConfig
+from minirl_kernels.objectives import DPPO, GRPO, SAPO, DualClip, TwoSidedClip
 
 MINIRL = {
     "objective": "minirl",
@@ -116,3 +119,62 @@ def test_unknown_preset_and_field():
         PolicyLossConfig.preset("ppo")
     with pytest.raises(TypeError, match=r"no field 'clip_ratio': it must be one of objective, clip, "):
         PolicyLossConfig.grpo(clip_ratio=0.2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PolicyLossConfig.gspo(rollout_is=Correction(level="sequence", upper=2.0)),
+        PolicyLossConfig.preset(SAPO(tau_neg=2.0)),
+    ],
+    ids=["by name", "by class"],
+)
+def test_a_copy_is_equal(config):
+    for other in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), dataclasses.replace(config)):
+        assert other == config
+        assert hash(other) == hash(config)
+        assert other.policy_objective == config.policy_objective
+    changed = dataclasses.replace(config, objective=SAPO(tau_neg=3.0), clip_ratio_low=0.2, clip_ratio_high=0.27)
+    assert changed != config
+    assert changed.policy_objective == SAPO(tau_neg=3.0)
+
+
+def test_an_instance_brings_its_preset():
+    config = PolicyLossConfig.preset(SAPO(), entropy_coef=0.1)
+    assert (config.rollout_is, config.loss_agg_mode, config.entropy_coef) == (None, "seq-mean-token-mean", 0.1)
+    assert PolicyLossConfig.preset(GRPO(clip_ratio_low=0.1)).policy_objective.ratio_low == 0.9
+
+
+@pytest.mark.parametrize(
+    ("fields", "named", "was", "must_be"),
+    [
+        ({"objective": SAPO}, "objective", "SAPO", "an Objective instance"),
+        ({"objective": SAPO(), "clip_ratio_high": 0.3}, "clip_ratio_high", "0.3", "0.27, its default"),
+        ({"objective": SAPO(), "clip": False}, "clip", "False", "True, its default"),
+        ({"objective": SAPO(), "rollout_is": None}, "rollout_is_threshold", "5.0", "None"),
+        ({"objective": DPPO(), "rollout_is": "sequence"}, "rollout_is", "'sequence'", "'token' or None"),
+        ({"objective": DPPO(), "rollout_is": Correction(upper=2.0)}, "rollout_is", "Correction", "'token' or None"),
+    ],
+)
+def test_what_an_instance_cannot_use_is_refused(fields, named, was, must_be):
+    with pytest.raises(ValueError, match=rf"^{named}\b.*{was}.*must be.*{must_be}"):
+        PolicyLossConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "must_be"),
+    [
+        (SAPO, {"tau_neg": 0}, "above 0"),
+        (DualClip, {"clip_ratio_c": 1.0}, "above 1"),
+        (DualClip, {"clip_ratio_low": 1.5}, r"in \[0, 1\]"),
+        (DualClip, {"log_ratio_max": -1.0}, "above 0"),
+        (TwoSidedClip, {"delta": 1.2}, r"above 1 \+ clip_ratio_high, 1.27"),
+        (DPPO, {"divergence_low": -0.1}, "at least 0"),
+        (DPPO, {"divergence": "js"}, "one of 'tv', 'kl'"),
+        (GRPO, {"clip_ratio_high": -0.1}, "at least 0"),
+    ],
+)
+def test_the_fields_of_an_objective_are_checked(cls, fields, must_be):
+    (name,) = fields
+    with pytest.raises(ValueError, match=rf"^{name} is .*: it must be {must_be}"):
+        cls(**fields)

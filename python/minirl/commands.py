@@ -11,13 +11,14 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from minirl_kernels.config import Objective
+from minirl_kernels.config import ObjectiveName
 
 from .config import TrainConfig
-from .config_file import load_config
+from .config_file import convert, load_config
 from .discrepancy.settings import DiscrepancyOptions, default_options
 from .discrepancy.target import Target, find_target
 from .errors import MiniRLError
+from .loss_values import options_of_values
 from .paths import home
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
@@ -34,18 +35,19 @@ def run(arguments: Sequence[str]) -> None:
         "discrepancy": discrepancy_command(rest if name == "discrepancy" else []),
         "plot": plot_command,
     }
-    if name in commands:
-        tyro.cli(commands[name], args=rest, prog=f"minirl {name}")
-    else:
-        description = "Reinforcement learning of language models on minirl_kernels. --version prints its version."
-        tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="minirl", description=description)
+    with options_of_values(convert):
+        if name in commands:
+            tyro.cli(commands[name], args=rest, prog=f"minirl {name}")
+        else:
+            description = "Reinforcement learning of language models on minirl_kernels. --version prints its version."
+            tyro.extras.subcommand_cli_from_dict(commands, args=arguments, prog="minirl", description=description)
 
 
 @dataclass(frozen=True)
 class _First:
     """Options that decide what the others mean."""
 
-    preset: Objective | None = None
+    preset: ObjectiveName | None = None
     path: Annotated[str | None, tyro.conf.arg(name="model.path")] = None
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from minirl_kernels import PolicyLossConfig
-from minirl_kernels.config import Objective
+from minirl_kernels.config import ObjectiveName
 
 from .errors import MiniRLError
 from .paths import home
@@ -145,7 +145,7 @@ class TrainConfig:
     """Rollout and training give a token the same bits, whatever is beside it: the discrepancy is 0. Somewhat slower."""
     routing_replay: Literal["disabled", "R2", "R3"] = "disabled"
     """Updates replay the experts of: R2, the pass that recomputes old_log_probs; R3, the rollout, in that pass too."""
-    preset: Objective = "minirl"
+    preset: ObjectiveName = "minirl"
     """Named objective that gives policy_loss its defaults."""
     norm_advantages_by_std: bool | None = None
     """Divide advantages by their group's standard deviation; none: as the preset's paper does."""
@@ -198,6 +198,12 @@ class TrainConfig:
             raise MiniRLError(
                 f"model.experts_implementation is {self.model.experts_implementation!r} with batch_invariant: it must "
                 "be 'minirl' or none there"
+            )
+        correction = self.policy_loss.correction
+        if correction is not None and correction.normalise:
+            raise MiniRLError(
+                "policy_loss.rollout_is.normalise is true: it must be false here, since a micro-batch does not know "
+                "the mean weight of its mini-batch"
             )
         if self.policy_loss.loss_agg_mode == "group-token-mean" and self.micro_batch_size % self.rollout.group_size:
             raise MiniRLError(

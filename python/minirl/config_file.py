@@ -13,9 +13,11 @@ from typing import Any, Literal
 import tomli_w
 
 from minirl_kernels import PolicyLossConfig
+from minirl_kernels.objectives import Objective
 
 from .config import TrainConfig
 from .errors import MiniRLError
+from .loss_values import is_named, own_class, table_of
 
 
 def load_config(path: Path, preset: str | None = None) -> TrainConfig:
@@ -39,57 +41,63 @@ def load_config(path: Path, preset: str | None = None) -> TrainConfig:
 
 def dump_config(config: TrainConfig) -> str:
     """The whole configuration as TOML that `load_config` reads back to an equal one."""
-    return tomli_w.dumps(_none_as_string(dataclasses.asdict(config)))
-
-
-def _none_as_string(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _none_as_string(item) for key, item in value.items()}
-    return "none" if value is None else value
+    return tomli_w.dumps(table_of(config))
 
 
 def _with_preset(table: dict[str, Any]) -> dict[str, Any]:
-    """`table` with the preset's fields where [policy_loss] leaves them out."""
+    """`table` with the preset's fields where [policy_loss] leaves them out.
+
+    The preset is the named one; where none is named, that of an objective of one's own.
+    """
     given = table.get("policy_loss", {})
     if not isinstance(given, dict):
         return table
+    preset = table.get("preset", TrainConfig.preset)
+    if "preset" not in table and not is_named(given.get("objective", preset)):
+        preset = convert("policy_loss.objective", given["objective"], Objective)
     try:
-        preset = PolicyLossConfig.preset(table.get("preset", TrainConfig.preset))
+        fields = PolicyLossConfig.preset(preset)
     except ValueError as error:
         raise MiniRLError(str(error)) from None
-    return table | {"policy_loss": _none_as_string(dataclasses.asdict(preset)) | given}
+    return table | {"policy_loss": table_of(fields) | given}
 
 
 def _build(cls: type, table: dict[str, Any], prefix: str = "") -> Any:
     """An instance of the dataclass `cls`; raises for a key that it lacks and a value of the wrong type."""
     hints = typing.get_type_hints(cls)
+    hints = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     values = {}
     for key, value in table.items():
         if key not in hints:
             close = difflib.get_close_matches(key, hints, n=1)
             guess = f"did you mean {prefix}{close[0]}? " if close else ""
             raise MiniRLError(f"unknown key {prefix}{key}: {guess}it must be one of {', '.join(hints)}")
-        values[key] = _convert(f"{prefix}{key}", value, hints[key])
+        values[key] = convert(f"{prefix}{key}", value, hints[key])
     try:
         return cls(**values)
     except (ValueError, TypeError) as error:
         raise MiniRLError(f"{prefix}{error}") from None
 
 
-def _convert(key: str, value: Any, hint: Any) -> Any:
+def convert(key: str, value: Any, hint: Any) -> Any:
     """`value` as the type `hint`; an integer will do for a number, a list for a tuple, "none" for None."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if is_union else (hint,)
     if type(None) in options and value == "none":
         return None
+    if Objective in options and not is_named(value):
+        fields = dict(value) if isinstance(value, dict) else {"class": value}
+        return _build(own_class(fields.pop("class", None), key), fields, f"{key}.")
     expected = options[0]
+    if isinstance(value, dict):
+        expected = next((option for option in options if dataclasses.is_dataclass(option)), expected)
     origin, arguments = typing.get_origin(expected) or expected, typing.get_args(expected)
     if dataclasses.is_dataclass(expected) and isinstance(value, dict):
         return _build(expected, value, f"{key}.")
     if origin is Literal and value in arguments:
         return value
     if origin is tuple and isinstance(value, list) and len(value) == len(arguments):
-        return tuple(_convert(key, item, argument) for item, argument in zip(value, arguments, strict=True))
+        return tuple(convert(key, item, argument) for item, argument in zip(value, arguments, strict=True))
     if origin is float and type(value) is int:
         return float(value)
     if type(value) is origin:
