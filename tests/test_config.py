@@ -4,11 +4,13 @@ import copy
 import dataclasses
 import math
 import pickle
+import typing
 
 import pytest
 
 from minirl_kernels import Correction, PolicyLossConfig
-from minirl_kernels.objectives import DPPO, GRPO, SAPO, DualClip, TwoSidedClip
+from minirl_kernels.config import ObjectiveName
+from minirl_kernels.objectives import DPPO, GRPO, NAMED, SAPO, DualClip, TwoSidedClip
 
 MINIRL = {
     "objective": "minirl",
@@ -44,6 +46,10 @@ def test_presets(name):
     config = PolicyLossConfig.preset(name)
     assert dataclasses.asdict(config) == {**MINIRL, "objective": name, **PRESETS[name]}
     assert getattr(PolicyLossConfig, name)() == config
+
+
+def test_every_named_objective_is_an_option():
+    assert typing.get_args(ObjectiveName) == tuple(NAMED) == tuple(PRESETS)
 
 
 def test_the_default_is_minirl():

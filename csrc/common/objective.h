@@ -1,8 +1,8 @@
 // The token-level objectives: from log-probabilities to a token's loss and its derivative.
 //
-// The same as token_objective and kl_penalty in minirl_kernels/ops/policy_loss/reference.py, which defines them;
-// compiled by the CPU kernels and by CUDA. Sequence-level objectives do not come here: their sums over a response
-// are taken in torch, between two phases.
+// The same as minirl_kernels/objectives and kl_penalty in minirl_kernels/ops/policy_loss/reference.py, which define
+// them; compiled by the CPU kernels and by CUDA. Sequence-level objectives and classes of a user's own do not come
+// here: they are computed in torch, between two phases.
 #pragma once
 #include <math.h>
 

@@ -68,7 +68,8 @@ class Objective:
     def loss(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
         """(loss, d loss / d log_prob) of every token, before aggregation: minus the objective.
 
-        At "sequence" the loss is the response's, of which each token shows an equal share. Where the advantage is 0
+        At "sequence" the loss is the response's, of which each token shows an equal share; at "sequence_mean" each
+        token has the whole, as in GSPO's token form. Where the advantage is 0
         both must be 0, also beside an infinite ratio (see `times`), and a NaN must stay NaN.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method loss: an objective must have one")

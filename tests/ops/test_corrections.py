@@ -1,7 +1,9 @@
 """The correction by d as a value: its weights against a plain loop, in every loss, in the metrics."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from policy_batches import random_batch
 
 from minirl_kernels import Correction, PolicyLossConfig, fused_linear_policy_loss, fused_policy_loss, policy_loss
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "corrections.md"
 LENGTHS = [5, 1, 3, 8, 4]
 CORRECTIONS = [
     Correction(upper=1.5),
@@ -137,6 +140,13 @@ def test_a_masked_token_is_zero_in_triton(preset):
     check_fused(batch, PolicyLossConfig.preset(preset, rollout_is=CORRECTIONS[2]), "triton")
 
 
+def test_every_line_of_the_page_is_a_correction():
+    lines = re.findall(r"\| `(Correction\(.*\))` \|$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(lines) > 20
+    for line in lines:
+        PolicyLossConfig.grpo(rollout_is=eval(line))
+
+
 def test_a_level_by_name_is_the_correction_with_its_threshold():
     batch = random_batch(LENGTHS, spread=0.8)
     for level in ("token", "sequence"):
@@ -147,14 +157,17 @@ def test_a_level_by_name_is_the_correction_with_its_threshold():
         assert torch.equal(new.metrics.sums, old.metrics.sums)
 
 
-def test_a_masked_token_may_have_any_d(cpu):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_masked_token_may_have_any_d(overwrite, cpu):
     """An overflow of what is masked raises nowhere, and its KL term stays."""
     batch = random_batch([3, 4], vocab_size=40)
     batch.loss_mask[:] = True
     batch.rollout_log_probs[4] -= 1e4
     config = PolicyLossConfig.grpo(rollout_is=Correction(upper=5.0, beyond="mask_token"), kl_coef=0.1)
     leaf = batch.logits.clone().requires_grad_()
-    out = fused_policy_loss(leaf, batch.token_ids, config=config, backend=cpu, **batch.arguments("packed"))
+    out = fused_policy_loss(
+        leaf, batch.token_ids, config=config, backend=cpu, overwrite_logits=overwrite, **batch.arguments("packed")
+    )
     (grad,) = torch.autograd.grad(out.loss, leaf)
     assert grad.isfinite().all()
     kl_alone = torch.autograd.grad(

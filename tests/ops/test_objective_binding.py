@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 
 from minirl_kernels import PolicyLossConfig, fused_policy_loss
 from minirl_kernels.ops.fused_policy_loss.cpu import forward_backward
+from minirl_kernels.ops.fused_policy_loss.objective_kernels import KERNELS
 from minirl_kernels.ops.fused_policy_loss.op import sweep_arguments
 from minirl_kernels.ops.policy_loss.inputs import prepare_inputs
 from minirl_kernels.ops.policy_loss.reference import token_losses
 
 pytestmark = pytest.mark.usefixtures("cpu")
+
+WITH_KERNEL = list(KERNELS.values())
 
 
 def numbers(low, high):
@@ -39,7 +42,7 @@ SUMMED = {"loss_agg_mode": "seq-mean-token-sum"}
 
 @st.composite
 def config(draw):
-    objective = draw(st.sampled_from(["minirl", "reinforce", "grpo", "cispo"]))
+    objective = draw(st.sampled_from(WITH_KERNEL))
     rollout_is = draw(st.sampled_from(["token", None]))
     truncates = rollout_is is not None or objective in ("minirl", "reinforce")
     return PolicyLossConfig(
@@ -116,7 +119,7 @@ def test_both_say_which_token_overflows(objective, overflowing):
         assert [values.isnan().tolist() for values in shares] == [[False, True, False]] * 2
 
 
-@pytest.mark.parametrize("objective", ["minirl", "reinforce", "grpo", "cispo"])
+@pytest.mark.parametrize("objective", WITH_KERNEL)
 @pytest.mark.parametrize("far", [-200.0, -1e4, torch.finfo(torch.float32).min])
 def test_overflow_without_advantage_is_zero(objective, far):
     """Every ratio is infinite, and 0 times it is 0."""
@@ -130,7 +133,7 @@ def test_overflow_without_advantage_is_zero(objective, far):
 
 
 @pytest.mark.parametrize("advantage", [1.0, 0.0])
-@pytest.mark.parametrize("objective", ["minirl", "reinforce", "grpo", "cispo"])
+@pytest.mark.parametrize("objective", WITH_KERNEL)
 def test_nan_is_not_repaired(objective, advantage):
     """A NaN in a token that counts is the caller's to find: no comparison may turn it into a bound, or 0 into 0."""
     config = PolicyLossConfig.preset(objective, rollout_is="token", **SUMMED)
