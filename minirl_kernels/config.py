@@ -86,7 +86,7 @@ class PolicyLossConfig:
         if self.loss_scale_factor is not None:
             check_number("loss_scale_factor", self.loss_scale_factor, "above 0", lambda v: v > 0)
         object.__setattr__(self, "_policy_objective", self._make_objective())
-        self.policy_objective.check_config(self)
+        self.policy_objective.check_rollout_is(self.rollout_is)
         if self.rollout_is_threshold is not None and not self.weighs_by_w:
             if self.rollout_is is None:
                 raise ValueError(

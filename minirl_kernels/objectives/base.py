@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from ..config import PolicyLossConfig
 
 Level = Literal["token", "sequence", "sequence_mean"]
 Weighting = Literal["d", "d in loss", "w in loss"]
@@ -68,9 +65,9 @@ class Objective:
     def loss(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
         """(loss, d loss / d log_prob) of every token, before aggregation: minus the objective.
 
-        At "sequence" the loss is the response's, of which each token shows an equal share; at "sequence_mean" each
-        token has the whole, as in GSPO's token form. Where the advantage is 0
-        both must be 0, also beside an infinite ratio (see `times`), and a NaN must stay NaN.
+        At "sequence" the loss is the response's, of which each token shows an equal share. At "sequence_mean" each
+        token has the whole, as in GSPO's token form. Where the advantage is 0 both must be 0, also beside an infinite
+        ratio (see `times`), and a NaN must stay NaN.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method loss: an objective must have one")
 
@@ -79,8 +76,8 @@ class Objective:
         nowhere = torch.zeros_like(token.log_r, dtype=torch.bool)
         return nowhere, nowhere
 
-    def check_config(self, config: PolicyLossConfig) -> None:
-        """Raise ValueError, naming the field, for a `config` that makes no sense with this objective."""
+    def check_rollout_is(self, rollout_is: object) -> None:
+        """Raise ValueError for a `PolicyLossConfig.rollout_is` that makes no sense with this objective."""
 
     @property
     def is_sequence_level(self) -> bool:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..common.options import check_choice, check_number
 from .base import Objective, TokenRatios, masked_gradient, times
-
-if TYPE_CHECKING:
-    from ..config import PolicyLossConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +33,9 @@ class DPPO(Objective):
         for name in ("divergence_low", "divergence_high"):
             check_number(name, getattr(self, name), "at least 0", lambda v: v >= 0)
 
-    def check_config(self, config: PolicyLossConfig) -> None:
-        if config.rollout_is not in ("token", None):
-            raise ValueError(f"rollout_is is {config.rollout_is!r} with DPPO: it must be 'token' or None")
+    def check_rollout_is(self, rollout_is: object) -> None:
+        if rollout_is not in ("token", None):
+            raise ValueError(f"rollout_is is {rollout_is!r} with DPPO: it must be 'token' or None")
 
     def bounds_met(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
         p, q = token.log_prob.exp(), (token.log_prob - token.log_w).exp()

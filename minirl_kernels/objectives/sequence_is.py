@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from .reinforce import Reinforce
-
-if TYPE_CHECKING:
-    from ..config import PolicyLossConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +15,9 @@ class SequenceIS(Reinforce):
     level: ClassVar = "sequence"
     preset: ClassVar = {"rollout_is": "sequence", "rollout_is_threshold": None}
 
-    def check_config(self, config: PolicyLossConfig) -> None:
-        if config.correction is not None and config.correction.level != "sequence":
+    def check_rollout_is(self, rollout_is: object) -> None:
+        if getattr(rollout_is, "level", rollout_is) not in ("sequence", None):
             raise ValueError(
-                f"rollout_is is {config.rollout_is!r} with objective='sequence_is': its weight is one product over "
+                f"rollout_is is {rollout_is!r} with objective='sequence_is': its weight is one product over "
                 "the response, so rollout_is must be 'sequence' or None"
             )

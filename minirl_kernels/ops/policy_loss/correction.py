@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...correction import Correction
+from .inputs import PolicyLossInputs
 from .layout import ordered_sum
-
-if TYPE_CHECKING:
-    from .inputs import PolicyLossInputs
 
 
 def log_correction(log_d: Tensor, correction: Correction, inputs: PolicyLossInputs) -> Tensor:
