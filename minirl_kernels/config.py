@@ -62,7 +62,7 @@ class PolicyLossConfig:
     kl_estimator: KLEstimator = "k3"
 
     def __post_init__(self):
-        if not isinstance(self.objective, Objective) and self.objective not in NAMED:
+        if not isinstance(self.objective, Objective) and self.objective not in tuple(NAMED):
             names = ", ".join(repr(name) for name in NAMED)
             raise ValueError(f"objective is {self.objective!r}: it must be one of {names}, or an Objective instance")
         check_choice("loss_agg_mode", self.loss_agg_mode, get_args(LossAggMode))
@@ -75,6 +75,7 @@ class PolicyLossConfig:
         check_number("kl_coef", self.kl_coef, "finite and at least 0", lambda v: 0 <= v < math.inf)
         if self.rollout_is_threshold is not None:
             check_number("rollout_is_threshold", self.rollout_is_threshold, "above 0, or None", lambda v: v > 0)
+        object.__setattr__(self, "_policy_objective", self._make_objective())
         self._check_combination()
 
     def _check_combination(self):
@@ -85,7 +86,6 @@ class PolicyLossConfig:
             )
         if self.loss_scale_factor is not None:
             check_number("loss_scale_factor", self.loss_scale_factor, "above 0", lambda v: v > 0)
-        object.__setattr__(self, "_policy_objective", self._make_objective())
         self.policy_objective.check_rollout_is(self.rollout_is)
         if self.rollout_is_threshold is not None and not self.weighs_by_w:
             if self.rollout_is is None:
