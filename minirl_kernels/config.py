@@ -111,14 +111,13 @@ class PolicyLossConfig:
                         "since only the objectives that are given by name read it"
                     )
             return self.objective
-        cls = NAMED[self.objective]
-        own = {field.name for field in fields(cls)}
+        own = _OWN_FIELDS[self.objective]
         if self.clip and "clip" not in own:
             raise ValueError(
                 f"clip is True with objective={self.objective!r}: it has no bound on the ratio, so clip must be "
                 "False (objective='minirl' is REINFORCE with one)"
             )
-        return cls(**{name: getattr(self, name) for name in _OBJECTIVE_FIELDS if name in own})
+        return NAMED[self.objective](**{name: getattr(self, name) for name in own})
 
     @property
     def policy_objective(self) -> Objective:
@@ -158,8 +157,7 @@ class PolicyLossConfig:
                 raise TypeError(f"PolicyLossConfig has no field {field!r}: it must be one of {', '.join(_FIELDS)}")
         if isinstance(name, Objective):
             return cls(**{"objective": name, **name.preset, **overrides})
-        own = {field.name: field.default for field in fields(NAMED[name])}
-        return cls(**{"objective": name, "clip": False, **own, **NAMED[name].preset, **overrides})
+        return cls(**{"objective": name, "clip": False, **_OWN_FIELDS[name], **NAMED[name].preset, **overrides})
 
     @classmethod
     def minirl(cls, **overrides) -> PolicyLossConfig:
@@ -196,3 +194,5 @@ class PolicyLossConfig:
 _FIELDS = tuple(field.name for field in fields(PolicyLossConfig))
 _CORRECTIONS = {level: Correction(level=level) for level in get_args(RolloutIS)}
 _OBJECTIVE_FIELDS = ("clip", "clip_ratio_low", "clip_ratio_high")
+# the fields that a named objective has, with its defaults; a table, since torch.compile does not trace `fields`
+_OWN_FIELDS = {name: {field.name: field.default for field in fields(cls)} for name, cls in NAMED.items()}
