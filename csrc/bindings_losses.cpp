@@ -79,9 +79,8 @@ minirl::ObjectiveConfig objective_of(py::handle options) {
 
 // The loss of every row and the gradient of its logits; with `only_overflow`, the results of
 // fused_policy_loss_overflow.
-int64_t fused_policy_loss(const Tensor& logits, const Tensor& ids, Data<float> temperature, py::handle tokens,
-                          py::handle options, py::handle results, const Tensor& out, float softcap,
-                          bool only_overflow) {
+int64_t fused_policy_loss(const Tensor& logits, const Tensor& ids, Data<float> temperature, py::handle loss,
+                          py::handle results, const Tensor& out, float softcap, bool only_overflow) {
   static const Field<OptionalData<float>> old_log_probs("old_log_probs"), behaviour_log_probs("behaviour_log_probs"),
       ref_log_probs("ref_log_probs");
   static const Field<Data<float>> advantages("advantages"), weights("weights");
@@ -89,13 +88,13 @@ int64_t fused_policy_loss(const Tensor& logits, const Tensor& ids, Data<float> t
   static const Field<Data<float>> log_probs("log_probs"), entropy("entropy"), token_loss("token_loss"),
       token_grad("token_grad");
   const minirl::FusedPolicyLoss args = {logits_of(logits, ids, temperature),
-                                        old_log_probs(tokens),
-                                        behaviour_log_probs(tokens),
-                                        ref_log_probs(tokens),
-                                        advantages(tokens),
-                                        weights(tokens),
-                                        objective_of(options),
-                                        entropy_coef(options),
+                                        old_log_probs(loss),
+                                        behaviour_log_probs(loss),
+                                        ref_log_probs(loss),
+                                        advantages(loss),
+                                        weights(loss),
+                                        objective_of(loss),
+                                        entropy_coef(loss),
                                         log_probs(results),
                                         entropy(results),
                                         token_loss(results),

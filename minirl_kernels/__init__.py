@@ -13,7 +13,7 @@ from .ops.fused_policy_loss import fused_policy_loss
 from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.moe_experts import PackedExperts, moe_experts, pack_experts
 from .ops.moe_routing import Routing, moe_routing
-from .ops.policy_loss import PolicyLossMetrics, PolicyLossOutput, group_advantages, policy_loss
+from .ops.policy_loss import PolicyLossInputs, PolicyLossMetrics, PolicyLossOutput, group_advantages, policy_loss
 from .ops.token_logprobs import token_logprobs
 from .sampling_mask import SamplingMask
 
@@ -21,6 +21,7 @@ __all__ = [  # noqa: RUF022
     # losses
     "Correction",
     "PolicyLossConfig",
+    "PolicyLossInputs",
     "PolicyLossMetrics",
     "PolicyLossOutput",
     "fused_linear_policy_loss",

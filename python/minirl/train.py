@@ -17,7 +17,14 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from minirl_kernels import PolicyLossMetrics, RoutedExperts, group_advantages, record_routing, replay_routing
+from minirl_kernels import (
+    PolicyLossInputs,
+    PolicyLossMetrics,
+    RoutedExperts,
+    group_advantages,
+    record_routing,
+    replay_routing,
+)
 from minirl_kernels.moe.replay import RoutingReplay
 
 from .batch import Batch
@@ -154,33 +161,15 @@ class Trainer:
 
         Raises MiniRLError if it diverges; a loss that overflows names the token.
         """
-        counts = {
-            "num_responses": len(minibatch),
-            "num_tokens": int(minibatch.loss_mask.sum()),
-            "num_groups": self.config.prompts_per_minibatch,
-        }
+        with _computed(first=0):
+            parts = self._loss_inputs(minibatch).split(self.config.micro_batch_size)
         outputs, agreement = [], Agreement()
         micro_batches = minibatch.micro_batches(self.config.micro_batch_size, self.model.device)
-        for number, micro in enumerate(micro_batches):
-            policy_loss = {
-                "old_log_probs": micro.old_log_probs,
-                "rollout_log_probs": micro.rollout_log_probs,
-                "ref_log_probs": micro.ref_log_probs,
-                "advantages": micro.advantages,
-                "loss_mask": micro.loss_mask,
-                "group_ids": micro.group_ids,
-                "config": self.config.policy_loss,
-                **counts,
-            }
+        for number, (micro, part) in enumerate(zip(micro_batches, parts, strict=True)):
+            inputs = part.shorten(micro.token_ids.shape[1]).to(self.model.device)
             with self._replaying(micro) as replay:
-                try:
-                    output = self._forward(self.model, micro, policy_loss=policy_loss).policy_loss
-                except ValueError as error:
-                    first = number * self.config.micro_batch_size
-                    raise MiniRLError(
-                        f"an update cannot be computed: {error} (responses of this mini-batch from {first} on); if the "
-                        "model has diverged, try a smaller optimizer.lr"
-                    ) from error
+                with _computed(first=number * self.config.micro_batch_size):
+                    output = self._forward(self.model, micro, policy_loss={"inputs": inputs}).policy_loss
                 output.loss.backward()
             outputs.append(output)
             agreement += Agreement.of(replay, micro)
@@ -196,6 +185,19 @@ class Trainer:
             routing_agreement=agreement,
         )
 
+    def _loss_inputs(self, minibatch: Batch) -> PolicyLossInputs:
+        """The loss of a mini-batch but for its log-probabilities: what each token weighs is settled by the whole."""
+        return PolicyLossInputs.prepare(
+            minibatch.token_ids,
+            old_log_probs=minibatch.old_log_probs,
+            rollout_log_probs=minibatch.rollout_log_probs,
+            ref_log_probs=minibatch.ref_log_probs,
+            advantages=minibatch.advantages,
+            loss_mask=minibatch.loss_mask,
+            group_ids=minibatch.group_ids,
+            config=self.config.policy_loss,
+        )
+
     def _forward(self, model: PreTrainedModel, batch: Batch, policy_loss: dict | None = None) -> ModelOutput:
         """Log-probabilities of the batch's tokens, and their loss if told what it is made of; no logits."""
         with autocast(model.device, self.config.dtype):
@@ -207,6 +209,18 @@ class Trainer:
                 temperature=self.config.rollout.temperature,
                 policy_loss=policy_loss,
             )
+
+
+@contextmanager
+def _computed(first: int) -> Iterator[None]:
+    """Raises MiniRLError for a loss that cannot be computed, of responses of a mini-batch from `first` on."""
+    try:
+        yield
+    except ValueError as error:
+        raise MiniRLError(
+            f"an update cannot be computed: {error} (responses of this mini-batch from {first} on); if the model has "
+            "diverged, try a smaller optimizer.lr"
+        ) from error
 
 
 @contextmanager

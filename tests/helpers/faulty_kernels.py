@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 from verify.case import Case
-from verify.logits import LogitRows
+from verify.logits import LogitOperands
 from verify.rows import RowKernel
 
 from minirl_kernels.common.triton.launch import LaunchConfig
@@ -160,5 +160,5 @@ CALLS = {
 def faulty_case(name: str, vocab_size: int = 100) -> Case:
     """Rows of float32 with 4 elements between them."""
     config = LaunchConfig(lanes=8, vec=4, threads=32)
-    kernel = RowKernel(name, LogitRows.make, CALLS[name], lambda vocab_size, dtype: config)
+    kernel = RowKernel(name, LogitOperands.make, CALLS[name], lambda vocab_size, dtype: config)
     return kernel.case(vocab_size, torch.float32, padding=4)

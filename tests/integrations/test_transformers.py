@@ -9,8 +9,9 @@ import torch
 from causal_models import FAMILIES, V, gradients, make
 from linear_head import assert_matrices_as_exact
 from torch import nn
+from torch.distributed.utils import _apply_to_tensors
 
-from minirl_kernels import fused_policy_loss, linear_token_logprobs, token_logprobs
+from minirl_kernels import PolicyLossInputs, fused_policy_loss, linear_token_logprobs, token_logprobs
 from minirl_kernels.integrations.transformers import enable_log_probs
 
 
@@ -55,6 +56,28 @@ def test_policy_loss_as_through_logits(kind, ids, policy_loss):
         torch.testing.assert_close(output[name], getattr(expected, name))
     for name, grad in gradients(model).items():
         torch.testing.assert_close(grad, gradients(through_logits)[name])
+
+
+def test_policy_loss_of_prepared_inputs(ids, policy_loss):
+    input_ids, token_ids = ids
+    model = enable_log_probs(make("gemma2"))
+    expected = model(input_ids, token_ids=token_ids, policy_loss=policy_loss)
+    inputs = PolicyLossInputs.prepare(token_ids, **policy_loss)
+    found = model(input_ids, token_ids=token_ids, policy_loss={"inputs": inputs})
+    assert torch.equal(found.loss, expected.loss)
+    parts = zip(input_ids.split(2), token_ids.split(2), inputs.split(2), strict=True)
+    losses = [model(rows, token_ids=ids, policy_loss={"inputs": part}).loss for rows, ids, part in parts]
+    torch.testing.assert_close(sum(losses), expected.loss)
+
+
+def test_prepared_inputs_that_a_wrapper_rounded_are_refused(ids, policy_loss):
+    """FSDP casts the tensors of a dataclass too."""
+    input_ids, token_ids = ids
+    inputs = PolicyLossInputs.prepare(token_ids, **policy_loss)
+    cast = _apply_to_tensors(lambda values: values.bfloat16() if values.is_floating_point() else values, inputs)
+    model = enable_log_probs(make("gemma2"))
+    with pytest.raises(TypeError, match=r"dtype torch\.bfloat16: it must be float32"):
+        model(input_ids, token_ids=token_ids, policy_loss={"inputs": cast})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

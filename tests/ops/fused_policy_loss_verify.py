@@ -9,38 +9,44 @@ from functools import partial
 import torch
 from torch import Tensor
 from verify.case import Case
-from verify.logits import EXPONENTS, LogitRows, TileKernels
+from verify.logits import EXPONENTS, LogitOperands, TileKernels
 from verify.rows import QWEN3_VOCAB, RowKernel, compiled, interpreted, twice_less_a_tile
 
 from minirl_kernels.ops.fused_policy_loss import triton
+from minirl_kernels.ops.fused_policy_loss.loss_rows import LossRows
+from minirl_kernels.ops.token_logprobs.rows import NO_EPILOGUE, Epilogue
 
 
-def _launch_into(rows: LogitRows, out: Tensor, **options) -> tuple[Tensor, ...]:
-    arguments = {
-        "old_log_probs": rows.values,
-        "behaviour_log_probs": rows.values,
-        "ref_log_probs": rows.values,
-        "advantages": rows.values,
-        "weights": rows.values,
-        "objective": "minirl",
-        "clip": True,
-        "ratio_low": 0.0,
-        "ratio_high": float("inf"),
-        "threshold": 5.0,
-        "kl_coef": 0.1,
-        "kl_estimator": "k3",
-        "entropy_coef": 0.01,
-        **options,
-    }
-    return *triton.forward_backward(rows.logits, rows.token_ids, rows.temperature, **arguments, out=out), out
+def _launch_into(
+    operands: LogitOperands, out: Tensor, epilogue: Epilogue = NO_EPILOGUE, **options
+) -> tuple[Tensor, ...]:
+    """options: fields of the loss that differ."""
+    loss = LossRows(
+        old_log_probs=operands.values,
+        behaviour_log_probs=operands.values,
+        ref_log_probs=operands.values,
+        advantages=operands.values,
+        weights=operands.values,
+        objective="minirl",
+        clip=True,
+        ratio_low=0.0,
+        ratio_high=float("inf"),
+        threshold=5.0,
+        kl_coef=0.1,
+        kl_estimator="k3",
+        entropy_coef=0.01,
+    )
+    return *triton.forward_backward(operands.rows, loss._replace(**options), out, epilogue), out
 
 
-def _launch(rows: LogitRows, **options) -> tuple[Tensor, ...]:
-    return _launch_into(rows, rows.empty_grad(), **options)
+def _launch(operands: LogitOperands, **options) -> tuple[Tensor, ...]:
+    return _launch_into(operands, operands.empty_grad(), **options)
 
 
-KERNEL = RowKernel("fused_policy_loss", LogitRows.make, _launch, triton.launch_config, twice_less_a_tile)
-IN_PLACE = replace(KERNEL, name="fused_policy_loss in place", launch=lambda rows: _launch_into(rows, rows.logits))
+KERNEL = RowKernel("fused_policy_loss", LogitOperands.make, _launch, triton.launch_config, twice_less_a_tile)
+IN_PLACE = replace(
+    KERNEL, name="fused_policy_loss in place", launch=lambda operands: _launch_into(operands, operands.logits)
+)
 ON_TILES = TileKernels.of(KERNEL, _launch_into, sweeps=2)
 # every branch of the kernel that KERNEL does not compile
 OTHER_BRANCHES = {

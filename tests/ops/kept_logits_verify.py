@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from verify.case import Case
-from verify.logits import EXPONENTS, LogitRows
+from verify.logits import EXPONENTS, LogitOperands
 from verify.rows import RowKernel, compiled, interpreted
 
 from minirl_kernels.ops.kept_logits import triton
 from minirl_kernels.ops.kept_logits.op import KeptRows
 
 
-def _launch(rows: LogitRows) -> tuple[Tensor, ...]:
+def _launch(rows: LogitOperands) -> tuple[Tensor, ...]:
     """The sets are the first token, no set, the last token, and two in the middle; a row without a set stays."""
     vocab_size = rows.logits.shape[1]
     middle = vocab_size // 2
@@ -25,7 +25,7 @@ def _launch(rows: LogitRows) -> tuple[Tensor, ...]:
     return first[1:], last[:-1], both[:middle], both[middle + 2 :]
 
 
-KERNEL = RowKernel("kept_logits", LogitRows.make, _launch, triton.launch_config, reads=lambda config, size: 0.0)
+KERNEL = RowKernel("kept_logits", LogitOperands.make, _launch, triton.launch_config, reads=lambda config, size: 0.0)
 
 
 def interpreter_cases() -> Iterator[Case]:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from verify.case import Case
-from verify.logits import LogitRows
+from verify.logits import LogitOperands
 from verify.rows import RowKernel
 
 from minirl_kernels.common.checks import IGNORE_INDEX
@@ -18,7 +18,7 @@ from minirl_kernels.ops.moe_routing import triton
 
 
 def _forward(
-    rows: LogitRows, *, replay=True, norm=True, scoring="softmax", with_bias=False, groups=(1, 1), top_k=4
+    rows: LogitOperands, *, replay=True, norm=True, scoring="softmax", with_bias=False, groups=(1, 1), top_k=4
 ) -> tuple[Tensor, ...]:
     """The traps are a row that routes naturally and a row with an expert out of range."""
     ids, num_experts = rows.token_ids[:, None], rows.logits.shape[1]
@@ -29,7 +29,7 @@ def _forward(
     return tuple(values for values in found if values.numel())
 
 
-def _backward(rows: LogitRows, *, norm=False, scoring="softmax", top_k=4) -> tuple[Tensor, ...]:
+def _backward(rows: LogitOperands, *, norm=False, scoring="softmax", top_k=4) -> tuple[Tensor, ...]:
     weights = rows.values[:, None].expand(-1, top_k).contiguous()
     experts = (rows.token_ids[:, None] + torch.arange(top_k)) % rows.logits.shape[1]
     out = rows.empty_grad()
@@ -45,8 +45,8 @@ def _chosen_alone(config: LaunchConfig, num_experts: int) -> float:
     return 4 / num_experts
 
 
-FORWARD = RowKernel("moe_routing", LogitRows.make, _forward, triton.launch_config, streams_out=False)
-BACKWARD = RowKernel("moe_routing_backward", LogitRows.make, _backward, triton.launch_config)
+FORWARD = RowKernel("moe_routing", LogitOperands.make, _forward, triton.launch_config, streams_out=False)
+BACKWARD = RowKernel("moe_routing_backward", LogitOperands.make, _backward, triton.launch_config)
 BY_GROUPS = replace(
     FORWARD,
     name="moe_routing by groups",

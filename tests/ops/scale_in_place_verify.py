@@ -6,18 +6,18 @@ from collections.abc import Iterator
 
 from torch import Tensor
 from verify.case import Case
-from verify.logits import EXPONENTS, LogitRows
+from verify.logits import EXPONENTS, LogitOperands
 from verify.rows import RowKernel, compiled, interpreted
 
 from minirl_kernels.common.triton import scale
 
 
-def _launch(rows: LogitRows) -> tuple[Tensor, ...]:
+def _launch(rows: LogitOperands) -> tuple[Tensor, ...]:
     scale.scale_in_place(rows.logits, rows.temperature[0])
     return (rows.logits,)
 
 
-KERNEL = RowKernel("scale_in_place", LogitRows.make, _launch, scale.launch_config)
+KERNEL = RowKernel("scale_in_place", LogitOperands.make, _launch, scale.launch_config)
 
 
 def interpreter_cases() -> Iterator[Case]:

@@ -13,6 +13,7 @@ from policy_batches import LENGTHS, PRESETS, random_batch
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss, fused_policy_loss
 from minirl_kernels.ops.fused_linear_policy_loss.op import fused_linear_policy_loss_forward
 from minirl_kernels.ops.linear_token_logprobs import cpu
+from minirl_kernels.ops.linear_token_logprobs.head import prepare_head
 from minirl_kernels.ops.linear_token_logprobs.tiles import logit_tiles
 
 
@@ -51,7 +52,8 @@ def test_equal_to_fused_policy_loss_of_the_same_logits(preset, entropy_coef):
     head, batch = head_and_batch(20, 130)
     hidden, weight, token_ids, _ = head
     config = PolicyLossConfig.preset(preset, entropy_coef=entropy_coef)
-    x = torch.cat([tile.clone() for _, tile in logit_tiles(cpu, hidden, weight, None, 0.0)]).requires_grad_()
+    rows = prepare_head(hidden, weight, token_ids, None, 1.0, None, 1.0, None, None).rows(token_ids)
+    x = torch.cat([tile.logits.clone() for _, tile in logit_tiles(cpu, rows)]).requires_grad_()
     expected = fused_policy_loss(x, token_ids, config=config, **batch.arguments("packed"))
     (grad,) = torch.autograd.grad(expected.loss, x)
     out, (grad_hidden, grad_weight) = call(head, batch, "cpu", config=config)

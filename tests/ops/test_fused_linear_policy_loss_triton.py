@@ -17,8 +17,10 @@ from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss
 from minirl_kernels.common.triton.scale import scale_in_place
 from minirl_kernels.ops.fused_linear_policy_loss.op import fused_linear_policy_loss_forward
 from minirl_kernels.ops.fused_policy_loss import triton as kernels
+from minirl_kernels.ops.fused_policy_loss.loss_rows import LossRows
 from minirl_kernels.ops.linear_token_logprobs import triton as head
 from minirl_kernels.ops.linear_token_logprobs.tiles import gradient_in_place
+from minirl_kernels.ops.token_logprobs.rows import LogitRows
 
 pytestmark = triton_cases.interpreter_only()
 UNCLIPPED = PolicyLossConfig(clip=False)
@@ -66,13 +68,14 @@ def test_a_narrower_gradient_in_place_is_that_in_memory_of_its_own(vocab_size, d
     memory = random_logits(4, vocab_size + 5)
     logits = memory[:, :vocab_size]
     ones = torch.ones(4)
-    row = (random_ids(logits), ones, None, None, None, torch.tensor([1.0, -1.0, 0.0, -0.3]), ones)
-    objective = ("minirl", False, 0.0, 2.0, 5.0, 0.0, "k3", 0.0)
+    row = LogitRows(logits, random_ids(logits), ones)
+    per_token = (None, None, None, torch.tensor([1.0, -1.0, 0.0, -0.3]), ones)
+    loss = LossRows(*per_token, "minirl", False, 0.0, 2.0, 5.0, 0.0, "k3", 0.0)
     apart = torch.empty(4, vocab_size, dtype=dtype)
-    expected = kernels.forward_backward(logits, *row, *objective, apart)
+    expected = kernels.forward_backward(row, loss, apart)
     beyond = memory[:, vocab_size:].clone()
     in_place = gradient_in_place(logits, dtype)
-    results = kernels.forward_backward(logits, *row, *objective, in_place)
+    results = kernels.forward_backward(row, loss, in_place)
     assert all(map(torch.equal, results, expected))
     assert torch.equal(in_place, apart)
     assert torch.equal(memory[:, vocab_size:], beyond)

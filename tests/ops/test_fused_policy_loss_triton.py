@@ -19,9 +19,11 @@ from verify.launches import captured
 
 from minirl_kernels import PolicyLossConfig, fused_policy_loss
 from minirl_kernels.common.triton.scale import scale_in_place
+from minirl_kernels.ops.fused_policy_loss.loss_rows import LossRows
 from minirl_kernels.ops.fused_policy_loss.op import fused_policy_loss_forward
 from minirl_kernels.ops.fused_policy_loss.triton import forward_backward, kl_penalty, token_objective
 from minirl_kernels.ops.policy_loss import reference
+from minirl_kernels.ops.token_logprobs.rows import LogitRows
 
 pytestmark = triton_cases.interpreter_only()
 
@@ -30,26 +32,24 @@ LENGTHS = [3, 1, 2, 4]
 
 def call(logits, token_ids, *, out=None, **changes):
     """forward_backward on MiniRL with everything neutral but for `changes`; (results, gradient)."""
-    rows = token_ids.shape
-    arguments = {
-        "temperature": torch.ones(rows),
-        "old_log_probs": None,
-        "behaviour_log_probs": None,
-        "ref_log_probs": None,
-        "advantages": torch.ones(rows),
-        "weights": torch.ones(rows),
-        "objective": "minirl",
-        "clip": True,
-        "ratio_low": 0.8,
-        "ratio_high": 1.27,
-        "threshold": 5.0,
-        "kl_coef": 0.0,
-        "kl_estimator": "k3",
-        "entropy_coef": 0.0,
-        **changes,
-    }
+    ones = torch.ones(token_ids.shape)
+    loss = LossRows(
+        old_log_probs=None,
+        behaviour_log_probs=None,
+        ref_log_probs=None,
+        advantages=ones,
+        weights=ones,
+        objective="minirl",
+        clip=True,
+        ratio_low=0.8,
+        ratio_high=1.27,
+        threshold=5.0,
+        kl_coef=0.0,
+        kl_estimator="k3",
+        entropy_coef=0.0,
+    )
     out = torch.empty_like(logits) if out is None else out
-    return *forward_backward(logits, token_ids, **arguments, out=out), out
+    return *forward_backward(LogitRows(logits, token_ids, ones), loss._replace(**changes), out), out
 
 
 @pytest.mark.parametrize("preset", TOKEN_LEVEL)

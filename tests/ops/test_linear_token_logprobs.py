@@ -11,6 +11,7 @@ from linear_logprobs_cases import OPTIONS, call, check_against_equations
 from minirl_kernels import linear_token_logprobs, token_logprobs
 from minirl_kernels.ops.linear_token_logprobs import cpu
 from minirl_kernels.ops.linear_token_logprobs import op as linear_op
+from minirl_kernels.ops.linear_token_logprobs.head import prepare_head
 from minirl_kernels.ops.linear_token_logprobs.tiles import logit_tiles
 
 META = torch.device("meta")
@@ -97,7 +98,8 @@ def test_bits_depend_on_the_token_alone(dtype, threads, monkeypatch):
 
 def test_equal_to_token_logprobs_of_the_same_logits():
     hidden, weight, token_ids, _ = random_head(20, 16, 500)
-    tiles = [tile.clone() for _, tile in logit_tiles(cpu, hidden, weight, None, 0.0)]
+    rows = prepare_head(hidden, weight, token_ids, None, 1.0, None, 1.0, None, None).rows(token_ids)
+    tiles = [tile.logits.clone() for _, tile in logit_tiles(cpu, rows)]
     expected = token_logprobs(torch.cat(tiles), token_ids, with_entropy=True)
     ours = linear_token_logprobs(hidden, weight, token_ids, with_entropy=True)
     assert all(map(torch.equal, ours, expected))

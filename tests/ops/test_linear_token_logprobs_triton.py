@@ -19,6 +19,7 @@ from minirl_kernels.ops.linear_token_logprobs import op as linear_op
 from minirl_kernels.ops.linear_token_logprobs import triton as head
 from minirl_kernels.ops.linear_token_logprobs.tiles import gradient_in_place
 from minirl_kernels.ops.token_logprobs import triton as kernels
+from minirl_kernels.ops.token_logprobs.rows import Epilogue, LogitRows, RowGradients
 
 pytestmark = triton_cases.interpreter_only()
 HALVES = (torch.bfloat16, torch.float16)
@@ -132,10 +133,11 @@ def test_softcap(logit):
     capped = 1.5 * torch.tanh(x / 1.5)
     expected = torch.log_softmax(capped, -1)[:, 1]
     (expected_grad,) = torch.autograd.grad(expected.sum(), x)
-    ids, ones = torch.tensor([1, 1]), torch.ones(2)
-    ours, _, shift, log_sum = kernels.forward(x.detach(), ids, ones, False, softcap=1.5)
+    ones, epilogue = torch.ones(2), Epilogue(softcap=1.5)
+    rows = LogitRows(x.detach(), torch.tensor([1, 1]), ones)
+    ours, _, shift, log_sum = kernels.forward(rows, False, epilogue)
     grad = torch.empty(2, 2)
-    kernels.backward(x.detach(), ids, ones, shift, log_sum, ones, ones, None, grad, softcap=1.5)
+    kernels.backward(rows, RowGradients(shift, log_sum, ones, ones, None), grad, epilogue)
     torch.testing.assert_close(ours, expected.detach(), rtol=1e-6, atol=3e-7, equal_nan=True)
     torch.testing.assert_close(grad, expected_grad, rtol=2e-6, atol=1e-7, equal_nan=True)
 
@@ -146,15 +148,14 @@ def test_softcap(logit):
 def test_a_narrower_gradient_in_place_is_the_gradient_rounded(vocab_size, dtype, head):
     memory = random_logits(4, vocab_size + 5)
     logits = memory[:, :vocab_size]
-    token_ids = random_ids(logits)
-    temperature, grads = torch.full((4,), 0.8), torch.tensor([1.0, -1.0, 0.0, -0.3])
-    _, entropy, shift, log_sum = kernels.forward(logits, token_ids, temperature, True, **head)
-    row = (token_ids, temperature, shift, log_sum, entropy, grads, grads.flip(0))
+    rows, grads = LogitRows(logits, random_ids(logits), torch.full((4,), 0.8)), torch.tensor([1.0, -1.0, 0.0, -0.3])
+    _, entropy, shift, log_sum = kernels.forward(rows, True, Epilogue(**head))
+    gradients = RowGradients(shift, log_sum, entropy, grads, grads.flip(0))
     apart = torch.empty(4, vocab_size)
-    kernels.backward(logits, *row, apart, **head)
+    kernels.backward(rows, gradients, apart, Epilogue(**head))
     beyond = memory[:, vocab_size:].clone()
     in_place = gradient_in_place(logits, dtype)
-    kernels.backward(logits, *row, in_place, **head)
+    kernels.backward(rows, gradients, in_place, Epilogue(**head))
     assert torch.equal(in_place, apart.to(dtype))
     assert torch.equal(memory[:, vocab_size:], beyond)
 

@@ -1,8 +1,10 @@
 """Every metric against a plain loop, and how metrics of parts become those of the whole."""
 
 import math
+import re
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from ranks import run_ranks
 from two_ranks import LENGTHS, metrics_of, reduce_a_part
 
 from minirl_kernels import PolicyLossConfig, PolicyLossMetrics, policy_loss
+from minirl_kernels.ops.policy_loss.metric_table import METRICS
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def by_loop(batch, low=0.8, high=1.27, threshold=5.0):
@@ -167,3 +172,9 @@ def test_all_reduce_over_two_processes(tmp_path):
     for rank in range(2):
         reduced = PolicyLossMetrics(**torch.load(tmp_path / f"{rank}.pt"))
         assert reduced.compute() == pytest.approx(whole, rel=1e-12)
+
+
+def test_the_documented_metrics_are_those_that_are_computed():
+    documented = re.findall(r"^\| `(\w+)` \| (.+) \|$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert documented == [(metric.name, metric.doc) for metric in METRICS]
+    assert [name for name, _ in documented] == list(metrics_of(random_batch(LENGTHS)).compute())

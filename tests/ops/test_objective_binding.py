@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from minirl_kernels import PolicyLossConfig, fused_policy_loss
 from minirl_kernels.ops.fused_policy_loss.cpu import forward_backward
+from minirl_kernels.ops.fused_policy_loss.loss_rows import LossRows
 from minirl_kernels.ops.fused_policy_loss.objective_kernels import KERNELS
-from minirl_kernels.ops.fused_policy_loss.op import sweep_arguments
 from minirl_kernels.ops.policy_loss.inputs import prepare_inputs
 from minirl_kernels.ops.policy_loss.reference import token_losses
+from minirl_kernels.ops.token_logprobs.rows import LogitRows
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -82,8 +83,8 @@ def by_cpp(log_probs, arguments):
     names = ("group_ids", "num_responses", "num_tokens", "num_groups")
     inputs = prepare_inputs(log_probs.shape, log_probs.device, raises=False, **dict.fromkeys(names), **arguments)
     logits, ids = rows_with(log_probs), torch.zeros(len(log_probs), dtype=torch.int64)
-    rows = (logits, ids, torch.ones(len(ids)), *sweep_arguments(inputs))
-    log_probs, _, *ours = forward_backward(*rows, torch.empty_like(logits))
+    rows = LogitRows(logits, ids, torch.ones(len(ids)))
+    log_probs, _, *ours = forward_backward(rows, LossRows.of(inputs), torch.empty_like(logits))
     return log_probs, ours, token_losses(log_probs, inputs)
 
 

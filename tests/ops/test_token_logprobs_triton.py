@@ -14,6 +14,7 @@ from verify.launches import captured
 
 from minirl_kernels import token_logprobs
 from minirl_kernels.ops.token_logprobs.op import token_logprobs_forward
+from minirl_kernels.ops.token_logprobs.rows import LogitRows, RowGradients
 from minirl_kernels.ops.token_logprobs.triton import backward
 
 pytestmark = triton_cases.interpreter_only()
@@ -178,9 +179,9 @@ def test_gradient_over_the_logits_themselves():
     _, entropy, shift, log_sum = token_logprobs_forward(logits, token_ids, temperature, True, "triton")
     apart = torch.empty(2, 3, 50, dtype=logits.dtype)
     before = buffer.clone()
-    arguments = (token_ids, temperature, shift, log_sum, entropy, grads, grads)
-    backward(logits, *arguments, apart)
-    backward(logits, *arguments, logits)
+    arguments = LogitRows(logits, token_ids, temperature), RowGradients(shift, log_sum, entropy, grads, grads)
+    backward(*arguments, apart)
+    backward(*arguments, logits)
     assert torch.equal(logits, apart)
     assert torch.equal(buffer[:, :1], before[:, :1])
     assert torch.equal(buffer[..., 50:], before[..., 50:])
@@ -200,8 +201,9 @@ def test_more_tokens_than_a_grid_axis_but_the_first_can_count():
     logits = torch.zeros(1, 16).expand(70_000, 16)
     token_ids = torch.zeros(70_000, dtype=torch.int64)
     with captured() as launches:
-        values = token_logprobs_forward(logits, token_ids, torch.ones(70_000), True, "triton")
-        backward(logits, token_ids, torch.ones(70_000), *values[2:], *[values[0]] * 3, torch.empty(70_000, 16))
+        rows = LogitRows(logits, token_ids, torch.ones(70_000))
+        values = token_logprobs_forward(*rows, True, "triton")
+        backward(rows, RowGradients(*values[2:], *[values[0]] * 3), torch.empty(70_000, 16))
     assert [launch.grid for launch in launches] == [(70_000,), (70_000, 1)]
 
 
@@ -214,6 +216,7 @@ def test_rows_more_than_2_to_the_31_elements_apart():
     expected = gradient(logits.contiguous(), token_ids)
     temperature, grads = torch.ones(2), torch.tensor([1.0, 1.0])
     log_probs, entropy, shift, log_sum = token_logprobs_forward(logits, token_ids, temperature, True, "triton")
-    backward(logits, token_ids, temperature, shift, log_sum, entropy, grads, grads / 2, logits)
+    gradients = RowGradients(shift, log_sum, entropy, grads, grads / 2)
+    backward(LogitRows(logits, token_ids, temperature), gradients, logits)
     for values, others in zip((log_probs, entropy, logits), expected, strict=True):
         assert torch.equal(values, others)

@@ -11,7 +11,7 @@ from torch import Tensor
 from verify.case import Case
 from verify.logits import (
     EXPONENTS,
-    LogitRows,
+    LogitOperands,
     TileKernels,
     compiled_with_head,
     interpreted_with_head,
@@ -20,25 +20,35 @@ from verify.logits import (
 from verify.rows import QWEN3_VOCAB, RowKernel, compiled, interpreted
 
 from minirl_kernels.ops.token_logprobs import triton
+from minirl_kernels.ops.token_logprobs.rows import NO_EPILOGUE, Epilogue, RowGradients
 
 
-def _forward(rows: LogitRows, *, with_entropy: bool = True, **head) -> tuple[Tensor, ...]:
-    return triton.forward(rows.logits, rows.token_ids, rows.temperature, with_entropy, **head)
+def _forward(
+    operands: LogitOperands, *, with_entropy: bool = True, epilogue: Epilogue = NO_EPILOGUE
+) -> tuple[Tensor, ...]:
+    return triton.forward(operands.rows, with_entropy, epilogue)
 
 
-def _backward(rows: LogitRows, *, with_entropy: bool = True) -> tuple[Tensor, ...]:
-    return _backward_into(rows, rows.empty_grad(), with_entropy=with_entropy)
+def _backward(operands: LogitOperands, *, with_entropy: bool = True) -> tuple[Tensor, ...]:
+    return _backward_into(operands, operands.empty_grad(), with_entropy=with_entropy)
 
 
-def _backward_into(rows: LogitRows, out: Tensor, *, with_entropy: bool = True, **head) -> tuple[Tensor, ...]:
-    shift = rows.logits.float().amax(-1)
-    per_token = (shift, rows.values, rows.values, rows.values, rows.values if with_entropy else None)
-    triton.backward(rows.logits, rows.token_ids, rows.temperature, *per_token, out, **head)
+def _backward_into(
+    operands: LogitOperands, out: Tensor, *, with_entropy: bool = True, epilogue: Epilogue = NO_EPILOGUE
+) -> tuple[Tensor, ...]:
+    gradients = RowGradients(
+        shift=operands.logits.float().amax(-1),
+        log_sum=operands.values,
+        entropy=operands.values,
+        grad_log_probs=operands.values,
+        grad_entropy=operands.values if with_entropy else None,
+    )
+    triton.backward(operands.rows, gradients, out, epilogue)
     return (out,)
 
 
-FORWARD = RowKernel("token_logprobs", LogitRows.make, _forward, triton.forward_config, streams_out=False)
-BACKWARD = RowKernel("token_logprobs_backward", LogitRows.make, _backward, triton.backward_config)
+FORWARD = RowKernel("token_logprobs", LogitOperands.make, _forward, triton.forward_config, streams_out=False)
+BACKWARD = RowKernel("token_logprobs_backward", LogitOperands.make, _backward, triton.backward_config)
 FORWARD_WITH_HEAD = with_head(FORWARD, sweeps=1)
 ON_TILES = TileKernels.of(BACKWARD, _backward_into, sweeps=1)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from minirl_kernels.common.checks import IGNORE_INDEX
 from minirl_kernels.ops.linear_token_logprobs.tiles import gradient_in_place
+from minirl_kernels.ops.token_logprobs.rows import Epilogue, LogitRows
 from verify.case import Case
 from verify.rows import GPT2_VOCAB, QWEN3_VOCAB, RowKernel, launch_configurations
 
@@ -18,7 +19,7 @@ EXPONENTS = range(9, 16)  # of the powers of two up to the largest row of one ti
 
 
 @dataclass(frozen=True)
-class LogitRows:
+class LogitOperands:
     """[T, V] logits, and [T] for each of the others but the bias."""
 
     logits: Tensor
@@ -28,7 +29,9 @@ class LogitRows:
     bias: Tensor  # [V]
 
     @classmethod
-    def make(cls, rows: int, vocab_size: int, dtype: torch.dtype, padding: int, *, traps: bool = False) -> LogitRows:
+    def make(
+        cls, rows: int, vocab_size: int, dtype: torch.dtype, padding: int, *, traps: bool = False
+    ) -> LogitOperands:
         """Traps are one token without a gradient, one ignored token and one token out of range."""
         random = torch.Generator().manual_seed(vocab_size)
         buffer = torch.randn(rows, vocab_size + padding, generator=random).to(dtype)
@@ -43,20 +46,25 @@ class LogitRows:
         """Memory for a gradient of the logits."""
         return torch.empty_like(self.logits, memory_format=torch.contiguous_format)
 
-    def head(self) -> dict:
-        """The options of a linear head that come between its product and the logits."""
-        return {"softcap": 3.0, "bias": self.bias}
+    @property
+    def rows(self) -> LogitRows:
+        return LogitRows(self.logits, self.token_ids, self.temperature)
+
+    @property
+    def epilogue(self) -> Epilogue:
+        """Of a linear head: it comes between the product and the logits."""
+        return Epilogue(self.bias, softcap=3.0)
 
 
 def with_head(kernel: RowKernel, *, sweeps: int) -> RowKernel:
     """The kernel with softcap and bias: it reads a bias, as long as a row, in each sweep over the row.
 
-    kernel.launch takes the options of LogitRows.head.
+    kernel.launch takes LogitOperands.epilogue.
     """
     return replace(
         kernel,
         name=f"{kernel.name}, softcap, bias",
-        launch=lambda rows: kernel.launch(rows, **rows.head()),
+        launch=lambda operands: kernel.launch(operands, epilogue=operands.epilogue),
         reads=lambda config, vocab_size: kernel.reads(config, vocab_size) + sweeps,
     )
 
@@ -64,12 +72,14 @@ def with_head(kernel: RowKernel, *, sweeps: int) -> RowKernel:
 def narrowed(kernel: RowKernel, launch_into: Callable[..., tuple[Tensor, ...]], dtype: torch.dtype) -> RowKernel:
     """The kernel on tiles of a linear head: a 16-bit gradient takes the memory of the float32 logits.
 
-    launch_into(rows, grad, **head) launches the kernel, which writes its gradient of the logits to grad.
+    launch_into(operands, grad, **epilogue) launches the kernel, which writes its gradient of the logits to grad.
     """
     return replace(
         kernel,
         name=f"{kernel.name}, {str(dtype).removeprefix('torch.')} in place",
-        launch=lambda rows, **head: launch_into(rows, gradient_in_place(rows.logits, dtype), **head),
+        launch=lambda operands, **epilogue: launch_into(
+            operands, gradient_in_place(operands.logits, dtype), **epilogue
+        ),
         config=partial(kernel.config, out_dtype=dtype),
         out_dtype=dtype,
     )

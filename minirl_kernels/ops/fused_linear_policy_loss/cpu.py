@@ -5,14 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..fused_policy_loss import cpu as fused_policy_loss
+from ..fused_policy_loss.loss_rows import LossRows
 from ..linear_token_logprobs import cpu as head
+from ..token_logprobs.rows import Epilogue, LogitRows
 
 __all__ = ["head", "rows_with_gradient", "sweep_of_tile"]
 
 
-def sweep_of_tile(*arguments) -> tuple[Tensor, ...]:
-    *arguments, _, softcap = arguments  # the bias is in the logits
-    return fused_policy_loss.forward_backward(*arguments, softcap)
+def sweep_of_tile(rows: LogitRows, loss: LossRows, out: Tensor, epilogue: Epilogue) -> tuple[Tensor, ...]:
+    return fused_policy_loss.forward_backward(rows, loss, out, epilogue.softcap)  # the bias is in the logits
 
 
 def rows_with_gradient(

@@ -13,27 +13,24 @@ from torch import Tensor
 from ...common.autograd import attach_gradient_once
 from ...common.checks import IGNORE_INDEX, always_looks
 from ...common.library import Op, register
+from ...common.records import schema, unpack
 from ...config import PolicyLossConfig
 from ...sampling_mask import SamplingMask
-from ..fused_policy_loss.op import SWEEP_ARGUMENTS, SWEEP_RESULTS, sweep_arguments, takes_one_sweep
-from ..linear_token_logprobs.op import (
-    GRADIENT_RESULTS,
-    HEAD_ARGUMENTS,
-    NEEDS_ARGUMENTS,
-    Head,
-    gradients_fake,
-    linear_gradients,
-    linear_stats,
-    prepare_head,
-)
+from ..fused_policy_loss.loss_rows import LossRows
+from ..fused_policy_loss.op import SWEEP_RESULTS, takes_one_sweep
+from ..linear_token_logprobs.head import Head, HeadRows, Needs, prepare_head
+from ..linear_token_logprobs.op import GRADIENT_RESULTS, gradients_fake, linear_gradients, linear_stats
 from ..policy_loss.inputs import PolicyLossInputs, prepare_inputs
 from ..policy_loss.op import PolicyLossOutput, assemble_output, differentiable_loss, loss_of_log_probs
+from ..policy_loss.two_forms import takes_inputs
 from ..token_logprobs.op import token_logprobs
+from ..token_logprobs.rows import RowGradients
 from . import tiles
 
 OP = Op(__package__)
 
 
+@takes_inputs
 def fused_linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -50,6 +47,7 @@ def fused_linear_policy_loss(
     num_tokens: float | Tensor | None = None,
     num_groups: float | Tensor | None = None,
     config: PolicyLossConfig = PolicyLossConfig(),
+    inputs: PolicyLossInputs | None = None,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_softcap: float | None = None,
@@ -68,7 +66,7 @@ def fused_linear_policy_loss(
     token_ids: [B, L] or [T], int32 or int64; -100 takes the token out of the loss, as loss_mask = 0 does. The rows
         of such tokens are not computed. An id out of range raises ValueError on the CPU, gives NaN on the GPU, and
         raises there too with check=True, which waits for it.
-    The others are those of `policy_loss`, check too; with it a GPU looks at temperature as well, as the CPU does.
+    The others are those of `policy_loss`, inputs and check too; with check a GPU looks at temperature as well.
 
     Returns PolicyLossOutput; entropy is exact over the vocabulary, or over kept. All gradients are made in the forward,
     for those of hidden, weight and bias that require one; the first backward consumes them and a second one raises
@@ -83,6 +81,7 @@ def fused_linear_policy_loss(
     inputs = prepare_inputs(
         token_ids.shape,
         hidden.device,
+        inputs=inputs,
         old_log_probs=old_log_probs,
         rollout_log_probs=rollout_log_probs,
         advantages=advantages,
@@ -104,7 +103,7 @@ def fused_linear_policy_loss(
         log_probs, entropy = token_logprobs(head.logits(), token_ids, **options, backend=backend)
         return differentiable_loss(log_probs, entropy, inputs, entropy.detach())
     operands = (head.hidden, head.weight, head.bias)
-    needs = tuple(operand is not None and operand.requires_grad and torch.is_grad_enabled() for operand in operands)
+    needs = Needs(*(operand is not None and operand.requires_grad and torch.is_grad_enabled() for operand in operands))
     one_sweep = any(needs) and head.shard is None and takes_one_sweep(inputs)
     sweep = _one_sweep if one_sweep else _two_phases
     with torch.no_grad():
@@ -115,48 +114,31 @@ def fused_linear_policy_loss(
     return output._replace(loss=attach_gradient_once(output.loss, pairs, "fused_linear_policy_loss"))
 
 
-def _flat(head: Head, token_ids: Tensor) -> tuple:
-    """What the kernels are told of the head and the tokens, rows flat."""
-    return (
-        head.hidden.detach().flatten(0, -2),
-        head.weight.detach(),
-        None if head.bias is None else head.bias.detach().float(),
-        token_ids.flatten(),
-        head.temperature.flatten().contiguous(),
-        head.softcap,
-        *head.sets,
-    )
-
-
-def _one_sweep(head: Head, token_ids, inputs: PolicyLossInputs, needs, backend):
-    arguments = (value.flatten() if isinstance(value, Tensor) else value for value in sweep_arguments(inputs))
-    *per_token, grad_hidden, grad_weight, grad_bias = fused_linear_policy_loss_forward(
-        *_flat(head, token_ids), *arguments, *needs, backend
-    )
+def _one_sweep(head: Head, token_ids: Tensor, inputs: PolicyLossInputs, needs: Needs, backend: str):
+    rows, loss = head.rows(token_ids).detached(), LossRows.of(inputs).flat()
+    *per_token, grad_hidden, grad_weight, grad_bias = fused_linear_policy_loss_forward(*rows, *loss, *needs, backend)
     output = assemble_output(*(values.view(token_ids.shape) for values in per_token), inputs)
-    return output, (grad_hidden.view(head.hidden.shape) if needs[0] else None, grad_weight, grad_bias)
+    return output, (grad_hidden.view(head.hidden.shape) if needs.needs_hidden else None, grad_weight, grad_bias)
 
 
-def _two_phases(head: Head, token_ids, inputs: PolicyLossInputs, needs, backend):
-    arguments = _flat(head, token_ids)
-    log_probs, entropy, shift, log_sum = linear_stats(*arguments, True, head.shard, backend)
+def _two_phases(head: Head, token_ids: Tensor, inputs: PolicyLossInputs, needs: Needs, backend: str):
+    rows = head.rows(token_ids).detached()
+    log_probs, entropy, shift, log_sum = linear_stats(rows, True, head.shard, backend)
     output = loss_of_log_probs(log_probs.view(token_ids.shape), entropy.view(token_ids.shape), inputs)
     if not any(needs):
         return output, (None, None, None)
-    entropy_coef = inputs.config.entropy_coef
-    entropy_grad = (-entropy_coef * inputs.weights).flatten() if entropy_coef else None
-    grad_hidden, *others = linear_gradients(
-        *arguments, shift, log_sum, entropy, output.token_grad.flatten(), entropy_grad, needs, head.shard, backend
-    )
-    return output, (grad_hidden.view(head.hidden.shape) if needs[0] else None, *others)
+    entropy_grad = None if inputs.entropy_grad is None else inputs.entropy_grad.flatten()
+    gradients = RowGradients(shift, log_sum, entropy, output.token_grad.flatten(), entropy_grad)
+    grad_hidden, *others = linear_gradients(rows, gradients, needs, head.shard, backend)
+    return output, (grad_hidden.view(head.hidden.shape) if needs.needs_hidden else None, *others)
 
 
 _kernels = OP.kernels
 
 
 def _forward(*arguments):
-    *arguments, needs_hidden, needs_weight, needs_bias, backend = arguments
-    return tiles.forward_backward(_kernels(backend), *arguments, needs=(needs_hidden, needs_weight, needs_bias))
+    head, loss, needs, backend = unpack(arguments, HeadRows, LossRows, Needs)
+    return tiles.forward_backward(_kernels(backend), head, loss, needs)
 
 
 def _forward_fake(hidden, weight, bias, token_ids, *arguments):
@@ -165,7 +147,7 @@ def _forward_fake(hidden, weight, bias, token_ids, *arguments):
 
 
 fused_linear_policy_loss_forward = register(
-    f"fused_linear_policy_loss({HEAD_ARGUMENTS}, {SWEEP_ARGUMENTS}, {NEEDS_ARGUMENTS}, str backend)"
+    f"fused_linear_policy_loss({schema(HeadRows, LossRows, Needs)}, str backend)"
     f" -> ({SWEEP_RESULTS}, {GRADIENT_RESULTS})",
     _forward,
     _forward_fake,

@@ -12,54 +12,38 @@ import torch
 from torch import Tensor
 
 from ...common.checks import IGNORE_INDEX
-from ..kept_logits.op import KeptRows
-from ..linear_token_logprobs.tiles import Gradients, at_rows, gradient_in_place, logit_tiles
+from ...common.records import at_rows
+from ..fused_policy_loss.loss_rows import LossRows
+from ..linear_token_logprobs.head import HeadRows, Needs
+from ..linear_token_logprobs.tiles import Gradients, gradient_in_place, kept_at, logit_tiles
 
 
-def forward_backward(
-    kernels: ModuleType,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    kept_ids: Tensor | None,
-    kept_offsets: Tensor | None,
-    old_log_probs: Tensor | None,
-    behaviour_log_probs: Tensor | None,
-    ref_log_probs: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    *objective,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor, ...]:
+def forward_backward(kernels: ModuleType, head: HeadRows, loss: LossRows, needs: Needs) -> tuple[Tensor, ...]:
     """(log_probs, entropy, token_loss, token_grad, d hidden, d weight in float32, d bias in float32), rows flat.
 
     Rows of ignored ids are not computed; rows that cannot have a gradient are left out of its matmuls.
     """
-    num_rows, vocab_size, entropy_coef = hidden.shape[0], weight.shape[0], objective[-1]
-    counts = token_ids != IGNORE_INDEX
+    num_rows, vocab_size = head.hidden.shape[0], head.weight.shape[0]
+    counts = head.token_ids != IGNORE_INDEX
     can_have_gradient = counts
-    if ref_log_probs is None and entropy_coef == 0:
+    if loss.ref_log_probs is None and loss.entropy_coef == 0:
         # the gradient of an id out of range is no number where the kernels do not raise
-        can_have_gradient = counts & ((advantages != 0) | (token_ids < 0) | (token_ids >= vocab_size))
+        out_of_range = (head.token_ids < 0) | (head.token_ids >= vocab_size)
+        can_have_gradient = counts & ((loss.advantages != 0) | out_of_range)
+    outputs = [torch.zeros_like(head.temperature) for _ in range(4)]
     index, num_with_gradient = rows_in_order(counts, can_have_gradient)
-    per_token = (token_ids, temperature, old_log_probs, behaviour_log_probs, ref_log_probs, advantages, weights)
-    kept = KeptRows.of(kept_ids, kept_offsets)
-    hidden, kept, *per_token = at_rows(index, hidden, kept, *per_token)
-    results = temperature.new_empty(4, hidden.shape[0])
-    gradients = Gradients(kernels.head, hidden, weight, needs)
-    for rows, tile in logit_tiles(kernels.head, hidden, weight, bias, softcap, kept):
-        grad_tile = gradient_in_place(tile, hidden.dtype)
-        of_tile = at_rows(rows, *per_token)
-        values = kernels.sweep_of_tile(tile, *of_tile, *objective, grad_tile, bias, softcap)
+    head, kept, loss = head.at(index), kept_at(head, index), at_rows(loss, index)
+    results = head.temperature.new_empty(4, head.hidden.shape[0])
+    gradients = Gradients(kernels.head, head, needs)
+    for rows, logit_rows in logit_tiles(kernels.head, head, kept):
+        grad_tile = gradient_in_place(logit_rows.logits, head.hidden.dtype)
+        loss_rows = at_rows(loss, rows)
+        values = kernels.sweep_of_tile(logit_rows, loss_rows, grad_tile, head.epilogue)
         results[:, rows] = torch.stack(values)
         first = slice(rows.start, max(min(rows.stop, num_with_gradient), rows.start))
         count = first.stop - first.start
-        entropy_grad = -entropy_coef * of_tile[-1][:count]
+        entropy_grad = -loss.entropy_coef * loss_rows.weights[:count]
         gradients.add(*kernels.rows_with_gradient(first, grad_tile[:count], values[-1][:count], entropy_grad))
-    outputs = [torch.zeros_like(temperature) for _ in range(4)]
     for output, result in zip(outputs, results, strict=True):
         output[index] = result
     return *outputs, *gradients.results(index, num_rows)

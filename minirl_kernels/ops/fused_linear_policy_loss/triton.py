@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..fused_policy_loss import triton as fused_policy_loss
+from ..fused_policy_loss.triton import forward_backward as sweep_of_tile
 from ..linear_token_logprobs import triton as head
 
 __all__ = ["head", "rows_with_gradient", "sweep_of_tile"]
-
-
-def sweep_of_tile(*arguments) -> tuple[Tensor, ...]:
-    *arguments, bias, softcap = arguments
-    return fused_policy_loss.forward_backward(*arguments, bias, softcap or None)
 
 
 def rows_with_gradient(

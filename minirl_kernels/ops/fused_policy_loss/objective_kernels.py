@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from ...objectives import CISPO, GRPO, MiniRL, Objective, Reinforce
+from ...objectives.clipped import ClippedRatio
 
 # by class, so that a derived class with a loss of its own does not run as its base. The names are in
 # csrc/bindings_losses.cpp and in the Triton kernel.
@@ -15,9 +17,10 @@ def has_kernel(objective: Objective) -> bool:
     return type(objective) in KERNELS
 
 
-def objective_arguments(objective: Objective) -> tuple[str, bool, float, float]:
-    """(name, clip, lower and upper bound of r), as the kernels take them."""
+def objective_options(objective: Objective) -> dict[str, Any]:
+    """The name of the objective's function, and the bounds of r, as the kernels take them."""
     name = KERNELS[type(objective)]
-    if isinstance(objective, Reinforce):
-        return name, False, 0.0, math.inf
-    return name, objective.clip, objective.ratio_low, objective.ratio_high
+    if not isinstance(objective, ClippedRatio):
+        return {"objective": name, "clip": False, "ratio_low": 0.0, "ratio_high": math.inf}
+    bounds = {"ratio_low": objective.ratio_low, "ratio_high": objective.ratio_high}
+    return {"objective": name, "clip": objective.clip, **bounds}

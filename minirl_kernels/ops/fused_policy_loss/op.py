@@ -23,24 +23,28 @@ from ...common.checks import (
     per_token_temperature,
 )
 from ...common.library import Op, register
+from ...common.records import schema, unpack
 from ...config import PolicyLossConfig
 from ...sampling_mask import SamplingMask
 from ..kept_logits.op import check_kept, kept_logits, kept_logits_in_place
 from ..policy_loss.inputs import PolicyLossInputs, prepare_inputs
 from ..policy_loss.op import PolicyLossOutput, assemble_output, differentiable_loss, loss_of_log_probs
 from ..policy_loss.overflow import raise_overflow
-from ..policy_loss.reference import behaviour_log_probs
+from ..policy_loss.two_forms import takes_inputs
 from ..token_logprobs.op import (
     token_logprobs,
     token_logprobs_backward,
     token_logprobs_backward_in_place,
     token_logprobs_forward,
 )
-from .objective_kernels import has_kernel, objective_arguments
+from ..token_logprobs.rows import LogitRows, RowGradients
+from .loss_rows import LossRows
+from .objective_kernels import has_kernel
 
 OP = Op(__package__)
 
 
+@takes_inputs
 def fused_policy_loss(
     logits: Tensor,
     token_ids: Tensor,
@@ -56,6 +60,7 @@ def fused_policy_loss(
     num_tokens: float | Tensor | None = None,
     num_groups: float | Tensor | None = None,
     config: PolicyLossConfig = PolicyLossConfig(),
+    inputs: PolicyLossInputs | None = None,
     temperature: float | Tensor = 1.0,
     kept: SamplingMask | None = None,
     overwrite_logits: bool = False,
@@ -76,7 +81,7 @@ def fused_policy_loss(
         raises then leaves -inf in the logits outside of the sets.
     overwrite_logits: put the gradient where the logits were. They are lost to every other reader (autograd notices);
         no two rows may share memory. The reference keeps them.
-    The others are those of `policy_loss`, check too; with it a GPU looks at temperature as well, as the CPU does.
+    The others are those of `policy_loss`, inputs and check too; with check a GPU looks at temperature as well.
         No gradient is made where logits does not require one.
 
     Returns PolicyLossOutput; entropy is exact over the vocabulary, or over kept. The gradient is made in the forward,
@@ -95,6 +100,7 @@ def fused_policy_loss(
     inputs = prepare_inputs(
         token_ids.shape,
         logits.device,
+        inputs=inputs,
         old_log_probs=old_log_probs,
         rollout_log_probs=rollout_log_probs,
         advantages=advantages,
@@ -113,7 +119,6 @@ def fused_policy_loss(
     if check:
         token_ids = check_contents(token_ids, logits.shape[-1], temperature)
     token_ids, *sets = check_kept(kept, token_ids, logits.shape[-1], check, backend)
-    rows = (token_ids, temperature.contiguous())
     if backend == "reference":
         options = {"temperature": temperature, "kept": kept, "with_entropy": True}
         log_probs, entropy = token_logprobs(logits, token_ids, **options, backend=backend)
@@ -124,14 +129,15 @@ def fused_policy_loss(
         kept_logits_in_place(source, *sets, backend)
     elif kept is not None:
         source, in_place = kept_logits(source, *sets, backend), True
+    rows = LogitRows(source, token_ids, temperature.contiguous())
     if not needs_gradient:
-        log_probs, entropy, *_ = token_logprobs_forward(source, *rows, True, backend)
+        log_probs, entropy, *_ = token_logprobs_forward(*rows, True, backend)
         return loss_of_log_probs(log_probs, entropy, inputs)
     # the kernels of a GPU cannot say before they overwrite a row that another one will overflow
     says_too_late = check and overwrite_logits and backend == "triton"
     sweep = _one_sweep if takes_one_sweep(inputs) and not says_too_late else _two_phases
     with torch.no_grad():
-        output, grad_logits = sweep(source, *rows, inputs, in_place, backend)
+        output, grad_logits = sweep(rows, inputs, in_place, backend)
     loss = attach_gradient_once(output.loss, [(logits, grad_logits)], "fused_policy_loss")
     return output._replace(loss=loss)
 
@@ -144,72 +150,52 @@ def takes_one_sweep(inputs: PolicyLossInputs) -> bool:
     return has_kernel(config.policy_objective) and d_is_known
 
 
-def sweep_arguments(inputs: PolicyLossInputs) -> tuple:
-    """What the kernels are told of the loss: five per-token tensors or None, then the objective and its numbers."""
-    config = inputs.config
-    behaviour = None if config.rollout_is is None else behaviour_log_probs(inputs.old_log_probs, inputs)
-    per_token = (inputs.old_log_probs, behaviour, inputs.ref_log_probs if config.kl_coef else None)
-    return (
-        *(None if values is None else values.float().contiguous() for values in per_token),
-        inputs.advantages.contiguous(),
-        inputs.weights.contiguous(),
-        *objective_arguments(config.policy_objective),
-        float("inf") if config.rollout_is_threshold is None else config.rollout_is_threshold,
-        config.kl_coef,
-        config.kl_estimator,
-        config.entropy_coef,
-    )
-
-
-def _one_sweep(logits, token_ids, temperature, inputs: PolicyLossInputs, in_place, backend):
-    arguments = (token_ids, temperature, *sweep_arguments(inputs), backend)
+def _one_sweep(rows: LogitRows, inputs: PolicyLossInputs, in_place: bool, backend: str):
+    loss = LossRows.of(inputs)
     if in_place:
-        log_probs, entropy, token_loss, token_grad = fused_policy_loss_in_place(
-            logits, inputs.layout.offsets, *arguments
-        )
-        grad_logits = logits
-    else:
-        log_probs, entropy, token_loss, token_grad, grad_logits = fused_policy_loss_forward(logits, *arguments)
-    return assemble_output(log_probs, entropy, token_loss, token_grad, inputs), grad_logits
+        logits, *others = (*rows, *loss)
+        results = fused_policy_loss_in_place(logits, inputs.layout.offsets, *others, backend)
+        return assemble_output(*results, inputs), logits
+    *results, grad_logits = fused_policy_loss_forward(*rows, *loss, backend)
+    return assemble_output(*results, inputs), grad_logits
 
 
-def _two_phases(logits, token_ids, temperature, inputs: PolicyLossInputs, in_place, backend):
-    log_probs, entropy, shift, log_sum = token_logprobs_forward(logits, token_ids, temperature, True, backend)
+def _two_phases(rows: LogitRows, inputs: PolicyLossInputs, in_place: bool, backend: str):
+    log_probs, entropy, shift, log_sum = token_logprobs_forward(*rows, True, backend)
     output = loss_of_log_probs(log_probs, entropy, inputs)
-    entropy_coef = inputs.config.entropy_coef
-    entropy_grad = -entropy_coef * inputs.weights if entropy_coef else None
-    arguments = (token_ids, temperature, shift, log_sum, entropy, output.token_grad, entropy_grad, backend)
+    gradients = RowGradients(shift, log_sum, entropy, output.token_grad, inputs.entropy_grad)
     if in_place:
-        token_logprobs_backward_in_place(logits, *arguments)
-        return output, logits
-    return output, token_logprobs_backward(logits, *arguments)
+        token_logprobs_backward_in_place(*rows, *gradients, backend)
+        return output, rows.logits
+    return output, token_logprobs_backward(*rows, *gradients, backend)
 
 
 _kernels = OP.kernels
 
 
-def _forward(logits, *arguments):
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    return *_kernels(arguments[-1]).forward_backward(logits, *arguments[:-1], out), out
+def _forward(*arguments):
+    rows, loss, backend = unpack(arguments, LogitRows, LossRows)
+    out = torch.empty_like(rows.logits, memory_format=torch.contiguous_format)
+    return *_kernels(backend).forward_backward(rows, loss, out), out
 
 
 def _forward_in_place(logits, offsets, *arguments):
-    if arguments[-1] == "cpu":
-        _check_before_overwriting(logits, offsets, *arguments)
+    rows, loss, backend = unpack((logits, *arguments), LogitRows, LossRows)
+    if backend == "cpu":
+        _check_before_overwriting(rows, loss, offsets, backend)
     torch.autograd.graph.increment_version(logits)  # whoever saved the logits for a backward learns of it
-    return _kernels(arguments[-1]).forward_backward(logits, *arguments[:-1], logits)
+    return _kernels(backend).forward_backward(rows, loss, logits)
 
 
-def _check_before_overwriting(logits, offsets, token_ids, temperature, *arguments):
-    *arguments, backend = arguments
+def _check_before_overwriting(rows: LogitRows, loss: LossRows, offsets: Tensor, backend: str) -> None:
     log_probs, _, token_loss, token_grad = _kernels(backend).forward_backward(
-        logits, token_ids, temperature, *arguments, logits, only_overflow=True
+        rows, loss, rows.logits, only_overflow=True
     )
-    old, behaviour, ref, advantages = arguments[:4]
-    old = log_probs if old is None else old
-    log_r, log_w = log_probs - old, log_probs - (old if behaviour is None else behaviour)
-    log_ref = None if ref is None else ref - log_probs
-    raise_overflow(token_loss, token_grad, log_probs, log_r, log_w, log_ref, advantages, offsets)
+    old = log_probs if loss.old_log_probs is None else loss.old_log_probs
+    behaviour = old if loss.behaviour_log_probs is None else loss.behaviour_log_probs
+    log_ref = None if loss.ref_log_probs is None else loss.ref_log_probs - log_probs
+    ratios = (log_probs, log_probs - old, log_probs - behaviour, log_ref)
+    raise_overflow(token_loss, token_grad, *ratios, loss.advantages, offsets)
 
 
 def _forward_in_place_fake(logits, offsets, token_ids, *_):
@@ -221,12 +207,7 @@ def _forward_fake(logits, token_ids, *_):
     return *_forward_in_place_fake(logits, None, token_ids), out
 
 
-SWEEP_ARGUMENTS = (
-    "Tensor? old_log_probs, Tensor? behaviour_log_probs, Tensor? ref_log_probs, Tensor advantages, Tensor weights, "
-    "str objective, bool clip, float ratio_low, float ratio_high, float threshold, float kl_coef, str kl_estimator, "
-    "float entropy_coef"
-)
-_ARGUMENTS = f"Tensor token_ids, Tensor temperature, {SWEEP_ARGUMENTS}, str backend"
+_ARGUMENTS = f"{schema(LogitRows, LossRows, skip=1)}, str backend"  # after the logits
 SWEEP_RESULTS = "Tensor log_probs, Tensor entropy, Tensor token_loss, Tensor token_grad"
 fused_policy_loss_forward = register(
     f"fused_policy_loss(Tensor logits, {_ARGUMENTS}) -> ({SWEEP_RESULTS}, Tensor grad_logits)",

@@ -22,6 +22,8 @@ from ...common.triton.row_softmax import (
     store_gradient_row,
 )
 from ...common.triton.row_tiles import SIZES, fill_row, row_offset
+from ..token_logprobs.rows import NO_EPILOGUE, Epilogue, LogitRows
+from .loss_rows import LossRows
 
 
 @triton.jit
@@ -217,66 +219,48 @@ def fused_policy_loss_kernel(
 
 
 def forward_backward(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    old_log_probs: Tensor | None,
-    behaviour_log_probs: Tensor | None,
-    ref_log_probs: Tensor | None,
-    advantages: Tensor,
-    weights: Tensor,
-    objective: str,
-    clip: bool,
-    ratio_low: float,
-    ratio_high: float,
-    threshold: float,
-    kl_coef: float,
-    kl_estimator: str,
-    entropy_coef: float,
-    out: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
+    rows: LogitRows, loss: LossRows, out: Tensor, epilogue: Epilogue = NO_EPILOGUE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log_probs, entropy, token_loss, token_grad); the gradient goes into `out`, which may be `logits` itself, or
-    16-bit memory that begins each row where that of float32 logits does.
+    """(log_probs, entropy, token_loss, token_grad); the gradient goes into `out`.
 
-    It is by u = logits, and the loss is of softcap * tanh((u + bias) / softcap); bias [V] float32, either may be None.
+    out: may be the logits themselves, or 16-bit memory that begins each row where that of float32 logits does.
+    The loss is of the logits behind the epilogue, the gradient by what the epilogue is given.
     """
-    results = tuple(torch.empty_like(temperature) for _ in range(4))
-    vocab_size = logits.shape[-1]
-    config = launch_config(vocab_size, logits.dtype, out.dtype)
-    length, *strides = row_strides(logits)
+    results = tuple(torch.empty_like(rows.temperature) for _ in range(4))
+    vocab_size = rows.logits.shape[-1]
+    config = launch_config(vocab_size, rows.logits.dtype, out.dtype)
+    length, *strides = row_strides(rows.logits)
     _, *out_strides = row_strides(out)
     launch(
         fused_policy_loss_kernel,
-        (token_ids.numel(),),
-        logits,
-        bias,
-        softcap,
-        token_ids,
-        temperature,
-        old_log_probs,
-        behaviour_log_probs,
-        ref_log_probs,
-        advantages,
-        weights,
+        (rows.token_ids.numel(),),
+        rows.logits,
+        epilogue.bias,
+        epilogue.softcap or None,
+        rows.token_ids,
+        rows.temperature,
+        loss.old_log_probs,
+        loss.behaviour_log_probs,
+        loss.ref_log_probs,
+        loss.advantages,
+        loss.weights,
         *results,
         out,
-        ratio_low,
-        ratio_high,
-        threshold,
-        kl_coef,
-        entropy_coef,
+        loss.ratio_low,
+        loss.ratio_high,
+        loss.threshold,
+        loss.kl_coef,
+        loss.entropy_coef,
         length,
         vocab_size,
         *strides,
         *out_strides,
-        OBJECTIVE=objective,
-        CLIP=clip,
-        KL_ESTIMATOR=kl_estimator,
+        OBJECTIVE=loss.objective,
+        CLIP=loss.clip,
+        KL_ESTIMATOR=loss.kl_estimator,
         ONE_TILE=vocab_size <= config.tile,
         config=config,
-        rows=(logits, out),
+        rows=(rows.logits, out),
     )
     return results
 

@@ -9,6 +9,7 @@ from ...common.native_matmul import matmul_into
 from ..kept_logits import cpu as kept_logits
 from ..kept_logits.op import KeptRows
 from ..token_logprobs import cpu as token_logprobs
+from ..token_logprobs.rows import Epilogue, LogitRows, RowGradients
 
 # A tile of this many bytes is what the whole call costs in memory beside its results. Fewer rows than these read and
 # pack the weight, and add to its gradient, so often that it shows; large heads get a larger tile.
@@ -22,25 +23,21 @@ def rows_per_tile(num_rows: int, weight: Tensor) -> int:
     return -(-num_rows // tiles)
 
 
-def logits_into(tile: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float) -> None:
+def logits_into(tile: Tensor, hidden: Tensor, weight: Tensor, epilogue: Epilogue) -> None:
     matmul_into(tile, hidden, weight.T)
-    if bias is not None:
-        tile += bias
-    if softcap:
-        native().softcap(tile, softcap)
+    if epilogue.bias is not None:
+        tile += epilogue.bias
+    if epilogue.softcap:
+        native().softcap(tile, epilogue.softcap)
 
 
-def keep_(tile: Tensor, kept: KeptRows, softcap: float) -> None:
-    kept_logits.keep_(tile, kept)  # the logits are behind their softcap
+def keep_(tile: Tensor, kept: KeptRows, epilogue: Epilogue) -> None:
+    kept_logits.keep_(tile, kept)  # the logits are behind their epilogue
 
 
-def forward_of_tile(tile, token_ids, temperature, with_entropy, bias, softcap) -> tuple[Tensor, ...]:
-    return token_logprobs.forward(tile, token_ids, temperature, with_entropy)
+def forward_of_tile(rows: LogitRows, with_entropy: bool, epilogue: Epilogue) -> tuple[Tensor, ...]:
+    return token_logprobs.forward(rows, with_entropy)
 
 
-def backward_of_tile(
-    tile, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, grad_tile, bias, softcap
-) -> None:
-    token_logprobs.backward(
-        tile, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, grad_tile, softcap
-    )
+def backward_of_tile(rows: LogitRows, gradients: RowGradients, out: Tensor, epilogue: Epilogue) -> None:
+    token_logprobs.backward(rows, gradients, out, epilogue.softcap)

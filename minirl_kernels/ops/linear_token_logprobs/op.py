@@ -9,27 +9,19 @@ The backward makes the logits again, tile by tile, and needs four matmuls where 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ...common.checks import (
-    always_looks,
-    check_contents,
-    check_device,
-    check_float_matrix,
-    check_tensor,
-    check_token_ids,
-    per_token_temperature,
-)
 from ...common.library import Op, register
 from ...common.memory import rounded
+from ...common.records import schema, unpack
 from ...sampling_mask import SamplingMask
-from ..kept_logits.op import check_kept
 from ..token_logprobs.op import token_logprobs
+from ..token_logprobs.rows import RowGradients
 from . import tiles
-from .reference import linear_logits
+from .head import HeadRows, Needs, prepare_head
 from .sharded import Shard
 
 OP = Op(__package__)
@@ -121,178 +113,72 @@ def linear_token_logprobs(
     if backend == "reference":
         options = {"temperature": head.temperature, "kept": kept, "with_entropy": with_entropy}
         return token_logprobs(head.logits(), token_ids, **options, backend=backend)
-    flat_ids, flat_temperature = token_ids.flatten().contiguous(), head.temperature.flatten().contiguous()
-    log_probs, entropy = _LinearTokenLogprobs.apply(
-        head.hidden.flatten(0, -2), head.weight, head.bias, flat_ids, flat_temperature, head.softcap, *head.sets,
-        with_entropy, head.shard, backend
-    )  # fmt: skip
+    log_probs, entropy = _LinearTokenLogprobs.apply(*head.rows(token_ids), with_entropy, head.shard, backend)
     log_probs = log_probs.view(token_ids.shape)
     return (log_probs, entropy.view(token_ids.shape)) if with_entropy else log_probs
 
 
-class Head(NamedTuple):
-    """The arguments of the linear losses that stand for logits, checked, cast, and without logit_scale."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    temperature: Tensor
-    softcap: float  # 0: none
-    shard: Shard | None
-    kept: SamplingMask | None
-
-    @property
-    def sets(self) -> tuple[Tensor | None, Tensor | None]:
-        """(ids, offsets) of the kept tokens."""
-        return (None, None) if self.kept is None else (self.kept.token_ids, self.kept.offsets)
-
-    @property
-    def vocab_size(self) -> int | Tensor:
-        return self.shard.vocab_size if self.shard else self.weight.shape[0]
-
-    def logits(self) -> Tensor:
-        return linear_logits(self.hidden, self.weight, self.bias, self.softcap)
-
-    def check_contents(self, token_ids: Tensor, check: bool, backend: str) -> Tensor:
-        """token_ids, looked at with the temperature where the caller asked, and always on the CPU."""
-        if self.shard and backend == "reference":
-            raise ValueError(
-                "process_group is given with backend='reference': it must be None, or the backend 'cpu' or 'triton'"
-            )
-        if check or always_looks(self.hidden.device, backend):
-            token_ids = check_contents(token_ids, self.vocab_size, self.temperature)
-        return check_kept(self.kept, token_ids, self.vocab_size, check, backend)[0]
-
-
-def prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group, kept) -> Head:
-    """Check the arguments that the linear losses share."""
-    check_tensor("hidden", hidden)
-    check_tensor("weight", weight)
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-    check_float_matrix("hidden", hidden)
-    check_float_matrix("weight", weight)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}: it must be [V, {hidden.shape[-1]}], H of hidden")
-    if weight.shape[0] == 0 and process_group is None:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}: its vocabulary must not be empty")
-    if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight has dtype {weight.dtype}: it must be that of hidden, {hidden.dtype}")
-    check_device("weight", weight, hidden.device)
-    if bias is not None:
-        check_tensor("bias", bias)
-        if not bias.is_floating_point():
-            raise TypeError(f"bias has dtype {bias.dtype}: it must be a floating point tensor")
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias has shape {tuple(bias.shape)}: it must be [{weight.shape[0]}], V of weight")
-        check_device("bias", bias, hidden.device)
-    check_token_ids(token_ids, hidden.shape[:-1], hidden.device)
-    temperature = per_token_temperature(temperature, token_ids.shape, hidden.device)
-    _check_positive("logit_scale", logit_scale)
-    if logit_softcap is not None:
-        _check_positive("logit_softcap", logit_softcap)
-    return Head(
-        hidden,
-        weight,
-        bias,
-        temperature if logit_scale == 1 else temperature / logit_scale,
-        0.0 if logit_softcap is None else logit_softcap / logit_scale,
-        None if process_group is None else Shard(process_group, weight.shape[0], hidden.device),
-        kept,
-    )
-
-
-def _check_positive(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r}: it must be a number")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"{name} is {value}: it must be above 0 and finite")
-
-
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, token_ids, temperature, softcap, kept_ids, kept_offsets, with_entropy, shard, backend
-    ):
-        log_probs, entropy, shift, log_sum = linear_stats(
-            hidden, weight, bias, token_ids, temperature, softcap, kept_ids, kept_offsets, with_entropy, shard, backend
-        )
-        ctx.save_for_backward(
-            hidden, weight, bias, token_ids, temperature, kept_ids, kept_offsets, shift, log_sum, entropy
-        )
-        ctx.softcap, ctx.shard, ctx.backend = softcap, shard, backend
+    def forward(ctx, *arguments):
+        head, with_entropy, shard, backend = unpack(arguments, HeadRows)
+        log_probs, entropy, shift, log_sum = linear_stats(head, with_entropy, shard, backend)
+        ctx.save_for_backward(*head._replace(softcap=None), shift, log_sum, entropy)
+        ctx.softcap, ctx.shard, ctx.backend = head.softcap, shard, backend
         ctx.set_materialize_grads(False)
         return log_probs, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_log_probs, grad_entropy):
-        hidden, weight, bias, token_ids, temperature, *sets, shift, log_sum, entropy = ctx.saved_tensors
+        head, shift, log_sum, entropy = unpack(ctx.saved_tensors, HeadRows)
         if grad_log_probs is None and grad_entropy is None:
             return (None,) * 11
         if grad_log_probs is None:
             grad_log_probs = torch.zeros_like(log_sum)
-        grads = linear_gradients(
-            hidden, weight, bias, token_ids, temperature, ctx.softcap, *sets, shift, log_sum, entropy,
-            grad_log_probs, grad_entropy, ctx.needs_input_grad[:3], ctx.shard, ctx.backend
-        )  # fmt: skip
-        operands = (hidden, weight, bias)
+        needs = Needs(*ctx.needs_input_grad[:3])
+        gradients = RowGradients(shift, log_sum, entropy, grad_log_probs, grad_entropy)
+        grads = linear_gradients(head._replace(softcap=ctx.softcap), gradients, needs, ctx.shard, ctx.backend)
         grads = (
             rounded(grad, operand.dtype) if needed else None
-            for grad, operand, needed in zip(grads, operands, ctx.needs_input_grad[:3], strict=True)
+            for grad, operand, needed in zip(grads, head[:3], needs, strict=True)
         )
         return *grads, *(None,) * 8
 
 
 def linear_stats(
-    hidden, weight, bias, token_ids, temperature, softcap, kept_ids, kept_offsets, with_entropy, shard, backend
-):
-    """(log_probs, entropy or empty, shift, log_sum) of flat rows, over the whole vocabulary."""
-    operands = (hidden, weight, None if bias is None else bias.float())
-    if shard is not None and kept_ids is not None:
-        kept_ids = kept_ids - shard.first
-    options = (temperature, softcap, kept_ids, kept_offsets, with_entropy, backend)
+    head: HeadRows, with_entropy: bool, shard: Shard | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log_probs, entropy or empty, shift, log_sum) of the rows, over the whole vocabulary."""
+    head = head.detached()
     if shard is None:
-        return linear_token_logprobs_forward(*operands, token_ids, *options)
+        return linear_token_logprobs_forward(*head, with_entropy, backend)
     if shard.size:
-        _, local_ids = shard.local_ids(token_ids)
-        stats = linear_token_logprobs_forward(*operands, local_ids, *options)
+        _, local_ids = shard.local_ids(head.token_ids)
+        local = head._replace(token_ids=local_ids, kept_ids=shard.local_kept(head.kept_ids))
+        stats = linear_token_logprobs_forward(*local, with_entropy, backend)
     else:
-        nothing, nowhere = torch.zeros_like(temperature), torch.full_like(temperature, -torch.inf)
+        nothing, nowhere = torch.zeros_like(head.temperature), torch.full_like(head.temperature, -torch.inf)
         stats = nothing, nothing if with_entropy else nothing.new_empty(0), nowhere, nowhere
-    return shard.combine(*stats, token_ids, temperature)
+    return shard.combine(*stats, head.token_ids, head.temperature)
 
 
 def linear_gradients(
-    hidden, weight, bias, token_ids, temperature, softcap, kept_ids, kept_offsets, shift, log_sum, entropy,
-    grad_log_probs, grad_entropy, needs, shard, backend
-):  # fmt: skip
-    """(d hidden, d weight, d bias): what linear_stats gave, and the gradients by log_probs and entropy."""
+    head: HeadRows, gradients: RowGradients, needs: Needs, shard: Shard | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(d hidden, d weight, d bias); those not wanted are empty."""
     if shard is not None and not shard.size:
-        grad_hidden, *others = (grad.zero_() for grad in gradients_fake(hidden, weight, *needs))
-        return shard.sum(grad_hidden) if needs[0] else grad_hidden, *others
+        grad_hidden, *others = (grad.zero_() for grad in gradients_fake(head.hidden, head.weight, *needs))
+        return shard.sum(grad_hidden) if needs.needs_hidden else grad_hidden, *others
+    head = head.detached()
     if shard is not None:
-        token_ids = shard.ids_or_elsewhere(token_ids)
-        kept_ids = None if kept_ids is None else kept_ids - shard.first
-    grad_hidden, *others = linear_token_logprobs_backward(
-        hidden,
-        weight,
-        None if bias is None else bias.float(),
-        token_ids,
-        temperature,
-        softcap,
-        kept_ids,
-        kept_offsets,
-        shift,
-        log_sum,
-        entropy,
-        grad_log_probs.contiguous(),
-        None if grad_entropy is None else grad_entropy.contiguous(),
-        *needs,
-        backend,
-    )
-    if shard is not None and needs[0]:
+        local_ids = shard.ids_or_elsewhere(head.token_ids)
+        head = head._replace(token_ids=local_ids, kept_ids=shard.local_kept(head.kept_ids))
+    incoming = (gradients.grad_log_probs, gradients.grad_entropy)
+    grad_log_probs, grad_entropy = (None if grad is None else grad.contiguous() for grad in incoming)
+    gradients = gradients._replace(grad_log_probs=grad_log_probs, grad_entropy=grad_entropy)
+    grad_hidden, *others = linear_token_logprobs_backward(*head, *gradients, *needs, backend)
+    if shard is not None and needs.needs_hidden:
         grad_hidden = shard.sum(grad_hidden)
     return grad_hidden, *others
 
@@ -301,7 +187,8 @@ _kernels = OP.kernels
 
 
 def _forward(*arguments):
-    return tiles.forward(_kernels(arguments[-1]), *arguments[:-1])
+    head, with_entropy, backend = unpack(arguments, HeadRows)
+    return tiles.forward(_kernels(backend), head, with_entropy)
 
 
 def _forward_fake(hidden, weight, bias, token_ids, *arguments):
@@ -311,8 +198,8 @@ def _forward_fake(hidden, weight, bias, token_ids, *arguments):
 
 
 def _backward(*arguments):
-    *tensors, needs_hidden, needs_weight, needs_bias, backend = arguments
-    return tiles.backward(_kernels(backend), *tensors, (needs_hidden, needs_weight, needs_bias))
+    head, gradients, needs, backend = unpack(arguments, HeadRows, RowGradients, Needs)
+    return tiles.backward(_kernels(backend), head, gradients, needs)
 
 
 def gradients_fake(hidden, weight, needs_hidden, needs_weight, needs_bias):
@@ -323,22 +210,16 @@ def gradients_fake(hidden, weight, needs_hidden, needs_weight, needs_bias):
     )
 
 
-HEAD_ARGUMENTS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor token_ids, Tensor temperature, float softcap, "
-    "Tensor? kept_ids, Tensor? kept_offsets"
-)
-NEEDS_ARGUMENTS = "bool needs_hidden, bool needs_weight, bool needs_bias"
 GRADIENT_RESULTS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
 linear_token_logprobs_forward = register(
-    f"linear_token_logprobs({HEAD_ARGUMENTS}, bool with_entropy, str backend)"
+    f"linear_token_logprobs({schema(HeadRows)}, bool with_entropy, str backend)"
     " -> (Tensor log_probs, Tensor entropy, Tensor shift, Tensor log_sum)",
     _forward,
     _forward_fake,
     waits=True,
 )
 linear_token_logprobs_backward = register(
-    f"linear_token_logprobs_backward({HEAD_ARGUMENTS}, Tensor shift, Tensor log_sum, Tensor entropy, "
-    f"Tensor grad_log_probs, Tensor? grad_entropy, {NEEDS_ARGUMENTS}, str backend) -> ({GRADIENT_RESULTS})",
+    f"linear_token_logprobs_backward({schema(HeadRows, RowGradients, Needs)}, str backend) -> ({GRADIENT_RESULTS})",
     _backward,
     lambda hidden, weight, *arguments: gradients_fake(hidden, weight, *arguments[-4:-1]),
     waits=True,

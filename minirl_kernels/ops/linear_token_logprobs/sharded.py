@@ -41,6 +41,10 @@ class Shard:
         here, local = self.local_ids(token_ids)
         return local.where(here | (token_ids == IGNORE_INDEX), ELSEWHERE)
 
+    def local_kept(self, kept_ids: Tensor | None) -> Tensor | None:
+        """Ids of kept tokens, counted from this shard on; those of other shards are out of its range."""
+        return None if kept_ids is None else kept_ids - self.first
+
     def combine(
         self,
         log_probs: Tensor,

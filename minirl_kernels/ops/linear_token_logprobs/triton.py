@@ -14,7 +14,11 @@ from ...common.triton.row_softmax import NOT_KEPT
 from ..kept_logits import triton as kept_logits
 from ..kept_logits.op import KeptRows
 from ..matmul.vendor import matmul_into
-from ..token_logprobs import triton as token_logprobs
+from ..token_logprobs.rows import Epilogue
+from ..token_logprobs.triton import backward as backward_of_tile
+from ..token_logprobs.triton import forward as forward_of_tile
+
+__all__ = ["backward_of_tile", "forward_of_tile", "keep_", "logits_into", "matmul_into", "rows_per_tile"]
 
 # A tile's matmuls read the weight twice, and read and write its float32 gradient: 12 bytes of an element of a 16-bit
 # head, 16 of a float32 one, for 6 operations of every row of the tile. Tensor cores do about 300 operations in the time
@@ -39,22 +43,9 @@ def rows_per_tile(num_rows: int, weight: Tensor) -> int:
     return min(-(-num_rows // (tiles * ROW_BLOCK)) * ROW_BLOCK, num_rows)
 
 
-def logits_into(tile: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float) -> None:
+def logits_into(tile: Tensor, hidden: Tensor, weight: Tensor, epilogue: Epilogue) -> None:
     matmul_into(tile, hidden, weight.T)
 
 
-def keep_(tile: Tensor, kept: KeptRows, softcap: float) -> None:
-    kept_logits.keep_(tile, kept, NOT_KEPT.value if softcap else -math.inf)
-
-
-def forward_of_tile(tile, token_ids, temperature, with_entropy, bias, softcap) -> tuple[Tensor, ...]:
-    return token_logprobs.forward(tile, token_ids, temperature, with_entropy, bias, softcap or None)
-
-
-def backward_of_tile(
-    tile, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, grad_tile, bias, softcap
-) -> None:
-    token_logprobs.backward(
-        tile, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, grad_tile, bias,
-        softcap or None
-    )  # fmt: skip
+def keep_(tile: Tensor, kept: KeptRows, epilogue: Epilogue) -> None:
+    kept_logits.keep_(tile, kept, NOT_KEPT.value if epilogue.softcap else -math.inf)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -27,6 +30,14 @@ class Padded:
         """[B] -> [B, L]."""
         return per_response[:, None].expand(self.shape)
 
+    def parts(self, bounds: list[int]) -> Iterator[tuple[slice, Padded]]:
+        """(where its tokens are in a per-token tensor, its layout) of each part: responses bounds[i]:bounds[i + 1]."""
+        for start, stop in itertools.pairwise(bounds):
+            yield slice(start, stop), Padded(torch.Size((stop - start, self.shape[1])), self.offsets.device)
+
+    def to(self, device: torch.device) -> Padded:
+        return Padded(self.shape, device)
+
 
 class Packed:
     """Responses one after another: tokens [T], response i is cu_seqlens[i] .. cu_seqlens[i + 1]."""
@@ -45,6 +56,17 @@ class Packed:
     def to_tokens(self, per_response: Tensor) -> Tensor:
         """[B] -> [T]."""
         return per_response[self.response_of_token]
+
+    def parts(self, bounds: list[int]) -> Iterator[tuple[slice, Packed]]:
+        """As Padded has it. Waits for the device."""
+        ends = self.offsets.tolist()
+        for start, stop in itertools.pairwise(bounds):
+            first, last = ends[start], ends[stop]
+            offsets = self.offsets[start : stop + 1] - first
+            yield slice(first, last), Packed(torch.Size((last - first,)), offsets)
+
+    def to(self, device: torch.device) -> Packed:
+        return Packed(self.shape, self.offsets.to(device))
 
 
 def ordered_sum(values: Tensor) -> Tensor:

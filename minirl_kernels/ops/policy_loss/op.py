@@ -14,6 +14,7 @@ from .layout import ordered_sum
 from .metrics import PolicyLossMetrics, collect_metrics
 from .overflow import check_losses
 from .reference import token_losses
+from .two_forms import takes_inputs
 
 
 class PolicyLossOutput(NamedTuple):
@@ -27,6 +28,7 @@ class PolicyLossOutput(NamedTuple):
     token_grad: Tensor  # c_t = d loss / d log_probs
 
 
+@takes_inputs
 def policy_loss(
     log_probs: Tensor,
     *,
@@ -42,6 +44,7 @@ def policy_loss(
     num_tokens: float | Tensor | None = None,
     num_groups: float | Tensor | None = None,
     config: PolicyLossConfig = PolicyLossConfig(),
+    inputs: PolicyLossInputs | None = None,
     check: bool = False,
 ) -> PolicyLossOutput:
     """The loss of `config.objective` (MiniRL, Eq. 7, by default) from log-probabilities; see PolicyLossConfig.
@@ -59,6 +62,8 @@ def policy_loss(
         call sees a part of it (multiply the loss by the number of ranks if gradients are averaged over them).
         A response whose tokens are all masked counts; leave padding rows out of num_responses. A number must be
         above 0; a tensor may be 0 where no token is in the loss, which is then exactly 0.
+    inputs: a PolicyLossInputs, of `PolicyLossInputs.prepare` or a part of one; the arguments that it was made of
+        are then left out.
     check: raise on a GPU too, which waits for it, for what raises on the CPU: inside the mask a NaN or an infinity in
         an argument; a token whose loss or c_t float32 does not hold (an importance weight of exp(95), say), unless
         it is clipped, truncated or has advantage 0; a count that is not above 0. Without it a GPU gives NaN for that
@@ -73,6 +78,7 @@ def policy_loss(
     inputs = prepare_inputs(
         log_probs.shape,
         log_probs.device,
+        inputs=inputs,
         old_log_probs=old_log_probs,
         rollout_log_probs=rollout_log_probs,
         advantages=advantages,
@@ -86,6 +92,7 @@ def policy_loss(
         config=config,
         raises=check or log_probs.device.type == "cpu",
     )
+    config = inputs.config
     if entropy is not None:
         check_like("entropy", entropy, log_probs.shape, log_probs.device)
     elif config.entropy_coef:
@@ -103,7 +110,7 @@ def differentiable_loss(
     output = loss_of_log_probs(log_probs.detach().float(), entropy_values, inputs)
     loss = attach_gradient(output.loss, log_probs, output.token_grad)
     if inputs.config.entropy_coef:
-        loss = attach_gradient(loss, entropy, -inputs.config.entropy_coef * inputs.weights)
+        loss = attach_gradient(loss, entropy, inputs.entropy_grad)
     return output._replace(loss=loss)
 
 

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from ...common.checks import always_looks, check_contents, check_float_matrix, check_token_ids, per_token_temperature
 from ...common.library import Op, register
+from ...common.records import schema, unpack
 from ...sampling_mask import SamplingMask
 from ..kept_logits.op import check_kept, kept_logits
 from ..kept_logits.reference import kept_logits_reference
 from .reference import token_logprobs_reference
+from .rows import LogitRows, RowGradients
 
 OP = Op(__package__)
 
@@ -97,20 +99,20 @@ def token_logprobs(
             logits = kept_logits_reference(logits, *sets)
         log_probs, entropy = token_logprobs_reference(logits, token_ids, temperature)
     else:
-        log_probs, entropy = _TokenLogprobs.apply(
-            logits, *sets, token_ids.contiguous(), temperature.contiguous(), with_entropy, backend
-        )
+        rows = LogitRows(logits, token_ids.contiguous(), temperature.contiguous())
+        log_probs, entropy = _TokenLogprobs.apply(*rows, *sets, with_entropy, backend)
     return (log_probs, entropy) if with_entropy else log_probs
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, kept_ids, kept_offsets, token_ids, temperature, with_entropy, backend):
+    def forward(ctx, logits, token_ids, temperature, kept_ids, kept_offsets, with_entropy, backend):
         if kept_ids is not None:
             # the kernels give those of -inf a gradient of exactly 0, which is the one by the whole logits
             logits = kept_logits(logits, kept_ids, kept_offsets, backend)
-        log_probs, entropy, *row = token_logprobs_forward(logits, token_ids, temperature, with_entropy, backend)
-        ctx.save_for_backward(logits, token_ids, temperature, *row, entropy)
+        rows = LogitRows(logits, token_ids, temperature)
+        log_probs, entropy, shift, log_sum = token_logprobs_forward(*rows, with_entropy, backend)
+        ctx.save_for_backward(*rows, shift, log_sum, entropy)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         return log_probs, entropy
@@ -118,32 +120,22 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_log_probs, grad_entropy):
-        logits, token_ids, temperature, shift, log_sum, entropy = ctx.saved_tensors
+        rows, shift, log_sum, entropy = unpack(ctx.saved_tensors, LogitRows)
         if grad_log_probs is None and grad_entropy is None:
             return (None,) * 7
-        if grad_log_probs is None:
-            grad_log_probs = torch.zeros_like(log_sum)
+        grad_log_probs = torch.zeros_like(log_sum) if grad_log_probs is None else grad_log_probs.contiguous()
         if grad_entropy is not None:
             grad_entropy = grad_entropy.contiguous()
-        grad_logits = token_logprobs_backward(
-            logits,
-            token_ids,
-            temperature,
-            shift,
-            log_sum,
-            entropy,
-            grad_log_probs.contiguous(),
-            grad_entropy,
-            ctx.backend,
-        )
-        return grad_logits, *(None,) * 6
+        gradients = RowGradients(shift, log_sum, entropy, grad_log_probs, grad_entropy)
+        return token_logprobs_backward(*rows, *gradients, ctx.backend), *(None,) * 6
 
 
 _kernels = OP.kernels
 
 
-def _forward(logits, token_ids, temperature, with_entropy, backend):
-    return _kernels(backend).forward(logits, token_ids, temperature, with_entropy)
+def _forward(*arguments):
+    rows, with_entropy, backend = unpack(arguments, LogitRows)
+    return _kernels(backend).forward(rows, with_entropy)
 
 
 def _forward_fake(logits, token_ids, temperature, with_entropy, backend):
@@ -156,11 +148,10 @@ def _forward_fake(logits, token_ids, temperature, with_entropy, backend):
     )
 
 
-def _backward(logits, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, backend):
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _kernels(backend).backward(
-        logits, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, out
-    )
+def _backward(*arguments):
+    rows, gradients, backend = unpack(arguments, LogitRows, RowGradients)
+    out = torch.empty_like(rows.logits, memory_format=torch.contiguous_format)
+    _kernels(backend).backward(rows, gradients, out)
     return out
 
 
@@ -168,19 +159,15 @@ def _backward_fake(logits, *_):
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _backward_in_place(logits, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, backend):
-    torch.autograd.graph.increment_version(logits)  # whoever saved the logits for a backward learns of it
-    _kernels(backend).backward(
-        logits, token_ids, temperature, shift, log_sum, entropy, grad_log_probs, grad_entropy, logits
-    )
+def _backward_in_place(*arguments):
+    rows, gradients, backend = unpack(arguments, LogitRows, RowGradients)
+    torch.autograd.graph.increment_version(rows.logits)  # whoever saved the logits for a backward learns of it
+    _kernels(backend).backward(rows, gradients, rows.logits)
 
 
-_BACKWARD_ARGUMENTS = (
-    "Tensor token_ids, Tensor temperature, Tensor shift, Tensor log_sum, Tensor entropy, Tensor grad_log_probs, "
-    "Tensor? grad_entropy, str backend"
-)
+_BACKWARD_ARGUMENTS = f"{schema(LogitRows, RowGradients, skip=1)}, str backend"  # after the logits
 token_logprobs_forward = register(
-    "token_logprobs(Tensor logits, Tensor token_ids, Tensor temperature, bool with_entropy, str backend)"
+    f"token_logprobs({schema(LogitRows)}, bool with_entropy, str backend)"
     " -> (Tensor log_probs, Tensor entropy, Tensor shift, Tensor log_sum)",
     _forward,
     _forward_fake,

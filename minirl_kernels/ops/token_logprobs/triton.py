@@ -23,6 +23,7 @@ from ...common.triton.row_softmax import (
     store_gradient_row,
 )
 from ...common.triton.row_tiles import SIZES, fill_row, load_tile, row_offset, store_tile
+from .rows import NO_EPILOGUE, Epilogue, LogitRows, RowGradients
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -126,29 +127,21 @@ def token_logprobs_bwd_kernel(
         store_tile(p_out, b_grad, i_tile, V, LANES, VEC)
 
 
-def forward(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    with_entropy: bool,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-) -> tuple[Tensor, ...]:
-    """(log_probs, entropy or empty, shift, log_sum), each of token_ids' shape, of softcap * tanh((logits + bias) /
-    softcap); bias [V] float32, either may be None."""
-    log_probs, shift, log_sum = (torch.empty_like(temperature) for _ in range(3))
-    entropy = torch.empty_like(temperature) if with_entropy else temperature.new_empty(0)
-    vocab_size = logits.shape[-1]
-    config = forward_config(vocab_size, logits.dtype)
-    length, *strides = row_strides(logits)
+def forward(rows: LogitRows, with_entropy: bool, epilogue: Epilogue = NO_EPILOGUE) -> tuple[Tensor, ...]:
+    """(log_probs, entropy or empty, shift, log_sum), each of token_ids' shape, of the logits behind the epilogue."""
+    log_probs, shift, log_sum = (torch.empty_like(rows.temperature) for _ in range(3))
+    entropy = torch.empty_like(rows.temperature) if with_entropy else rows.temperature.new_empty(0)
+    vocab_size = rows.logits.shape[-1]
+    config = forward_config(vocab_size, rows.logits.dtype)
+    length, *strides = row_strides(rows.logits)
     launch(
         token_logprobs_fwd_kernel,
-        (token_ids.numel(),),
-        logits,
-        bias,
-        softcap,
-        token_ids,
-        temperature,
+        (rows.token_ids.numel(),),
+        rows.logits,
+        epilogue.bias,
+        epilogue.softcap or None,
+        rows.token_ids,
+        rows.temperature,
         log_probs,
         entropy,
         shift,
@@ -159,44 +152,30 @@ def forward(
         WITH_ENTROPY=with_entropy,
         ONE_TILE=vocab_size <= config.tile,
         config=config,
-        rows=(logits,),
+        rows=(rows.logits,),
     )
     return log_probs, entropy, shift, log_sum
 
 
-def backward(
-    logits: Tensor,
-    token_ids: Tensor,
-    temperature: Tensor,
-    shift: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_log_probs: Tensor,
-    grad_entropy: Tensor | None,
-    out: Tensor,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-) -> None:
-    """d logits into `out`, which may be `logits` itself, or 16-bit memory that begins each row where that of float32
-    logits does. bias and softcap as in the forward."""
-    vocab_size = logits.shape[-1]
-    config = backward_config(vocab_size, logits.dtype, out.dtype)
-    tiles = 1 if out.dtype != logits.dtype else triton.cdiv(vocab_size, config.tile)
-    length, *strides = row_strides(logits)
+def backward(rows: LogitRows, gradients: RowGradients, out: Tensor, epilogue: Epilogue = NO_EPILOGUE) -> None:
+    """The gradient by what the epilogue is given, into `out`.
+
+    out: may be the logits themselves, or 16-bit memory that begins each row where that of float32 logits does.
+    """
+    vocab_size = rows.logits.shape[-1]
+    config = backward_config(vocab_size, rows.logits.dtype, out.dtype)
+    tiles = 1 if out.dtype != rows.logits.dtype else triton.cdiv(vocab_size, config.tile)
+    length, *strides = row_strides(rows.logits)
     _, *out_strides = row_strides(out)
     launch(
         token_logprobs_bwd_kernel,
-        (token_ids.numel(), tiles),
-        logits,
-        bias,
-        softcap,
-        token_ids,
-        temperature,
-        shift,
-        log_sum,
-        entropy,
-        grad_log_probs,
-        grad_entropy,
+        (rows.token_ids.numel(), tiles),
+        rows.logits,
+        epilogue.bias,
+        epilogue.softcap or None,
+        rows.token_ids,
+        rows.temperature,
+        *gradients,
         out,
         length,
         vocab_size,
@@ -204,7 +183,7 @@ def backward(
         *out_strides,
         ONE_TILE=vocab_size <= config.tile,
         config=config,
-        rows=(logits, out),
+        rows=(rows.logits, out),
     )
 
 

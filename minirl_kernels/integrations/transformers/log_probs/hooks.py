@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from ....ops.fused_linear_policy_loss import fused_linear_policy_loss
 from ....ops.linear_token_logprobs import linear_token_logprobs
+from ....ops.policy_loss import PolicyLossInputs
 from ....sampling_mask import SamplingMask
 from ..packing import refuse_packed
 from .after_head import AfterHead
@@ -168,6 +169,8 @@ def _refuse_keywords(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> 
 
 def _check_float32(given: dict[str, Any]) -> None:
     values = {"temperature": given.get("temperature"), **given.get("policy_loss", {})}
+    if isinstance(values.get("inputs"), PolicyLossInputs):
+        values |= vars(values["inputs"])
     for name, value in values.items():
         if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
             raise TypeError(
@@ -178,7 +181,7 @@ def _check_float32(given: dict[str, Any]) -> None:
 
 def _moved(value: Any, hidden: Tensor) -> Any:
     """Wrappers move what a model is given to its device; these never got it."""
-    return value.to(hidden.device) if isinstance(value, (Tensor, SamplingMask)) else value
+    return value.to(hidden.device) if isinstance(value, (Tensor, PolicyLossInputs, SamplingMask)) else value
 
 
 def is_sharded(module: nn.Module) -> bool:

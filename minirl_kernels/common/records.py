@@ -1,0 +1,35 @@
+"""Values that travel together through an op: one NamedTuple lists them, for its schema and for its functions.
+
+An op of torch.library takes flat arguments. A record is spread into them with *record, and `unpack` makes it again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, get_type_hints
+
+from torch import Tensor
+
+Record = TypeVar("Record", bound=tuple)
+_SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "bool", float: "float"}
+
+
+def schema(*records: type[Any], skip: int = 0) -> str:
+    """The fields of the records as arguments of an op's schema, without the first `skip` of them."""
+    fields = [field for record in records for field in get_type_hints(record).items()]
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in fields[skip:])
+
+
+def unpack(arguments: tuple, *records: type[Any]) -> tuple[Any, ...]:
+    """(a value of each record, made of the first of the flat arguments; then the arguments that are left)."""
+    values: list[Any] = []
+    for record in records:
+        count = len(record._fields)
+        values.append(record(*arguments[:count]))
+        arguments = arguments[count:]
+    return *values, *arguments
+
+
+def at_rows(record: Record, index: Tensor | slice) -> Record:
+    """The record with each of its tensors at these rows."""
+    kind: Any = type(record)
+    return kind(*(value[index] if isinstance(value, Tensor) else value for value in record))

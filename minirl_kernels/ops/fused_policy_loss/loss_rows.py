@@ -1,0 +1,58 @@
+"""The loss as the kernels evaluate it in one sweep: what one row has of it, and the numbers that all rows share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..policy_loss.inputs import PolicyLossInputs
+from ..policy_loss.reference import behaviour_log_probs
+from .objective_kernels import objective_options
+
+
+class LossRows(NamedTuple):
+    """Tensors hold one float32 number per row; those that the loss does not use are None.
+
+    `objective` names a function of the kernels; r is bounded by ratio_low and ratio_high, and its weight by threshold.
+    """
+
+    old_log_probs: Tensor | None  # None: the rows' own log-probabilities
+    behaviour_log_probs: Tensor | None  # log mu as the objective sees it; None: that of old_log_probs
+    ref_log_probs: Tensor | None  # None: no KL penalty
+    advantages: Tensor
+    weights: Tensor
+    objective: str
+    clip: bool
+    ratio_low: float
+    ratio_high: float
+    threshold: float
+    kl_coef: float
+    kl_estimator: str
+    entropy_coef: float
+
+    @classmethod
+    def of(cls, inputs: PolicyLossInputs) -> LossRows:
+        """For inputs whose loss takes one sweep."""
+        config = inputs.config
+        behaviour = None if config.rollout_is is None else behaviour_log_probs(inputs.old_log_probs, inputs)
+        return cls(
+            old_log_probs=_row_values(inputs.old_log_probs),
+            behaviour_log_probs=_row_values(behaviour),
+            ref_log_probs=_row_values(inputs.ref_log_probs if config.kl_coef else None),
+            advantages=_row_values(inputs.advantages),
+            weights=_row_values(inputs.weights),
+            **objective_options(config.policy_objective),
+            threshold=float("inf") if config.rollout_is_threshold is None else config.rollout_is_threshold,
+            kl_coef=config.kl_coef,
+            kl_estimator=config.kl_estimator,
+            entropy_coef=config.entropy_coef,
+        )
+
+    def flat(self) -> LossRows:
+        """[T] for [B, L]."""
+        return type(self)(*(value.flatten() if isinstance(value, Tensor) else value for value in self))
+
+
+def _row_values(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.float().contiguous()
