@@ -56,27 +56,28 @@ void token_logprobs_backward(const Tensor& logits, const Tensor& ids, Data<float
   run_rows(args.logits.rows, MINIRL_PICK(minirl::token_logprobs_backward, minirl::TokenLogprobsBackward), args);
 }
 
-minirl::ObjectiveConfig objective_of(py::handle options) {
+minirl::ObjectiveConfig objective_of(py::handle loss) {
   using minirl::KLEstimator;
   using minirl::Objective;
   static const Field<std::string> objective("objective"), kl_estimator("kl_estimator");
   static const Field<bool> clip("clip");
   static const Field<double> ratio_low("ratio_low"), ratio_high("ratio_high"), threshold("threshold"),
       kl_coef("kl_coef");
-  return {minirl::choice<Objective>("objective", objective(options),
+  return {minirl::choice<Objective>("objective", objective(loss),
                                     {{"minirl", Objective::kMiniRL},
                                      {"reinforce", Objective::kReinforce},
                                      {"grpo", Objective::kGrpo},
                                      {"cispo", Objective::kCispo}}),
-          clip(options),
-          ratio_low(options),
-          ratio_high(options),
-          threshold(options),
-          kl_coef(options),
-          minirl::choice<KLEstimator>("kl_estimator", kl_estimator(options),
+          clip(loss),
+          ratio_low(loss),
+          ratio_high(loss),
+          threshold(loss),
+          kl_coef(loss),
+          minirl::choice<KLEstimator>("kl_estimator", kl_estimator(loss),
                                       {{"k1", KLEstimator::kK1}, {"k2", KLEstimator::kK2}, {"k3", KLEstimator::kK3}})};
 }
 
+// loss: a record of the numbers of each row and of the options.
 // The loss of every row and the gradient of its logits; with `only_overflow`, the results of
 // fused_policy_loss_overflow.
 int64_t fused_policy_loss(const Tensor& logits, const Tensor& ids, Data<float> temperature, py::handle loss,

@@ -22,15 +22,15 @@ OPTIONS = {
 }
 
 
-def fused_policy_loss(**changes):
+def fused_policy_loss(*absent, **changes):
     rows = torch.zeros(3)
-    tokens = SimpleNamespace(
-        old_log_probs=rows, behaviour_log_probs=None, ref_log_probs=None, advantages=rows, weights=rows
-    )
+    tokens = dict.fromkeys(("old_log_probs", "advantages", "weights"), rows)
+    fields = {"behaviour_log_probs": None, "ref_log_probs": None, **tokens, **OPTIONS, **changes}
+    for name in absent:
+        del fields[name]
     results = SimpleNamespace(log_probs=rows, entropy=rows, token_loss=rows, token_grad=rows)
-    options = {name: value for name, value in {**OPTIONS, **changes}.items() if value is not None}
     logits, ids = torch.zeros(3, 7), torch.zeros(3, dtype=torch.int64)
-    arguments = (logits, ids, torch.ones(3), tokens, SimpleNamespace(**options), results)
+    arguments = (logits, ids, torch.ones(3), SimpleNamespace(**fields), results)
     return native().fused_policy_loss(*arguments, torch.zeros(3, 7), 0.0, False)
 
 
@@ -74,15 +74,17 @@ def test_none_where_a_tensor_is_needed_is_refused():
         native().softmax(torch.zeros(2, 3), None, False)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_options_without_a_field_are_refused(name):
+@pytest.mark.parametrize("name", [*OPTIONS, "ref_log_probs"])
+def test_a_record_without_a_field_is_refused(name):
     with pytest.raises(AttributeError, match=f"'{name}'"):
-        fused_policy_loss(**{name: None})
+        fused_policy_loss(name)
 
 
-def test_options_of_another_type_or_unknown_name_are_refused():
+def test_a_field_of_another_type_or_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="ratio_low is 'wide'"):
         fused_policy_loss(ratio_low="wide")
+    with pytest.raises(ValueError, match="advantages is None"):
+        fused_policy_loss(advantages=None)
     with pytest.raises(ValueError, match="objective is 'ppo', which the kernel does not have"):
         fused_policy_loss(objective="ppo")
     assert fused_policy_loss() == -1

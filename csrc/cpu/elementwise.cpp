@@ -7,18 +7,18 @@ namespace minirl {
 namespace {
 
 struct Sigmoid {
-  MINIRL_METHOD Floats value(Floats x) const { return sigmoids(x).of_x; }
+  MINIRL_METHOD Floats value(Floats x) const { return sigmoids(x).value; }
   MINIRL_METHOD Floats slope(Floats x) const {
     const Sigmoids s = sigmoids(x);
-    return s.of_x * s.of_minus_x;
+    return s.value * s.complement;
   }
 };
 
 struct Silu {
-  MINIRL_METHOD Floats value(Floats x) const { return x * sigmoids(x).of_x; }
+  MINIRL_METHOD Floats value(Floats x) const { return x * sigmoids(x).value; }
   MINIRL_METHOD Floats slope(Floats x) const {
     const Sigmoids s = sigmoids(x);
-    return s.of_x * (splat(1.f) + x * s.of_minus_x);
+    return s.value * (splat(1.f) + x * s.complement);
   }
 };
 
@@ -32,7 +32,7 @@ struct Softplus {
   }
   MINIRL_METHOD Floats slope(Floats x) const {
     const Floats y = x * splat(beta);
-    return where_greater(y, threshold, splat(1.f), sigmoids(y).of_x);
+    return where_greater(y, threshold, splat(1.f), sigmoids(y).value);
   }
 };
 
@@ -48,12 +48,12 @@ struct Gelu {
 struct GeluTanh {
   MINIRL_METHOD Floats value(Floats x) const {
     const Floats y = bounded(x);
-    return x * sigmoids(y * (splat(1.59576912f) + splat(0.0713548163f) * (y * y))).of_x;
+    return x * sigmoids(y * (splat(1.59576912f) + splat(0.0713548163f) * (y * y))).value;
   }
   MINIRL_METHOD Floats slope(Floats x) const {
     const Floats y = bounded(x), z = y * y;
     const Sigmoids s = sigmoids(y * (splat(1.59576912f) + splat(0.0713548163f) * z));
-    return s.of_x + y * (s.of_x * s.of_minus_x) * (splat(1.59576912f) + splat(0.214064449f) * z);
+    return s.value + y * (s.value * s.complement) * (splat(1.59576912f) + splat(0.214064449f) * z);
   }
   // The sigmoid is exactly 0 or 1 at the bounds, and no power overflows.
   static MINIRL_METHOD Floats bounded(Floats x) { return max(splat(-64.f), at_most(x, 64.f)); }
@@ -67,7 +67,7 @@ struct Mish {
   }
   MINIRL_METHOD Floats slope(Floats x) const {
     const Floats y = bounded(x), n = numerator(y), m = n + splat(2.f);
-    return n / m + y * sigmoids(y).of_x * (splat(4.f) * (n + splat(1.f)) / (m * m));
+    return n / m + y * sigmoids(y).value * (splat(4.f) * (n + splat(1.f)) / (m * m));
   }
   static MINIRL_METHOD Floats numerator(Floats x) {
     const Floats e = exp_precise(x);

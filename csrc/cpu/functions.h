@@ -55,9 +55,9 @@ MINIRL_INLINE Floats log1p_of_fraction(Floats e) {
   return twice + twice * z * p;
 }
 
-// The sigmoids of x and -x, from e^-|x|: neither cancels, and one that is too small for a float is 0.
+// sigmoid(x) and its complement sigmoid(-x), from e^-|x|: neither cancels, and one that is too small for a float is 0.
 struct Sigmoids {
-  Floats of_x, of_minus_x;
+  Floats value, complement;
 };
 MINIRL_INLINE Sigmoids sigmoids(Floats x) {
   const Floats e = exp_precise(negative_size(x)), large = splat(1.f) / (splat(1.f) + e), small = e * large;

@@ -74,7 +74,7 @@ MINIRL_INLINE void up(const T*, const ExpertsUp& args, int64_t begin, int64_t en
       for (int64_t j = 0; j < n; j += kLanes) {
         const int64_t count = least(n - j, kLanes);
         const Floats gate = load_first(gates + j, count), value = load_first(gates + n + j, count);
-        store_first((T*)args.activation + row * width + c + j, gate * sigmoids(gate).of_x * value, count);
+        store_first((T*)args.activation + row * width + c + j, gate * sigmoids(gate).value * value, count);
         if (kept) {
           store_first(kept + j, gate, count);
           store_first(kept + width + j, value, count);
@@ -112,11 +112,11 @@ MINIRL_INLINE void activation_grad(const T*, const ExpertsActivationGrad& args, 
         const int64_t count = least(n - j, kLanes);
         const Floats gate = load_first(gates + j, count), value = load_first(gates + width + j, count);
         const Sigmoids s = sigmoids(gate);
-        const Floats silu = gate * s.of_x;
+        const Floats silu = gate * s.value;
         if (args.weighted) store_first((T*)args.weighted + row * width + c + j, silu * value * weight, count);
         const Floats upstream = load(scratch.results + i * kActivationColumns + j);
         if (args.gate_up_grad) {
-          const Floats grad = upstream * weight, slope = s.of_x * (splat(1.f) + gate * s.of_minus_x);
+          const Floats grad = upstream * weight, slope = s.value * (splat(1.f) + gate * s.complement);
           T* const out = (T*)args.gate_up_grad + row * 2 * width + c + j;
           store_first(out, grad * value * slope, count);
           store_first(out + width, grad * silu, count);
