@@ -189,6 +189,15 @@ def test_a_mean_over_a_part_of_the_mini_batch_is_refused(name):
         policy_loss(batch.log_probs, config=config, **batch.arguments("packed"), **{name: 7})
 
 
+def test_a_normalised_correction_is_not_split():
+    """Each micro-batch would divide by a mean of its own."""
+    batch = random_batch(LENGTHS)
+    config = PolicyLossConfig.grpo(rollout_is=Correction(normalise=True))
+    inputs = PolicyLossInputs.prepare(batch.token_ids, config=config, **batch.arguments("packed"))
+    with pytest.raises(ValueError, match=r"^config has rollout_is=.*: normalise must be False"):
+        inputs.split(2)
+
+
 def test_all_masked_and_normalised_is_zero():
     batch = random_batch(LENGTHS)
     correction = Correction(lower=1e6, beyond="mask_token", normalise=True)

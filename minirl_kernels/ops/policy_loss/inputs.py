@@ -98,6 +98,11 @@ class PolicyLossInputs:
         The token_ids and log-probabilities of a call are then those of its micro-batch. Packed inputs on a GPU wait
         for it. Raises TypeError or ValueError if sizes are not counts that sum to the number of responses.
         """
+        if self.config.correction is not None and self.config.correction.normalise:
+            raise ValueError(
+                f"config has rollout_is={self.config.rollout_is!r}: normalise must be False where inputs are split, "
+                "since a micro-batch does not see the mean of the mini-batch"
+            )
         bounds = _bounds(sizes, self.layout.num_responses)
         return [
             self._with_tensors(lambda values, tokens=tokens: values[tokens], layout)
