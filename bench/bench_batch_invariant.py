@@ -12,7 +12,7 @@ from harness import Bar, Contender, Inputs
 from minirl.batch import Batch
 from minirl.config import TrainConfig
 from minirl.config_file import load_config
-from minirl.models import computing, make_model
+from minirl.models import make_model, run_mode
 from minirl.sampling import make_sampler
 from minirl.tasks import make_task
 from minirl.train import Trainer
@@ -33,7 +33,7 @@ class Run:
     def make(cls, config: TrainConfig) -> Run:
         model, tokenizer = make_model(config)
         trainer = Trainer(config, model, make_sampler(config, model, tokenizer, make_task(config.task)))
-        with computing(config):
+        with run_mode(config):
             batch, _ = trainer.collect(1)
             batch, _ = trainer.with_old_log_probs(batch)
         return cls(config, trainer, list(batch.split(config.minibatch_size)))
@@ -61,14 +61,14 @@ def runs(tokens, *, dtype, device) -> Runs:
 
 def rollout(run: Run):
     """Sample and grade all responses of a step."""
-    with computing(run.config):
+    with run_mode(run.config):
         batch, _ = run.trainer.collect(1)
     return {"responses": torch.tensor(len(batch))}
 
 
 def updates(run: Run):
     """All updates of a step, each after the pass that computes old_log_probs."""
-    with computing(run.config):
+    with run_mode(run.config):
         for minibatch in run.minibatches:
             run.trainer.with_old_log_probs(minibatch)
             run.trainer.update(minibatch)

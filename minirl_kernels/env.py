@@ -1,4 +1,4 @@
-"""What is installed, compiled and picked: `python -m minirl_kernels.env [--json]`."""
+"""Shows installed versions, compiled kernels and the selected backends: `python -m minirl_kernels.env [--json]`."""
 
 import argparse
 import importlib.metadata
@@ -15,7 +15,7 @@ DISTRIBUTIONS = ("minirl-kernels", "torch", "triton", "transformers", "accelerat
 
 
 def environment() -> dict:
-    """Versions, processor, threads, GPUs and `backends.status()`, all of it ready for JSON."""
+    """Versions, processor, threads, GPUs and `backends.status()`, as values for JSON."""
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in DISTRIBUTIONS}},
         "system": platform.platform(),
@@ -33,7 +33,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux; platform.processor() is empty or "x86_64" there
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux, platform.processor() has no model name
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             key, _, value = line.partition(":")
@@ -43,7 +43,7 @@ def _processor_name() -> str:
 
 
 def render(found: dict) -> str:
-    """The same for a person: one fact a line."""
+    """The environment as text, with one fact per line."""
     processor, native = found["processor"], found["native"]
     lines = [(name, version or "not installed") for name, version in found["versions"].items()]
     lines += [

@@ -1,4 +1,4 @@
-"""The layers: functions of torch whose bits for a row depend on that row alone."""
+"""Batch-invariant layers: the result of a row depends on that row alone, bit for bit."""
 
 from .ops.attention import attention
 from .ops.elementwise import gelu, mish, sigmoid, silu, softplus

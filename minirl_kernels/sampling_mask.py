@@ -1,4 +1,4 @@
-"""SamplingMask: which tokens the sampler kept at each position, after top-k, top-p or min-p."""
+"""SamplingMask: the tokens that the sampler kept at each position, after top-k, top-p or min-p."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .common.checks import check_device, check_integers, check_tensor
 
 @dataclass(frozen=True, eq=False)
 class SamplingMask:
-    """The set of kept tokens of each position, in compressed rows, over the flattened positions.
+    """The set of kept tokens of each position, in compressed rows over the flattened positions.
 
-    token_ids: int32 [N], the sets one after another; ascending within a set.
-    offsets: int32 [T + 1]; the set of position t is token_ids[offsets[t]:offsets[t + 1]]. An empty set stands for the
-        whole vocabulary: nothing was recorded, or the sampler kept every token.
-    shape: of the positions, (T,) or (B, L) with B * L = T; None means (T,).
-    Position t has the set of the token that logits[t] scores, so all of one call have the shape of its token_ids.
-    Indexing works on the dimensions of the positions: [rows] of a mini-batch, [:, :length] of a micro-batch.
-    Raises ValueError or TypeError that names the field. What the tensors hold is looked at where they are on the CPU.
+    token_ids: int32 [N], the sets one after another; ids ascend within a set.
+    offsets: int32 [T + 1]; the set of position t is token_ids[offsets[t]:offsets[t + 1]]. An empty set means the whole
+        vocabulary: nothing was recorded, or the sampler kept every token.
+    shape: shape of the positions, (T,) or (B, L) with B * L = T; None means (T,).
+    Position t holds the set of the token that logits[t] scores. So the mask and the token_ids of a call have one shape.
+    Indexing applies to the positions: [rows] takes rows of a mini-batch, [:, :length] shortens a micro-batch.
+    Raises ValueError or TypeError that names the field. The contents are checked for tensors on the CPU only.
     """
 
     token_ids: Tensor
@@ -54,10 +54,10 @@ class SamplingMask:
 
     @classmethod
     def from_counts(cls, token_ids: Tensor | np.ndarray, counts: Tensor | np.ndarray) -> SamplingMask:
-        """From the sets one after another, in any order within a set, and how many tokens each has.
+        """From the sets one after another, and the number of tokens in each set; ids may have any order in a set.
 
-        token_ids: [N]. counts: [T] or [B, L], 0 for the whole vocabulary; prime-rl's `ids` and `counts`.
-        Raises ValueError that names the position for an id below 0 or twice in its set.
+        token_ids: [N]. counts: [T] or [B, L], 0 for the whole vocabulary. prime-rl calls them `ids` and `counts`.
+        Raises ValueError for an id that is below 0 or twice in its set; the message names the position.
         """
         token_ids, counts = _as_tensor("token_ids", token_ids), _as_tensor("counts", counts)
         if token_ids.dim() != 1:
@@ -89,10 +89,10 @@ class SamplingMask:
         num_positions: int | None = None,
         first_position: int = 0,
     ) -> SamplingMask:
-        """From one list of ids for each position, None or empty for the whole vocabulary.
+        """From one list of ids per position; None or an empty list means the whole vocabulary.
 
-        SGLang's `meta_info["output_token_sampling_mask"]`, and the `sampling_mask` of vLLM's server.
-        num_positions, first_position: those of from_vllm.
+        Reads SGLang's `meta_info["output_token_sampling_mask"]`, and the `sampling_mask` of vLLM's server.
+        num_positions, first_position: as in from_vllm.
         """
         sets = [[] if one is None else one for one in sets]
         for position, one in enumerate(sets):
@@ -103,7 +103,7 @@ class SamplingMask:
         num_positions = first_position + len(sets) if num_positions is None else num_positions
         if first_position < 0 or first_position + len(sets) > num_positions:
             raise ValueError(
-                f"sampling_mask has {len(sets)} sets from position {first_position} on: they must be of "
+                f"sampling_mask has {len(sets)} sets from position {first_position} on: they must fit into "
                 f"{num_positions} positions"
             )
         counts = torch.zeros(num_positions, dtype=torch.int64)
@@ -115,12 +115,12 @@ class SamplingMask:
     def from_vllm(
         cls, sampling_mask: Any, *, num_positions: int | None = None, first_position: int = 0
     ) -> SamplingMask:
-        """vLLM's `CompletionOutput.sampling_mask`: one set for each generated token, none for the prompt.
+        """From vLLM's `CompletionOutput.sampling_mask`, which has one set per generated token.
 
-        first_position: of the first generated token's set. logits[t] scores the token after t, so it is the prompt's
-            length - 1 where the positions are those of the whole sequence, and 0 where they are the response's.
-        num_positions: of the sequence; positions without a generated token have the whole vocabulary.
-        sampling_mask: has token_ids, one list for each token, or flat with offsets.
+        sampling_mask: an object with token_ids: one list per token, or a flat list with offsets.
+        first_position: position of the first generated token's set. logits[t] scores the token after t. So it is the
+            prompt's length - 1 if positions cover the whole sequence, and 0 if they cover the response.
+        num_positions: number of positions. A position without a generated token has the whole vocabulary.
         """
         if not hasattr(sampling_mask, "token_ids"):
             raise TypeError(
@@ -138,9 +138,9 @@ class SamplingMask:
 
     @classmethod
     def from_padded(cls, token_ids: Tensor, counts: Tensor) -> SamplingMask:
-        """From ids [T, K] or [B, L, K], of which each position has the first counts [T] or [B, L]; the rest is padding.
+        """From padded ids [T, K] or [B, L, K]. counts: [T] or [B, L], the number of ids before the padding.
 
-        A count of 0 stands for the whole vocabulary.
+        A count of 0 means the whole vocabulary.
         """
         check_integers("token_ids", token_ids)
         check_integers("counts", counts)
@@ -156,21 +156,21 @@ class SamplingMask:
 
     @classmethod
     def pack(cls, sequences: Sequence[SamplingMask]) -> SamplingMask:
-        """Sequences of [T] one after another, as cu_seqlens has them."""
+        """Joins sequences [T] one after another, the layout that cu_seqlens describes."""
         _check_sequences(sequences)
         return _joined(torch.cat([one.token_ids for one in sequences]), torch.cat([one.counts for one in sequences]))
 
     @classmethod
     def pad(cls, sequences: Sequence[SamplingMask], length: int | None = None, *, side: str = "right") -> SamplingMask:
-        """Sequences of [T] as [B, length], by default as long as the longest; padding has the whole vocabulary.
+        """Pads sequences [T] to [B, length]; padding has the whole vocabulary.
 
-        side: "right" or "left", where the padding is.
+        length: by default the length of the longest sequence. side: "right" or "left", the side of the padding.
         """
         _check_sequences(sequences)
         longest = max(one.shape[0] for one in sequences)
         length = longest if length is None else length
         if longest > length:
-            raise ValueError(f"length is {length}: it must be at least that of the longest sequence, {longest}")
+            raise ValueError(f"length is {length}: it must be at least {longest}, the length of the longest sequence")
         if side not in ("right", "left"):
             raise ValueError(f"side is {side!r}: it must be 'right' or 'left'")
         counts = sequences[0].counts.new_zeros(len(sequences), length)
@@ -181,7 +181,7 @@ class SamplingMask:
 
     @property
     def counts(self) -> Tensor:
-        """How many tokens were kept at each position, int32 of `shape`; 0 where it is the whole vocabulary."""
+        """Number of kept tokens at each position, int32 of `shape`; 0 means the whole vocabulary."""
         return self.offsets.diff().view(self.shape)
 
     @property
@@ -207,7 +207,7 @@ class SamplingMask:
 
 
 def check_sets(token_ids: Tensor, offsets: Tensor) -> None:
-    """What a SamplingMask's tensors must hold; on a GPU the host waits for it."""
+    """Raises ValueError unless the tensors describe ascending sets. On a GPU, the host waits for the result."""
     steps = offsets.diff()
     if int(offsets[0]) != 0 or int(offsets[-1]) != len(token_ids) or bool((steps < 0).any()):
         raise ValueError(
@@ -238,13 +238,13 @@ def _position(offsets: Tensor, place: int) -> int:
 
 
 def _joined(token_ids: Tensor, counts: Tensor) -> SamplingMask:
-    """Of sets that are in order."""
+    """The mask of sets whose ids already ascend."""
     offsets = torch.cat([counts.new_zeros(1), counts.flatten().cumsum(0, dtype=torch.int32)])
     return SamplingMask(token_ids, offsets, tuple(counts.shape))
 
 
 def _as_tensor(name: str, values) -> Tensor:
-    # a copy: the bytes that an array was decoded from are read-only
+    # A copy, since a decoded array is read-only.
     values = torch.from_numpy(np.array(values, order="C")) if isinstance(values, np.ndarray) else values
     check_integers(name, values)
     return values

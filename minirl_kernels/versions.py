@@ -1,15 +1,15 @@
-"""The oldest release of transformers that the library is right with, and is tested with."""
+"""The oldest supported release of transformers, which is also tested."""
 
 from __future__ import annotations
 
 import re
 
-# Routers of older ones return probabilities, or logits alone. pyproject.toml and requirements/oldest.txt say the same.
+# Routers of older releases return other values. pyproject.toml and requirements/oldest.txt have the same number.
 OLDEST_TRANSFORMERS = "5.18"
 
 
 def require_transformers() -> None:
-    """Raises ImportError where the transformers that is installed is older than OLDEST_TRANSFORMERS."""
+    """Raises ImportError if the installed transformers is older than OLDEST_TRANSFORMERS."""
     import transformers
 
     if _numbers(transformers.__version__) < _numbers(OLDEST_TRANSFORMERS):

@@ -137,7 +137,7 @@ OFFSETS = torch.tensor([0, 4], dtype=torch.int32)
         (
             lambda: SamplingMask.from_sets(SETS, num_positions=5, first_position=2),
             ValueError,
-            "^sampling_mask has 4 sets from position 2 on: they must be of 5 positions",
+            "^sampling_mask has 4 sets from position 2 on: they must fit into 5 positions",
         ),
         (
             lambda: SamplingMask.from_sets(SETS, first_position=-1),
@@ -171,7 +171,7 @@ OFFSETS = torch.tensor([0, 4], dtype=torch.int32)
         (
             lambda: SamplingMask.pad([SamplingMask.from_sets(SETS)], 3),
             ValueError,
-            "^length is 3: .*longest sequence, 4",
+            "^length is 3: it must be at least 4, the length of the longest sequence",
         ),
         (lambda: SamplingMask.pad([SamplingMask.from_sets(SETS)], side="up"), ValueError, "^side is 'up'"),
         (

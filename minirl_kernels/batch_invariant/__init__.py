@@ -1,4 +1,4 @@
-"""Batch-invariant mode: torch's operations give a row the same bits whatever else is in the batch."""
+"""Batch-invariant mode: torch's operations give a row the same bits in every batch."""
 
 from .audit import Audit, audit
 from .mode import (

@@ -1,4 +1,7 @@
-"""Which operations ran that the mode does not cover and that are not known to be invariant by themselves."""
+"""audit: lists the operations that ran, and marks each one that may not be batch-invariant.
+
+An operation counts as safe if the mode covers it, or if torch's own kernel is known to be invariant (known.py).
+"""
 
 from __future__ import annotations
 
@@ -20,29 +23,31 @@ from .known import is_invariant
 
 @dataclass
 class Audit:
-    """Calls of operations on floating point tensors, by name and dtype, such as "aten::mm (float32)"."""
+    """Number of calls of each operation on floating point tensors. Keys are like "aten::mm (float32)"."""
 
     covered: Counter[str] = field(default_factory=Counter)
-    """Those that ran as ours."""
+    """Calls computed by this library's kernels."""
     not_covered: Counter[str] = field(default_factory=Counter)
-    """Those that ran as torch's, and may give a row other bits in another batch."""
+    """Calls computed by torch's kernels that may give a row different bits in another batch."""
 
     def __str__(self) -> str:
         lines = [f"{name}: {count}" for name, count in sorted(self.not_covered.items())]
         if not lines:
             return (
-                "every operation is covered; check_batch_invariant(model) tells whether a model sums over tokens itself"
+                "every operation is covered; check_batch_invariant(model) finds a module that sums over tokens itself"
             )
-        return "not covered, and perhaps not invariant:\n  " + "\n  ".join(lines)
+        return "not covered, and possibly not invariant:\n  " + "\n  ".join(lines)
 
 
 @contextmanager
 def audit(each: Callable[[OpOverload, tuple, bool], None] | None = None) -> Iterator[Audit]:
-    """Notes every operation of torch that this thread runs within; slow. Most useful inside batch_invariant_mode.
+    """Record every torch operation that this thread runs inside the block. Slow; use it inside batch_invariant_mode.
 
-    each: called after each operation that counts, with it, its positional arguments, and whether it is covered.
-    Yields an `Audit`. An operation that nobody has looked at counts as not covered. Operations are looked at one by
-    one: a sum over tokens has other bits with another number of tokens, covered or not.
+    each: called after each counted operation, with (operation, its positional arguments, whether it is covered).
+    Yields an `Audit`. An operation that was never examined counts as not covered.
+
+    The audit judges single operations. A sum over tokens gives different bits for a different number of tokens, even
+    if the sum is covered.
     """
     found = Audit()
     with _Composites(found), _Listener(found, each):
@@ -50,14 +55,14 @@ def audit(each: Callable[[OpOverload, tuple, bool], None] | None = None) -> Iter
 
 
 def _named(name: str, values) -> str | None:
-    """With the dtypes of the floating point tensors in `values`; None where there are none."""
+    """`name` with the dtypes of the floating point tensors in `values`; None if there is no such tensor."""
     tensors = (value for value in tree_leaves(values) if isinstance(value, Tensor) and value.is_floating_point())
     dtypes = {str(value.dtype).removeprefix("torch.") for value in tensors}
     return f"{name} ({', '.join(sorted(dtypes))})" if dtypes else None
 
 
 class _Composites(TorchFunctionMode):
-    """Of functions that are made of covered operations, and choose their order by the sizes."""
+    """Lists functions that call covered operations in an order that depends on the tensor sizes."""
 
     def __init__(self, found: Audit):
         super().__init__()
@@ -78,13 +83,13 @@ _CHOOSE_BY_SIZE = {torch.linalg.multi_dot: "torch.linalg.multi_dot", torch.chain
 
 
 def _einsum_chooses(args: tuple) -> bool:
-    """Without opt_einsum its operands are multiplied from the left to the right."""
+    """Whether einsum picks the order of its products by size: opt_einsum does, torch alone goes from left to right."""
     operands = sum(isinstance(value, Tensor) for value in tree_leaves(args))
     return operands > 2 and torch.backends.opt_einsum.is_available() and torch.backends.opt_einsum.enabled
 
 
 def _is_composite(func: OpOverload) -> bool:
-    """Whether other operations compute it on every device."""
+    """Whether `func` is computed by other operations on every device, without a kernel of its own."""
     name = func.name()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     return has_kernel(name, "CompositeImplicitAutograd") and not (has_kernel(name, "CPU") or has_kernel(name, "CUDA"))
@@ -97,7 +102,7 @@ class _Listener(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _is_composite(func):  # arrives whole in torch.inference_mode alone
+        if _is_composite(func):  # only torch.inference_mode passes a composite undivided
             with self:
                 return func.decompose(*args, **kwargs)
         before = overrides.calls(func._schema.name)

@@ -1,8 +1,8 @@
-"""What torch computes the same way in every batch, by itself, on a CPU: what an audit need not list.
+"""The aten operations whose CPU kernels in torch are batch-invariant. An audit does not list them.
 
-Invariant means that an element of the result has the same bits whatever else is in the tensors, wherever it lies, and
-on any number of threads. Found by experiment with torch 2.13 on vectors of 128, 256 and 512 bits; whatever was not
-looked at is not here, so that an audit errs by listing too much.
+Invariant means that an element of the result has the same bits in every batch, at every position, and with any number
+of threads. The lists come from experiments with torch 2.13 and vectors of 128, 256 and 512
+bits. An operation that was not examined is absent, so an audit may list too many operations but not too few.
 """
 
 from __future__ import annotations
@@ -19,44 +19,43 @@ def _aten(names: str) -> frozenset[str]:
     return frozenset(f"aten::{name}" for name in names.split())
 
 
-# other shapes and strides for the same memory
+# Views: other shapes and strides for the same memory.
 _VIEWS = _aten(
     "_reshape_alias _unsafe_view alias as_strided detach diagonal expand expand_as lift_fresh movedim narrow permute "
     "real reshape select slice split split_with_sizes squeeze swapaxes t transpose unbind unflatten unfold unsqueeze "
     "view view_as view_as_complex view_as_real"
 )
-# elements moved, or rounded one by one to another dtype
+# Copies: elements are moved, or rounded one by one to another dtype.
 _COPIES = _aten(
     "_copy_from _to_copy as_strided_scatter cat clone constant_pad_nd contiguous copy diagonal_scatter embedding flip "
     "gather index index_copy index_fill index_select masked_scatter masked_select repeat repeat_interleave resize roll "
     "select_backward select_scatter slice_backward slice_scatter stack take to tril triu"
 )
-# constants, and what is read from a tensor
+# Constants, and reads of tensor values.
 _CONSTANTS = _aten(
     "_local_scalar_dense empty empty_like empty_permuted empty_strided equal eye fill full full_like is_nonzero item "
     "new_empty new_empty_strided new_full new_ones new_zeros ones ones_like scalar_tensor tril_indices triu_indices "
     "zero zeros zeros_like"
 )
-# answers, not sums: nothing is rounded; a histogram counts by ones
+# Comparisons, searches and counts: nothing is rounded.
 _ANSWERS = _aten(
     "all any bitwise_and bitwise_not bitwise_or bitwise_xor bucketize eq ge gt histc isfinite isin isinf isnan le "
     "logical_and logical_not logical_or logical_xor lt ne nonzero searchsorted signbit"
 )
-# one element chosen of a row, by the row alone, ties too
+# Selections: the chosen element depends on its row alone, also for ties.
 _CHOICES = _aten("amax amin aminmax argmax argmin argsort kthvalue max maximum median min minimum sort topk fmax fmin")
-# a row after its elements in their order, by one thread
+# Scans: one thread goes through a row in order.
 _RUNNING = _aten("cummax cummin cumprod cumsum")
-# rows added up in the order that they come in, each sum by one thread
+# Scattered sums: one thread adds the rows of a sum in order.
 _SCATTERED = _aten("embedding_dense_backward index_add scatter_add")
-# a row at a time by one kernel that is the same for all rows; its backward is not here: the weights' gradients are
-# partial sums of threads
+# Row kernels: the same code for every row. The backward is absent, since its weight gradients are partial sums of
+# threads.
 _ROWS = _aten("native_layer_norm")
-# the loss of each token; its mean or sum by one thread, in their order
+# Losses: one value per token; one thread computes their sum or mean, in order.
 _LOSSES = _aten("nll_loss_backward nll_loss_forward")
-# One element at a time, with the same rounding in the vectors' code and in that for the rest. Not here, since there it
-# differs: atan2, atanh, celu, cosh, elu, exp2, gelu, logaddexp, logit, mish, pow, rsqrt, selu, sigmoid, silu, sinh,
-# softplus and their gradients (that of sigmoid is here). The gradient of tanh differs only where tanh itself was
-# expanded, which autograd never does.
+# Elementwise operations whose vector code and scalar code round the same way. Absent, since the two differ: atan2,
+# atanh, celu, cosh, elu, exp2, gelu, logaddexp, logit, mish, pow, rsqrt, selu, sigmoid, silu, sinh, softplus and their
+# gradients, except sigmoid's gradient. tanh_backward differs only for an expanded tensor, which autograd never passes.
 _POINTWISE = _aten(
     "abs acos acosh addcdiv addcmul asin asinh atan ceil clamp clamp_max clamp_min copysign cos digamma div erf erfc "
     "exp expm1 floor fmod frac hardshrink hardsigmoid hardsigmoid_backward hardswish hardswish_backward hardtanh "
@@ -71,8 +70,8 @@ INVARIANT: frozenset[str] = frozenset().union(
 )
 
 
-def _of_integers(arguments: dict) -> bool:
-    """Sums, products and quotients of integers are exact, unless they are to be floats."""
+def _is_integer_only(arguments: dict) -> bool:
+    """Whether all values are integers and stay integers: their sums, products and quotients are exact."""
     values = tree_leaves(list(arguments.values()))
     dtypes = [value.dtype if isinstance(value, torch.Tensor) else value for value in values]
     return not any(
@@ -81,19 +80,19 @@ def _of_integers(arguments: dict) -> bool:
 
 
 def _scaled_exactly(arguments: dict) -> bool:
-    """A product with another alpha is rounded before the sum, or is not, as the compiler chose for each piece."""
-    return arguments.get("alpha", 1) in (1, -1) or _of_integers(arguments)
+    """Whether alpha is 1 or -1. For other values, vector and scalar code round alpha * x differently."""
+    return arguments.get("alpha", 1) in (1, -1) or _is_integer_only(arguments)
 
 
 def _simple_power(arguments: dict) -> bool:
-    """Products, quotients and square roots; other powers are approximated, by code that differs."""
+    """Whether torch computes the power by products, quotients or square roots; other powers are approximated."""
     exponent = arguments["exponent"]
     simple = not isinstance(exponent, torch.Tensor) and exponent in EXACT_POWERS
-    return simple or _of_integers(arguments)
+    return simple or _is_integer_only(arguments)
 
 
-def _put_in_order(arguments: dict) -> bool:
-    """Threads add to one place in the order of their arrival, unless torch was told to be deterministic."""
+def _does_not_race(arguments: dict) -> bool:
+    """Whether no two threads add to one element in random order; deterministic algorithms prevent this."""
     return not arguments.get("accumulate", False) or torch.are_deterministic_algorithms_enabled()
 
 
@@ -101,24 +100,24 @@ def _only_moves(arguments: dict) -> bool:
     return "reduce" not in arguments
 
 
-# those that are invariant with some arguments
+# Operations that are invariant for some arguments.
 CONDITIONS: dict[str, Callable[[dict], bool]] = {
-    "aten::_index_put_impl": _put_in_order,
+    "aten::_index_put_impl": _does_not_race,
     "aten::add": _scaled_exactly,
-    "aten::arange": _of_integers,
-    "aten::floor_divide": _of_integers,
-    "aten::index_put": _put_in_order,
+    "aten::arange": _is_integer_only,
+    "aten::floor_divide": _is_integer_only,
+    "aten::index_put": _does_not_race,
     "aten::pow": _simple_power,
-    "aten::prod": _of_integers,
+    "aten::prod": _is_integer_only,
     "aten::rsub": _scaled_exactly,
     "aten::scatter": _only_moves,
     "aten::sub": _scaled_exactly,
-    "aten::sum": _of_integers,
+    "aten::sum": _is_integer_only,
 }
 
 
 def is_invariant(op: torch._ops.OpOverload, args: tuple = (), kwargs: dict | None = None) -> bool:
-    """Whether this call of an aten operation is invariant by itself; False of whatever is not known to be."""
+    """Whether torch's own kernel is known to be invariant for this call of an aten operation."""
     name = op._schema.name if op._schema.name.endswith("__") else op._schema.name.removesuffix("_")
     if name in INVARIANT:
         return True

@@ -1,8 +1,9 @@
-"""When torch's leaf operations are ours: in a context, in a thread, or in a whole process.
+"""Switches the mode on and off: in a context, in a thread, or in a whole process.
 
-The overrides sit on the CPU and CUDA keys of torch's dispatcher, below autograd, so that gradients run through them.
-They are there for all threads while any thread wants them; each call asks whether its own thread does. That answer
-travels with torch's thread-local state, so that autograd's threads give the one of the thread that called backward.
+The overrides are registered for the CPU and CUDA keys of torch's dispatcher. These keys are below autograd, so backward
+passes use the overrides too. The overrides stay installed for all threads while any thread uses the mode, and each call
+checks the state of its own thread. The state is part of torch's thread-local state. Autograd's threads inherit it from
+the thread that called backward.
 """
 
 from __future__ import annotations
@@ -19,39 +20,43 @@ from ..common.uncompiled import hold_uncompiled, release_uncompiled
 from . import overrides
 
 _lock = threading.Lock()
-_holders = 0  # contexts, and threads or the process that enabled the mode: the overrides stay until there is none
+_holders = 0  # open contexts, and threads or the process that enabled the mode: at 0 the overrides are removed
 
 
 @contextmanager
 def batch_invariant_mode(enabled: bool = True) -> Iterator[None]:
-    """Within, in this thread, the operations of torch that the mode covers give a row bits that depend on it alone.
+    """In this thread, inside the block, covered torch operations give a row bits that depend on that row alone.
 
-    enabled: False leaves the mode off within, whatever is around it. Contexts nest, and what was before comes back
-    after an exception too. Gradients computed within follow the mode.
+    enabled: False switches the mode off inside the block. Contexts nest; the earlier state is restored at the end, also
+    after an exception. Gradients that are computed inside the block follow the mode.
 
-    Covered are, for float32, bfloat16 and float16 on the CPU and on NVIDIA and AMD GPUs: the matrix products behind
-    matmul, linear, bmm and einsum, grouped_mm, softmax and log_softmax, mean and sum, and on the CPU the elementwise
-    functions whose vector and scalar code differ. Not covered are torch's own attention kernels (transformers:
-    `attn_implementation="minirl"`) and convolutions; `audit` lists what ran and is not covered. Functions that were
-    compiled by torch.compile, whose code no override reaches, run uncompiled while the mode is on in any thread.
-    Raises RuntimeError inside a compiled function, and with the reason where a kernel is missing.
+    Covered for float32, bfloat16 and float16, on the CPU and on NVIDIA and AMD GPUs:
+        the matrix products behind matmul, linear, bmm and einsum; grouped_mm;
+        softmax, log_softmax, mean and sum;
+        on the CPU, the elementwise functions whose vector and scalar code differ.
+    Not covered: torch's own attention kernels (in transformers, use `attn_implementation="minirl"`) and convolutions.
+    `audit` lists the operations that ran and are not covered.
+    Overrides do not reach code compiled by torch.compile. Compiled functions run uncompiled while the mode is on in any
+    thread.
+
+    Raises RuntimeError inside a compiled function, and with the reason if a kernel is missing.
     """
     with _change(enabled):
         yield
 
 
 def enable_batch_invariant_mode() -> None:
-    """`batch_invariant_mode` in this thread from now on. MINIRL_BATCH_INVARIANT=1 does it for all threads at import."""
+    """Switch `batch_invariant_mode` on in this thread. MINIRL_BATCH_INVARIANT=1 does so at import for all threads."""
     _set(True)
 
 
 def disable_batch_invariant_mode() -> None:
-    """Ends what enable_batch_invariant_mode began, or in this thread what MINIRL_BATCH_INVARIANT=1 did."""
+    """Switch the mode off in this thread, after enable_batch_invariant_mode or MINIRL_BATCH_INVARIANT=1."""
     _set(False)
 
 
 def follow_environment() -> None:
-    """Raises ValueError for a MINIRL_BATCH_INVARIANT that is neither 0 nor 1."""
+    """Switch the mode on for all threads if MINIRL_BATCH_INVARIANT is 1. Raises ValueError for an invalid value."""
     value = os.environ.get("MINIRL_BATCH_INVARIANT", "")
     if value not in ("", "0", "1"):
         raise ValueError(f"MINIRL_BATCH_INVARIANT is {value!r}: it must be 1, 0 or unset")
@@ -88,7 +93,7 @@ def _change(enabled: bool) -> Iterator[None]:
 def _refuse_compilation() -> None:
     if torch.compiler.is_compiling():
         raise RuntimeError(
-            "batch_invariant_mode is entered inside a compiled function: it must be around the call of it"
+            "batch_invariant_mode is entered inside a compiled function: it must be entered outside, around the call"
         )
 
 

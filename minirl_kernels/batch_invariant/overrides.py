@@ -1,4 +1,4 @@
-"""How operations of aten are put into torch's dispatcher as ours, and taken out again."""
+"""Registers the library's kernels for aten operations in torch's dispatcher, and removes them again."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _calls = _Calls()
 
 
 def calls(name: str) -> int:
-    """How many operations of this thread have run as ours, if the last of them was `name`, such as "aten::mm"."""
+    """Number of overridden calls of this thread so far, if the last one was `name`, such as "aten::mm"; otherwise 0."""
     return _calls.count if _calls.last == name else 0
 
 
 def install(is_wanted: Callable[[], bool]) -> None:
-    """Override, for all threads; a call in a thread that does not want ours stays torch's."""
+    """Register the overrides for all threads. A call for which is_wanted() is False runs torch's own kernel."""
     global _library
     _library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators")  # that a kernel is overridden
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch reports overridden kernels
         for key in ("CPU", "CUDA") if torch.version.cuda or torch.version.hip else ("CPU",):
             for name, ours in operations(key):
                 _override(name, key, ours, is_wanted)
@@ -72,7 +72,7 @@ def _override(name: str, key: str, ours: Callable[..., Tensor], is_wanted: Calla
 
 
 def _override_linear(is_wanted: Callable[[], bool]) -> None:
-    call_stock = torch.library.get_kernel("aten::linear", "CPU").call_boxed  # a composite: one kernel for all devices
+    call_stock = torch.library.get_kernel("aten::linear", "CPU").call_boxed  # the same kernel on all devices
 
     def kernel(keys, x, weight, bias=None):
         if bias is not None and x.dim() != 2 and is_wanted() and x.dtype in FLOAT_DTYPES:
@@ -87,12 +87,12 @@ def _override_linear(is_wanted: Callable[[], bool]) -> None:
 
 
 def _written(ours: Callable, is_product: bool, given: str | None, stock: Callable, *args, **kwargs) -> Tensor:
-    """The result of ours in memory that there is: the argument `given`, or the first one where that is None."""
+    """Write the result of `ours` into the argument `given`, or into the first argument if `given` is None."""
     target = args[0] if given is None else kwargs[given]
     others = args[1:] if given is None else args
     own = {name: value for name, value in kwargs.items() if name != given}
     if not _elements_apart(target):
-        return NotImplemented  # one element is written several times: by torch, in its order, if it does not refuse
+        return NotImplemented  # torch writes overlapping elements in its own order, or raises
     shares = any(isinstance(x, Tensor) and _share_memory(x, target) for x in others)
     if is_product and not shares:
         result = ours(*args, **own, out=target)
@@ -107,7 +107,7 @@ def _written(ours: Callable, is_product: bool, given: str | None, stock: Callabl
 
 
 def _elements_apart(x: Tensor) -> bool:
-    """Whether no two elements can share memory, as far as sorted strides tell."""
+    """Whether no two elements share memory, judged by the sorted strides."""
     if x.is_contiguous():
         return True
     extent = 1

@@ -1,4 +1,4 @@
-"""How far an inference engine is from a training engine, and where they first part."""
+"""Compares an inference engine (mu) with a training engine (pi), and finds the first module in which they differ."""
 
 from .compare import compare_engines
 from .engines import GeneratingEngine, Rescored, Scores, ScoringEngine

@@ -1,4 +1,4 @@
-"""Two engines on the same responses, batch by batch: sampled by mu, scored by pi."""
+"""compare_engines: mu samples responses, pi scores the same responses, and a report describes the differences."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from .report import LOG_PROBS, DiscrepancyReport, FirstDifference, Jump, ModuleR
 from .routing import RoutingComparison
 
 RoutingReplay = Literal["disabled", "R2", "R3"]
-_OPAQUE = "an engine has no model to look into"
-_UNSAID = "mu has no model to look into here, and gave no routed_experts"
+_NO_MODEL = "an engine gives no access to its model"
+_NO_EXPERTS = "mu gives no access to its model here, and returned no routed_experts"
 
 
 def compare_engines(
@@ -38,18 +38,21 @@ def compare_engines(
     routing_replay: RoutingReplay = "disabled",
     progress: Callable[[int], None] = lambda done: None,
 ) -> DiscrepancyReport:
-    """Sample a response to each prompt with mu, score it with pi, and say how far they are apart.
+    """Sample a response to each prompt with mu, score it with pi, and report the differences.
 
-    prompts: token ids, none empty. updated: pi_theta, for the staleness r = pi_theta / pi_old; None means pi itself.
-    seed: of the samples. batch_size: responses at a time; their logits are kept, twice R V of 4 bytes for each.
-    trace_sequences: the first so many of the first batch are compared module by module, and what mu's modules made of
-        them is kept; 0 traces nothing. Where modules differ, the first batch runs again, for the operation.
-    config: bounds and threshold of the shares of tokens that would be masked and truncated.
-    routing_replay: "R3": pi and pi_theta replay the experts that mu records; "R2": pi_theta those that pi records. What
-        is told of routers is what they would choose by themselves.
+    prompts: token ids of each prompt, at least one token each.
+    updated: pi_theta, for the staleness r = pi_theta / pi_old; None means pi_theta = pi_old.
+    seed: of the samples. batch_size: responses per batch. The logits of both engines are kept for a batch: 2 R V
+        float32 values for a response of R tokens.
+    trace_sequences: number of sequences in the first batch that are compared module by module; 0 means none. All
+        module outputs of mu are kept for them. If a module differs, the batch runs again to find the operation.
+    config: clip bounds and truncation threshold, for the fractions of tokens that would be masked or truncated.
+    routing_replay: "R3": pi and pi_theta replay the experts that mu recorded. "R2": pi_theta replays the experts that
+        pi recorded. The routing section of the report always compares the natural choices of the routers.
     progress: called with the number of responses done.
-    Raises ValueError for prompts that are none, or one without tokens, for sizes below 1, and where an engine does not
-    record what is to be replayed.
+
+    Raises ValueError for no prompts, a prompt without tokens, sizes below 1, and an engine that does not record the
+    experts to be replayed.
     """
     _check(prompts, batch_size, trace_sequences)
     routing, routing_missing = _routing(mu, pi)
@@ -57,7 +60,7 @@ def compare_engines(
     if not trace_sequences:
         modules_missing = "no sequences were to be traced (trace_sequences is 0)"
     elif mu.model is None or pi.model is None:
-        modules_missing = _OPAQUE
+        modules_missing = _NO_MODEL
     mu_scores, pi_scores, updated_scores, full_kl = [], [], [], []
     for start in range(0, len(prompts), batch_size):
         part, part_seed = prompts[start : start + batch_size], seed + start
@@ -70,7 +73,7 @@ def compare_engines(
         sequences = [[*prompt, *response] for prompt, response in zip(part, responses, strict=True)]
         misplaced = _misplaced("mu", forwards, sequences)
         if routing is not None and not routing.watches_mu and sampled.routed_experts is None:
-            routing, routing_missing = None, _UNSAID
+            routing, routing_missing = None, _NO_EXPERTS
         with ExitStack() as watching:
             forwards = watching.enter_context(_forwards(pi.model))
             _enter(
@@ -128,7 +131,7 @@ def _check(prompts: TokenIds, batch_size: int, trace_sequences: int) -> None:
 
 def _routing(mu: GeneratingEngine, pi: ScoringEngine) -> tuple[RoutingComparison | None, str | None]:
     if pi.model is None:
-        return None, _OPAQUE
+        return None, _NO_MODEL
     try:
         return RoutingComparison(mu.model if isinstance(mu.model, nn.Module) else None, pi.model), None
     except ValueError as error:
@@ -141,35 +144,35 @@ def _enter(stack: ExitStack, *contexts: AbstractContextManager | None) -> None:
 
 
 def _forwards(model: object) -> AbstractContextManager[Forwards | None]:
-    """None of a model that runs elsewhere: its own record says which token is where."""
+    """Watches the forwards of a model in this process. A model in another process records the places itself: None."""
     return watched(model, names=()) if isinstance(model, nn.Module) else nullcontext()
 
 
 def _misplaced(engine: str, forwards: Forwards | None, sequences: list[list[int]]) -> str | None:
-    """Why the engine's forwards cannot be compared with the other's, or None."""
+    """The reason why the forwards cannot be aligned with the sequences; None if they can."""
     found = None if forwards is None else forwards.misplaced(sequences)
     return None if found is None else f"a forward of {engine} {found}"
 
 
 def _decoded(prompts: TokenIds, responses: TokenIds) -> Tensor:
-    """[rows, 2], the places of all tokens but the last, which was sampled and never decoded."""
+    """[rows, 2]: start and end of the decoded tokens. The last token was sampled but never decoded."""
     return torch.tensor([[0, len(p) + len(r) - 1] for p, r in zip(prompts, responses, strict=True)])
 
 
 def _scoring(prompts: TokenIds, responses: TokenIds) -> Tensor:
-    """[rows, 2], the places whose logits a token was sampled from."""
+    """[rows, 2]: start and end of the positions whose logits produced the sampled tokens."""
     return torch.tensor([[len(p) - 1, len(p) + len(r) - 1] for p, r in zip(prompts, responses, strict=True)])
 
 
 def _recorded(engine: str, scores: Scores) -> RoutedExperts:
     if scores.routed_experts is None:
-        raise ValueError(f"{engine} gave no routed_experts: it must record them, to be replayed")
+        raise ValueError(f"{engine} gave no routed_experts: it must record them for a replay")
     return scores.routed_experts
 
 
 @dataclass(frozen=True)
 class _FirstBatch:
-    """What was traced, and what it takes to run it again."""
+    """The trace of the first batch, with everything needed to run this batch again."""
 
     mu: GeneratingEngine
     pi: ScoringEngine
@@ -181,7 +184,7 @@ class _FirstBatch:
     rows: int
 
     def report(self, sampled: Scores, scored: Scores) -> tuple[ModuleReport | None, str | None]:
-        """(it, None), or (None, why there is none)."""
+        """(report, None), or (None, the reason for its absence)."""
         if not self.trace.events:
             return None, "the engines have no modules in common"
         spans = _decoded(self.prompts[: self.rows], self.responses[: self.rows])
@@ -203,31 +206,31 @@ class _FirstBatch:
         return report, None
 
     def _place_of(self, event: Event) -> tuple[str, str, str | None, int | None]:
-        """(module, class, before which submodule, layer)"""
+        """(module, class, submodule that receives the input or None, layer), the fields of FirstDifference and Jump."""
         kind = type(self.pi.model.get_submodule(event.culprit)).__name__
         return event.culprit, kind, event.module if event.is_input else None, self.trace.layer(event)
 
     def _first_operation(self, event: Event, spans: Tensor) -> tuple[OperationDifference | None, str | None]:
-        """(it, None), or (None, why there is none), from a second run."""
+        """(first operation that differs, None), or (None, the reason for its absence); runs the batch again."""
         if not event.culprit:
-            return None, "it is in the model's own forward"
+            return None, "the difference arises in the model's own forward"
         if not isinstance(self.mu.model, nn.Module):
-            return None, "the operations of another process are not recorded"
-        ours = OperationTrace(event.culprit, self.trace.forward_of[event.difference.first_key], self.rows)
-        theirs = OperationTrace(event.culprit, 0, self.rows)
-        with ours.recording(self.mu.model):
+            return None, "operations in another process are not recorded"
+        mu_trace = OperationTrace(event.culprit, self.trace.forward_of[event.difference.first_key], self.rows)
+        pi_trace = OperationTrace(event.culprit, 0, self.rows)
+        with mu_trace.recording(self.mu.model):
             again, _ = self.mu.generate(self.prompts, seed=self.seed)
         if again != self.responses:
-            return None, "mu sampled other responses when it ran again"
-        with theirs.recording(self.pi.model):
+            return None, "mu sampled different responses in a second run"
+        with pi_trace.recording(self.pi.model):
             self.pi.score(self.prompts, self.responses, with_logits=False, routed_experts=self.replayed)
-        return first_difference(ours, theirs, spans), None
+        return first_difference(mu_trace, pi_trace, spans), None
 
 
 def _first_in_log_probs(mu: list[Tensor], pi: list[Tensor]) -> FirstDifference | None:
-    ours, theirs = torch.cat(mu)[:, None], torch.cat(pi)[:, None]
-    difference = Difference.between(torch.arange(len(ours)), [ours], [theirs])
+    mu_values, pi_values = torch.cat(mu)[:, None], torch.cat(pi)[:, None]
+    difference = Difference.between(torch.arange(len(mu_values)), [mu_values], [pi_values])
     if difference.is_none:
         return None
-    missing = "what they are made of is equal in both, up to the last hidden state"
+    missing = "all modules up to the last hidden states are equal"
     return FirstDifference(LOG_PROBS, "head and log-softmax", None, None, difference, None, missing)

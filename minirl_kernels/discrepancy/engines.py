@@ -1,4 +1,4 @@
-"""What a comparison asks of its two engines. Another inference engine is a class with these members."""
+"""The interfaces of the two engines of a comparison. Any class with these members can take part."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ TokenIds = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Scores:
-    """What an engine says of some responses, one entry each, on the CPU."""
+    """An engine's results for some responses, one entry per response, on the CPU."""
 
     log_probs: list[Tensor]
-    """[R] float32, nats: of each token, at the temperature of the comparison."""
+    """[R] float32, nats: log-probabilities of the tokens at the temperature of the comparison."""
     logits: list[Tensor] | None
-    """[R, V]: what the log-probabilities come from, divided by the temperature; none where the engine has none."""
+    """[R, V]: the logits divided by the temperature; None if the engine returns no logits."""
     routed_experts: RoutedExperts | None = None
-    """[B, L] of the sequences, padded on the right: the experts that were chosen; none where they are not recorded."""
+    """[B, L], the sequences padded on the right: the chosen experts; None if they were not recorded."""
 
 
 class ScoringEngine(Protocol):
-    """The training side, pi: whole sequences in one batch, padded."""
+    """The training engine, pi. It scores whole sequences in one padded batch."""
 
     model: nn.Module | None
-    """What computes, for hooks on its modules: its forwards take input_ids [B, S] and attention_mask [B, ...] as those
-    of transformers do; none where there is no such module (then nothing is said of modules and routing)."""
+    """The model, for hooks on its modules. Its forward takes input_ids [B, S] and attention_mask [B, ...] like a model
+    of transformers. None if there is no such module; the report then has no modules and no routing."""
 
     def score(
         self, prompts: TokenIds, responses: TokenIds, *, with_logits: bool, routed_experts: RoutedExperts | None = None
     ) -> Scores:
-        """The scores of given responses, in a single forward; routed_experts: [B, L], to be replayed."""
+        """Score the responses in a single forward. routed_experts: [B, L], experts to replay."""
 
 
 class GeneratingEngine(Protocol):
-    """The inference side, mu."""
+    """The inference engine, mu."""
 
     model: nn.Module | RemoteModel | None
-    """As in ScoringEngine; a forward continues the one before it, whose keys and values it has cached. It says so by an
-    attention_mask of all tokens so far, or by the same past_key_values or cache_params. Of a model that runs elsewhere,
-    the routing is that of Scores.routed_experts."""
+    """As in ScoringEngine. A forward may continue the forward before it, with cached keys and values. It must then get
+    an attention_mask of all tokens so far, or the same past_key_values or cache_params object. For a RemoteModel, the
+    routing comes from Scores.routed_experts."""
 
     def generate(self, prompts: TokenIds, *, seed: int) -> tuple[list[list[int]], Scores]:
-        """One response to each prompt, sampled in one batch, and its scores as the decode had them.
+        """Sample one response to each prompt in one batch. Returns (responses, their scores from the decode).
 
-        The same prompts and seed give the same responses.
+        The same prompts and seed must give the same responses.
         """
 
 
 class Rescored:
-    """A generating engine whose scores are those of a scoring engine: mu without the difference that a decode makes."""
+    """A generating engine whose scores come from a scoring engine, so that the decode itself makes no difference."""
 
     def __init__(self, generator: GeneratingEngine, scorer: ScoringEngine):
         self._generator, self._scorer = generator, scorer

@@ -1,8 +1,8 @@
-"""Which token of which sequence each row of a tensor belongs to, inside the forwards of a model.
+"""Assigns each row of a module's tensors to a token of a sequence, inside the forwards of a model.
 
-A decode with a cache, prompts padded on the left, and a forward of whole sequences, padded on the right, have nothing
-in common but the tokens. The attention mask says where they are in both. A forward without a mask continues the one
-before it if it has the same cache, and else begins a sequence without padding.
+mu decodes with a cache and pads prompts on the left; pi computes whole sequences, padded on the right. The attention
+mask gives the place of each token in both. A forward without a mask continues the forward before it if both have the
+same cache. Otherwise it begins sequences without padding.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-# A token's key is row * STRIDE + its place in the row.
+# The key of a token is row * STRIDE + its place in the row, without padding.
 STRIDE = 1 << 32
-_CACHES = ("past_key_values", "cache_params")  # names of the argument that holds what earlier forwards made
+_CACHES = ("past_key_values", "cache_params")  # names of the argument that holds the cache
 
 
 @dataclass
 class Forward:
-    """One forward of the model. tokens: [B, S], the place of each slot's token in its sequence, -1 for padding."""
+    """One forward of the model. tokens: [B, S], the place of each token in its sequence, -1 for padding."""
 
     number: int
     tokens: Tensor
-    running: list[str] = field(default_factory=list)  # names of the modules that are being computed, outermost first
+    running: list[str] = field(default_factory=list)  # names of the modules that are running, outermost first
 
     def keys(self, rows: int, slots: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """(which slots of the first `rows` sequences hold a token [rows, S] bool, the keys of these tokens)."""
+        """(mask of the tokens in the first `rows` sequences [rows, S] bool, keys of these tokens [n])."""
         tokens = self.tokens[:rows, slots]
         held = tokens >= 0
         return held, (torch.arange(len(tokens))[:, None] * STRIDE + tokens)[held]
 
     def per_token(self, tensor: Tensor, rows: int) -> tuple[Tensor, Tensor] | None:
-        """(keys [n], values [n, F]) of the tokens of the first `rows` sequences; None if `tensor` has no row for each.
+        """(keys [n], values [n, F]) of the tokens of the first `rows` sequences.
 
-        tensor: [B, S, ...], [1, S, ...], [B S, F], or [B, 1, F] of the last token alone.
+        tensor: [B, S, ...], [1, S, ...], [B S, F], or [B, 1, F] for the last token alone. None for other shapes.
         """
         batch, length = self.tokens.shape
         slots = slice(None)
@@ -49,7 +49,7 @@ class Forward:
         elif tensor.shape[:2] == (batch, 1) and tensor.dim() == 3:
             slots = slice(length - 1, None)
         elif tensor.shape[:2] != (batch, length):
-            # a decode's [B, keys, ...] has as many rows, B 1
+            # a decode step (S = 1) also has tensors [B, keys, ...], whose rows are not tokens
             if tensor.dim() != 2 or len(tensor) != batch * length:
                 return None
             tensor = tensor.unflatten(0, (batch, length))
@@ -59,7 +59,7 @@ class Forward:
 
 
 class Forwards:
-    """The forward that runs, how many there were, and which token each of them took for which place."""
+    """Follows the forwards of a model: the running one, their number, and the token id of every place."""
 
     def __init__(self):
         self.current: Forward | None = None
@@ -71,7 +71,7 @@ class Forwards:
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0] if args else None
         if input_ids is None:
-            raise ValueError("input_ids is None: a forward that is compared must be given token ids")
+            raise ValueError("input_ids is None: a forward in a comparison must be given token ids")
         cache = next((kwargs[name] for name in _CACHES if kwargs.get(name) is not None), None)
         self._held = self._slots(input_ids, kwargs.get("attention_mask"), cache is not None and cache is self._cache)
         self._cache = cache
@@ -82,13 +82,13 @@ class Forwards:
         self._taken.append((keys, input_ids.detach().cpu()[held]))
 
     def misplaced(self, sequences: Sequence[Sequence[int]]) -> str | None:
-        """The first token that is not the one that its sequence has in its place, in words; None if all are."""
+        """Describes the first token id that differs from `sequences` at its place; None if all token ids agree."""
         ids = pad_sequence([torch.tensor(row) for row in sequences], batch_first=True, padding_value=-1)
         for keys, taken in self._taken:
             rows, places = keys // STRIDE, keys % STRIDE
             if len(rows) and rows.max() >= len(ids):
-                return f"has {rows.max() + 1} rows, and there are {len(ids)} sequences"
-            # a decode goes on with sequences that have ended
+                return f"has {rows.max() + 1} rows for {len(ids)} sequences"
+            # a decode continues sequences that have ended, until the last one ends
             inside = places < ids.shape[1]
             rows, places, taken = rows[inside], places[inside], taken[inside]
             expected = ids[rows, places]
@@ -96,13 +96,13 @@ class Forwards:
             if len(wrong):
                 first = wrong[0, 0]
                 return (
-                    f"has token {taken[first]} in place {places[first]} of sequence {rows[first]}, where that has "
-                    f"{expected[first]}: its attention_mask or its cache must say which tokens came before"
+                    f"has token {taken[first]} at place {places[first]} of sequence {rows[first]}, instead of "
+                    f"{expected[first]}: its attention_mask or its cache must show the earlier tokens"
                 )
         return None
 
     def _slots(self, input_ids: Tensor, mask: Tensor | None, continues: bool) -> Tensor:
-        """[B, slots so far] bool, which of them hold a token."""
+        """[B, slots so far] bool: True for a token, False for padding."""
         if mask is None:
             new = torch.ones(input_ids.shape, dtype=torch.bool)
             return torch.cat([self._held, new], 1) if continues else new
@@ -120,10 +120,10 @@ def watched(
     before: Callable[[Forward, str, nn.Module, tuple, dict], None] | None = None,
     after: Callable[[Forward, str, nn.Module, object], None] | None = None,
 ) -> Iterator[Forwards]:
-    """Call `before` and `after` each module's forward, inside the forwards of `model`, in the order of execution.
+    """Call `before` and `after` around the forward of each module, in the order of execution.
 
-    names: of the modules; None means all. before: is given the arguments; after: the output; both the Forward, too, and
-    the module with its name.
+    names: the modules to watch; None means all. before: called as before(forward, name, module, args, kwargs).
+    after: called as after(forward, name, module, output). Yields the Forwards of `model`.
     """
     forwards = Forwards()
 
@@ -140,7 +140,7 @@ def watched(
     handles = [model.register_forward_pre_hook(forwards.begin, with_kwargs=True)]
     for name, module in model.named_modules():
         if name and (names is None or name in names):
-            # before the model's own hooks, which are part of what the module computes
+            # prepended, since the model's own hooks are part of the computation
             handles.append(module.register_forward_pre_hook(partial(enter, name), with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(partial(leave, name)))
     try:
@@ -151,9 +151,9 @@ def watched(
 
 
 def common_tokens(mu: Tensor, pi: Tensor, spans: Tensor) -> tuple[Tensor, Tensor]:
-    """(indices into mu, indices into pi) of the keys that are in both and in their rows' spans, in mu's order.
+    """(indices into mu, indices into pi) of the keys that both have and that are inside the spans, in mu's order.
 
-    mu, pi: [n], [m] keys. spans: [rows, 2], first place and end.
+    mu, pi: keys [n] and [m]. spans: [rows, 2], first place and end of each row.
     """
     sorted_pi, order = pi.sort()
     place = torch.searchsorted(sorted_pi, mu).clamp(max=len(pi) - 1)

@@ -1,4 +1,4 @@
-"""Which decoder layer a module belongs to. Models call them layers, h, blocks: they are found by what holds them."""
+"""Finds the decoder layer of a module. Models name the list of layers differently (layers, h, blocks)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Layers:
-    """The decoder layers of a model. prefix: the name of their list, with a dot; none where there is no list."""
+    """The decoder layers of a model. prefix: the name of their ModuleList and a dot; None without a ModuleList."""
 
     prefix: str | None
 
     @classmethod
     def of(cls, model: nn.Module) -> Layers:
-        """The list that is in no other list, and has the most parameters of these."""
+        """Takes the ModuleList with the most parameters, among those inside no other ModuleList."""
         sizes: dict[str, int] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.ModuleList) and not any(name.startswith(outer) for outer in sizes):
@@ -23,7 +23,7 @@ class Layers:
         return cls(max(sizes, key=sizes.get) if sizes else None)
 
     def number(self, name: str) -> int | None:
-        """Of the layer that the module is, or is in; None if it is outside all."""
+        """Number of the layer that is the module or contains it; None outside the layers."""
         if self.prefix is None or not name.startswith(self.prefix):
             return None
         return int(name.removeprefix(self.prefix).partition(".")[0])

@@ -1,4 +1,4 @@
-"""The outputs of all modules of two engines, token by token: where they first differ, and how far from there on."""
+"""Compares inputs and outputs of all modules of two engines, token by token, to find the first difference."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from .layers import Layers
 
 @dataclass(frozen=True)
 class Difference:
-    """Between the values that the engines have in one place, over the tokens that both computed there."""
+    """The difference between the values of both engines in one place, over the tokens that both computed."""
 
     differing_fraction: float
-    """Of the tokens, those of which any value differs."""
+    """Fraction of the tokens with at least one differing value."""
     relative: float
     """|mu - pi| / |pi|, Euclidean norms over all tokens."""
     max_abs: float
     first_key: int | None
-    """The first token that differs, in the order in which mu computed them; None if none does."""
+    """Key of the first token that differs, in the order of mu's computation; None if no token differs."""
 
     @classmethod
     def between(cls, keys: Tensor, mu: list[Tensor], pi: list[Tensor]) -> Difference:
-        """mu, pi: [n, F] each, of the tokens of the keys [n]. Sizes are those of the first pair."""
+        """Compare lists of tensors [n, F] for the tokens with the keys [n]. relative and max_abs use the first pair."""
         differs = torch.zeros(len(keys), dtype=torch.bool)
-        for ours, theirs in zip(mu, pi, strict=True):
-            a, b = ours.double(), theirs.double()
+        for mu_values, pi_values in zip(mu, pi, strict=True):
+            a, b = mu_values.double(), pi_values.double()
             differs |= ((a != b) & ~(a.isnan() & b.isnan())).any(1)
         delta, size = (mu[0].double() - pi[0].double()), pi[0].double()
         norm = size.norm().item()
@@ -49,18 +49,19 @@ class Difference:
 
 
 class RemoteModel(Protocol):
-    """A model that runs in another process, where its modules are recorded."""
+    """A model in another process, which records its modules there."""
 
     def recording(self, rows: int) -> AbstractContextManager[dict[PlaceName, Place]]:
-        """Of the first `rows` sequences of the `generate` inside it; they are there when it ends.
+        """Record the first `rows` sequences of the `generate` call inside the block.
 
-        Keys are sequence * STRIDE + place of the token, names those of pi's modules.
+        Yields a dict that is filled when the block ends. Keys of tokens are sequence * STRIDE + place; module names are
+        the names in pi's model.
         """
 
 
 @dataclass(frozen=True)
 class Event:
-    """A module was given its input, or made its output, in the order of execution."""
+    """The difference at the input or the output of one module call."""
 
     module: str
     kind: str
@@ -70,39 +71,39 @@ class Event:
 
     @property
     def culprit(self) -> str:
-        """The module whose own code made what is here: an input is made by the module that hands it in."""
+        """The module whose code produced the values. The input of a module is produced by its calling module."""
         return self.inside if self.is_input else self.module
 
 
-PlaceName = tuple[str, bool, int]  # a module, whether it is its input, how often it had run before in that forward
+PlaceName = tuple[str, bool, int]  # (module, whether this is its input, number of its earlier calls in the forward)
 
 
 @dataclass
 class Place:
-    """What mu had in one place: values of tokens, forward by forward."""
+    """mu's values in one place, one entry per forward."""
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[list[Tensor]] = field(default_factory=list)
-    numbers: list[Tensor] = field(default_factory=list)  # of the forward that computed each token
+    numbers: list[Tensor] = field(default_factory=list)  # number of the forward that computed each token
 
     def add(self, number: int, keys: Tensor, values: list[Tensor]) -> None:
-        """keys: [n] of tokens. values: [n, F] each."""
+        """number: of the forward. keys: [n] keys of tokens. values: tensors [n, F]."""
         self.keys.append(keys)
         self.values.append(values)
         self.numbers.append(torch.full_like(keys, number))
 
 
 class ModuleTrace:
-    """Records mu's inputs and outputs inside `recording`, then compares pi's inside `comparing`, which keeps no values.
+    """Records the inputs and outputs of mu's modules inside `recording`, and compares pi's with them in `comparing`.
 
-    rows: how many of the batch's first sequences are traced; the record holds all that modules make of them.
+    rows: number of traced sequences, the first ones of the batch. All their module outputs of mu are kept in memory.
     """
 
     def __init__(self, rows: int):
         self._rows = rows
         self._layers = Layers(None)
         self._places: dict[PlaceName, Place] = {}
-        self.tokens = 0  # as many as could be compared
+        self.tokens = 0  # the largest number of tokens that were compared in one place
         self.events: list[Event] = []
         self.forward_of: dict[int, int] = {}
 
@@ -123,7 +124,7 @@ class ModuleTrace:
 
     @contextmanager
     def comparing(self, pi: nn.Module, spans: Tensor) -> Iterator[None]:
-        """spans: [rows, 2], first place and end of what is to be compared of each sequence."""
+        """spans: [rows, 2], first place and end of the tokens to compare in each sequence."""
         self._spans = spans
         self._layers = Layers.of(pi)
         kinds = {name: type(module).__name__ for name, module in pi.named_modules()}
@@ -147,9 +148,9 @@ class ModuleTrace:
         return next((event for event in self.events if not event.difference.is_none), None)
 
     def jump(self) -> tuple[Event, float] | None:
-        """(where the difference grows most, how many times it is the largest of those before it in what is computed).
+        """(event, factor) with the largest factor: relative difference divided by the largest one computed before.
 
-        None where no two places differ.
+        None if fewer than two places differ.
         """
         most, largest = None, 0.0
         for event in self.events:
@@ -160,7 +161,7 @@ class ModuleTrace:
         return most
 
     def layer(self, event: Event) -> int | None:
-        """Of the module that was given its input, or made its output; None outside the decoder layers."""
+        """Number of the decoder layer of the event's module; None outside the decoder layers."""
         return self._layers.number(event.module)
 
     def outputs(self) -> list[Event]:
@@ -181,8 +182,8 @@ class ModuleTrace:
         mu_keys = torch.cat(place.keys)
         in_mu, in_pi = common_tokens(mu_keys, keys, self._spans)
         if len({tuple(values.shape[1] for values in parts) for parts in place.values}) > 1:
-            return None  # a size that grows with the cache
-        # a router gives its logits, and not everywhere what it makes of them
+            return None  # the size grows with the cache
+        # one engine's router may return only logits, without weights and experts
         mu = [torch.cat(parts)[in_mu] for parts in zip(*place.values, strict=True)][: len(values)]
         pi = [tensor[in_pi] for tensor in values][: len(mu)]
         if not len(in_mu) or [a.shape for a in mu] != [b.shape for b in pi]:
@@ -217,13 +218,13 @@ def _observed(model: nn.Module, observer) -> Iterator[None]:
 
 
 def _hidden_states(args: tuple, kwargs: dict) -> list[Tensor]:
-    """A module's first argument, and nothing else: masks and caches are not of single tokens."""
+    """A module's first argument. Other arguments, such as masks and caches, have no row per token."""
     first = args[0] if args else kwargs.get("hidden_states")
     return [first] if isinstance(first, Tensor) else []
 
 
 def _outputs(output: object) -> list[Tensor]:
-    """An output's first tensor, and those behind it that have two dimensions: the weights and experts of a router."""
+    """The first tensor of an output, and later tensors of two dimensions, such as a router's weights and experts."""
     if isinstance(output, Tensor):
         return [output]
     values = list(output.values()) if hasattr(output, "values") else output if isinstance(output, (tuple, list)) else []

@@ -1,9 +1,9 @@
-"""The aten operations inside one module of two engines: which is the first, of those that both ran, to differ.
+"""Finds the first aten operation inside a module whose results differ between the two engines.
 
-A decode and a forward of whole sequences do not run the same list: the decode appends to a cache, and each casts and
-pads in its own places. So the lists are matched by name and dtype, and what could not be matched, or has no row for
-each token (experts sort theirs), is told rather than compared. (torch's DebugMode hashes outputs whole, and the two
-have no shape in common.)
+A decode and a forward of whole sequences do not run the same operations: only the decode appends to a cache, and both
+cast and pad in different places. So the two lists are matched by name and dtype. An operation without a match, or
+without one row per token, is listed in the report but not compared. torch's DebugMode does not serve here: it hashes
+whole outputs, and the shapes of the two engines differ.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from .modules import Difference
 
 @dataclass(frozen=True)
 class OperationDifference:
-    """The first operation that both ran and that differs, with all that they did since they were last seen to agree."""
+    """The first matched operation that differs, with all operations of both engines since the last equal output."""
 
     name: str | None
-    """None: there is no such operation."""
+    """The operation and its dtype; None if no matched operation differs."""
     difference: Difference | None
     mu: list[str]
-    """What mu ran since the last output that was equal, `name` at the end; the difference is made by one of these."""
+    """Operations of mu since the last equal output, up to and including `name`. One of them makes the difference."""
     pi: list[str]
+    """The same for pi."""
 
 
 @dataclass(frozen=True)
 class Operation:
-    name: str  # with the dtype of the output
-    output: Tensor | None  # of the traced rows; None where no dimension counts sequences
+    name: str  # operation and dtype of the output
+    output: Tensor | None  # rows of the traced sequences; None if no dimension counts sequences
 
 
 class OperationTrace(TorchDispatchMode):
-    """Records what runs inside a module, in one forward of a model.
+    """Records the operations inside a module, in one forward of a model.
 
-    rows: how many of the batch's first sequences are kept.
+    number: of the forward. rows: number of recorded sequences, the first ones of the batch.
     """
 
     def __init__(self, module: str, number: int, rows: int):
@@ -83,7 +84,7 @@ class OperationTrace(TorchDispatchMode):
         self.__exit__(None, None, None)
 
     def _rows_of(self, tensor: Tensor) -> Tensor | None:
-        """The traced sequences of [B, ...] or [B S, ...], as it is laid out."""
+        """The traced sequences of a tensor [B, ...] or [B S, ...], in the same layout."""
         batch, length = self.forward.tokens.shape
         if tensor.dim() < 2:
             return None
@@ -95,15 +96,15 @@ class OperationTrace(TorchDispatchMode):
 
 
 def first_difference(mu: OperationTrace, pi: OperationTrace, spans: Tensor) -> OperationDifference:
-    """spans: [rows, 2], first place and end of what is to be compared of each sequence."""
+    """Match the operations of both traces. spans: [rows, 2], first place and end of the tokens to compare."""
     names = [[operation.name for operation in trace.operations] for trace in (mu, pi)]
     start_mu = start_pi = 0
     for match in SequenceMatcher(None, *names, autojunk=False).get_matching_blocks():
         for at_mu, at_pi in zip(
             range(match.a, match.a + match.size), range(match.b, match.b + match.size), strict=True
         ):
-            ours, theirs = mu.operations[at_mu].output, pi.operations[at_pi].output
-            difference = _compare(ours, theirs, mu.forward, pi.forward, spans)
+            mu_output, pi_output = mu.operations[at_mu].output, pi.operations[at_pi].output
+            difference = _compare(mu_output, pi_output, mu.forward, pi.forward, spans)
             if difference is None:
                 continue
             if not difference.is_none:
@@ -114,7 +115,7 @@ def first_difference(mu: OperationTrace, pi: OperationTrace, spans: Tensor) -> O
 
 
 def _compare(mu: Tensor | None, pi: Tensor | None, mu_at: Forward, pi_at: Forward, spans: Tensor) -> Difference | None:
-    """None where they do not have the same dimensions but for that of tokens, or there is nothing in them."""
+    """The difference of two outputs; None if they are empty, or if their sizes differ in more than the token axis."""
     if mu is None or pi is None or not mu.numel():
         return None
     rows, length, steps = len(spans), pi_at.tokens.shape[1], mu_at.tokens.shape[1]
@@ -123,7 +124,7 @@ def _compare(mu: Tensor | None, pi: Tensor | None, mu_at: Forward, pi_at: Forwar
     if mu.dim() != pi.dim():
         return None
     sizes = list(zip(mu.shape, pi.shape, strict=True))
-    # queries come before keys
+    # the first matching axis, since scores have queries before keys
     axis = next((axis for axis, pair in enumerate(sizes) if axis > 0 and pair == (steps, length)), None)
     if axis is None or any(a != b for other, (a, b) in enumerate(sizes) if other != axis):
         return None

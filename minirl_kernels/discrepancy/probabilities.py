@@ -1,4 +1,4 @@
-"""How far apart two policies are: over the sampled tokens, and over the whole vocabulary."""
+"""Distances between two policies: on the sampled tokens, and over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..config import PolicyLossConfig
 from ..ops.policy_loss import policy_loss
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
-_ROWS_AT_ONCE = 64  # of logits in float64: 78 MB each of 152,000 tokens
+_ROWS_AT_ONCE = 64  # float64 logits of 64 rows take 78 MB for a vocabulary of 152,000
 
 
 def full_vocabulary_kl(mu_logits: Tensor, pi_logits: Tensor) -> Tensor:
-    """KL(mu || pi) = sum_v mu(v) (log mu(v) - log pi(v)) of each token, [T] float64, nats.
+    """KL(mu || pi) = sum_v mu(v) (log mu(v) - log pi(v)) for each token, [T] float64, nats.
 
-    mu_logits, pi_logits: [T, V], any float dtype; computed in float64. A logit of -inf in mu adds nothing.
+    mu_logits, pi_logits: [T, V], any float dtype; computed in float64. A logit of -inf in mu adds 0.
     Raises ValueError if the shapes differ.
     """
     if mu_logits.shape != pi_logits.shape or mu_logits.dim() != 2:
@@ -41,13 +41,15 @@ def sampled_token_metrics(
     log_probs: Sequence[Tensor] | None = None,
     config: PolicyLossConfig = PolicyLossConfig(),
 ) -> dict[str, float]:
-    """PolicyLossMetrics of some responses, and the quantiles of their |log d|.
+    """The metrics of `PolicyLossMetrics.compute` for some responses, with the quantiles of |log d|.
 
-    rollout_log_probs, old_log_probs, log_probs: log mu_old, log pi_old and log pi_theta of each response's tokens, [R]
-        in nats; log_probs=None means pi_old. config: its bounds on r, and the threshold of w.
-    Names are those of `PolicyLossMetrics.compute`; the two clip fractions are of tokens that would be masked if all
-    advantages were positive (high) or negative (low). And `log_d_abs_quantiles`, `bit_equal_fraction` (tokens whose
-    two log-probabilities are the same bits).
+    rollout_log_probs, old_log_probs, log_probs: log mu_old, log pi_old and log pi_theta of each response, [R] in nats;
+        log_probs=None means pi_old.
+    config: bounds of the ratio r, and the truncation threshold of the weight w.
+    clip_fraction_high is the fraction of tokens that would be masked if all advantages were positive.
+    clip_fraction_low is the fraction that would be masked if all advantages were negative.
+    Additional entries: `log_d_abs_quantiles`, and `bit_equal_fraction`, the fraction of tokens whose log mu_old and
+    log pi_old have the same bits.
     """
     lengths = torch.tensor([0, *(len(values) for values in rollout_log_probs)])
     mu, old = torch.cat(list(rollout_log_probs)), torch.cat(list(old_log_probs))

@@ -1,4 +1,4 @@
-"""What a comparison found."""
+"""DiscrepancyReport: the result of a comparison, as values and as JSON."""
 
 from __future__ import annotations
 
@@ -11,83 +11,87 @@ from .modules import Difference, Event
 from .operations import OperationDifference
 from .routing import LayerAgreement
 
-LOG_PROBS = "log_probs"  # what is made of the last hidden states, as a module of its own
+LOG_PROBS = "log_probs"  # stands for the head and the log-softmax, as if they were a module
 
 
 @dataclass(frozen=True)
 class FirstDifference:
-    """The module whose own code is the first to give the engines other values, and the operation in it."""
+    """The first module whose code produces different values in the two engines, and the operation in it."""
 
     module: str
-    """Its name, or "log_probs": all modules up to the head agree, and the head or the log-softmax does not."""
+    """Name of the module. "log_probs" means that the head or the log-softmax differs, and all modules before agree."""
     kind: str
-    """Its class."""
+    """Class of the module."""
     before: str | None
-    """The submodule that it first hands a differing input to; none where the difference is in its output."""
+    """The submodule that receives the first differing input; None if the difference is in the module's output."""
     layer: int | None
-    """The decoder layer that it is in; none outside them."""
+    """Number of the module's decoder layer; None outside the decoder layers."""
     difference: Difference
     operation: OperationDifference | None
     operation_missing: str | None
-    """Why there is no operation."""
+    """The reason why `operation` is None."""
 
 
 @dataclass(frozen=True)
 class Jump:
-    """The module whose own code makes the difference grow most: where roundings differ everywhere, look here."""
+    """The module whose code increases the difference most. Useful if roundings differ in every module."""
 
     module: str
     kind: str
-    """Its class."""
+    """Class of the module."""
     before: str | None
-    """The submodule that it hands the grown difference to; none where that is in its output."""
+    """The submodule that receives the increased difference as input; None if it is in the module's output."""
     layer: int | None
-    """The decoder layer that it is in; none outside them."""
+    """Number of the module's decoder layer; None outside the decoder layers."""
     factor: float
-    """How many times it is the largest relative difference of all that was computed before."""
+    """Relative difference here, divided by the largest relative difference computed before."""
     difference: Difference
 
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """Of the sequences that were traced."""
+    """The comparison of modules on the traced sequences."""
 
     sequences: int
     tokens: int
-    """Those that both computed: what mu read from a cache is left out."""
+    """Number of tokens that both engines computed. Tokens that mu read from a cache do not count."""
     first: FirstDifference | None
+    """None if all compared values are equal."""
     jump: Jump | None
-    """None where no two places differ."""
+    """None if fewer than two places differ."""
     layers: list[tuple[int, Difference]]
-    """The outputs of the decoder layers, by number."""
+    """(number, difference of the output) of each decoder layer."""
     modules: list[Event]
     """The outputs of all modules that could be compared, in the order of execution."""
 
 
 @dataclass(frozen=True)
 class DiscrepancyReport:
-    """How far mu and pi are apart. Everything is nats per token unless it says otherwise."""
+    """The differences between mu and pi. KL and log-ratios are in nats per token."""
 
     metrics: dict[str, Any]
-    """Over the sampled tokens, of `sampled_token_metrics`. Eq. 5's d = pi_old / mu_old is in discrepancy_* and log_d_*;
-    r = pi_theta / pi_old in staleness_*, log_r_* and clip_fraction_*; w = d r in is_weight_*, ess, truncation_fraction
-    and first_order_error_*."""
+    """`sampled_token_metrics` of the sampled tokens. Names of Eq. 5's ratios:
+    d = pi_old / mu_old: discrepancy_*, log_d_*;
+    r = pi_theta / pi_old: staleness_*, log_r_*, clip_fraction_*;
+    w = d r: is_weight_*, ess, truncation_fraction, first_order_error_*."""
     has_update: bool
-    """Whether there was a pi_theta; if not, it is pi_old, and r is 1."""
+    """Whether pi_theta was given; otherwise pi_theta = pi_old and r = 1."""
     full_kl_mean: float | None
-    """KL(mu || pi) over the whole vocabulary, the mean over the positions; none where an engine gave no logits."""
+    """KL(mu || pi) over the whole vocabulary, mean over the positions; None if an engine gave no logits."""
     full_kl_max: float | None
+    """The same, maximum over the positions."""
     routing: list[LayerAgreement] | None
     routing_missing: str | None
-    """Why there is no routing."""
+    """The reason why `routing` is None."""
     modules: ModuleReport | None
     modules_missing: str | None
+    """The reason why `modules` is None."""
     log_d: Tensor = field(repr=False)
     """[tokens] float64: log pi_old - log mu_old."""
 
     @property
     def headline(self) -> dict[str, float]:
-        """The numbers that a limit may be set for."""
+        """The numbers for which the command accepts a limit."""
         return {
             "kl_k3": self.metrics["discrepancy_kl_k3"],
             "kl_full": float("nan") if self.full_kl_mean is None else self.full_kl_mean,
@@ -95,7 +99,7 @@ class DiscrepancyReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, names and lists, for JSON; every key is there in every report."""
+        """The report as numbers, strings and lists, for JSON. Every report has every key."""
         metrics = dict(self.metrics)
         staleness = {key: metrics.pop(key) for key in ("staleness_kl_k1", "staleness_kl_k3", "log_r_abs_max")}
         return {

@@ -1,4 +1,4 @@
-"""The experts that each engine chose for the same tokens. It only looks: the routers stay as they are."""
+"""Compares the experts that the two engines choose for the same tokens. The routers are watched, not changed."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from .layers import Layers
 
 @dataclass(frozen=True)
 class LayerAgreement:
-    """Of mu's experts with pi's in one MoE layer."""
+    """Agreement of the two engines' experts in one MoE layer."""
 
     router: str
     layer: int
-    """The number of its decoder layer; of the router, where a layer has several or a router has none."""
+    """Number of the decoder layer. It is the router's number if layers have several routers, or a router is outside."""
     equal_fraction: float
-    """Of the tokens, those that both engines send to the same experts."""
+    """Fraction of the tokens that both engines send to the same set of experts."""
     overlap: float
-    """Mean share of a token's experts that are the same in both."""
+    """Mean fraction of a token's experts that both engines chose."""
 
 
 class RoutingComparison:
-    """Gathers agreement over batches: mu runs inside `recording_mu`, pi inside `recording_pi`, then `add`.
+    """Sums the agreement over batches. For each batch, run mu in `recording_mu` and pi in `recording_pi`, then `add`.
 
-    mu: None where there is no module to watch: its experts are then those that it says. Raises ValueError where a model
-    has no routers that are known, or the two have not the same.
+    mu: None if there is no module to watch; `add` then needs the experts that mu returned.
+    Raises ValueError for a model without known routers, and for two models with different routers.
     """
 
     def __init__(self, mu: nn.Module | None, pi: nn.Module):
         self._mu, self._pi = mu, pi
         self._names = [router.name for router in routers(pi)]
         if mu is not None and [router.name for router in routers(mu)] != self._names:
-            raise ValueError("the two engines have not the same routers")
+            raise ValueError("the two engines have different routers")
         layers = Layers.of(pi)
         numbers = [layers.number(name) for name in self._names]
         one_each = None not in numbers and len(set(numbers)) == len(numbers)
@@ -65,13 +65,13 @@ class RoutingComparison:
             yield
 
     def add(self, spans: Tensor, experts: RoutedExperts | None) -> None:
-        """Take in what was recorded since the last time.
+        """Add the choices that were recorded since the last call.
 
-        spans: [rows, 2], first place and end in each sequence. experts: [rows, L] as mu says, needed where it was not
-        watched. Raises ValueError for another number of layers.
+        spans: [rows, 2], first place and end of the tokens to compare. experts: [rows, L], the experts that mu
+        returned, needed if mu was not watched. Raises ValueError if they have another number of layers than pi.
         """
         if not self.watches_mu:
-            self._chosen["mu"] = self._said(experts)
+            self._chosen["mu"] = self._returned(experts)
         for index, name in enumerate(self._names):
             mu_keys, mu = (torch.cat(parts) for parts in zip(*self._chosen["mu"][name], strict=True))
             pi_keys, pi = (torch.cat(parts) for parts in zip(*self._chosen["pi"][name], strict=True))
@@ -90,7 +90,8 @@ class RoutingComparison:
             for name, number, pair in zip(self._names, self._numbers, values, strict=True)
         ]
 
-    def _said(self, experts: RoutedExperts) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    def _returned(self, experts: RoutedExperts) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """{router: [(keys, expert ids)]} of the experts that mu returned."""
         if experts.num_layers != len(self._names):
             raise ValueError(f"mu gave routed_experts of {experts.num_layers} layers, and pi has {len(self._names)}")
         chosen = {}

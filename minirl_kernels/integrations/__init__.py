@@ -1,1 +1,1 @@
-"""Other projects' models and trainers, given our calls; each file imports what it is named after."""
+"""Adapters for models and trainers of other projects. Each module imports the project that it is named after."""

@@ -1,4 +1,4 @@
-"""Routing replay for models: which experts each token was sent to, recorded, carried and replayed."""
+"""Routing replay for models: record the experts of each token, carry them between engines, and replay them."""
 
 from .replay import record_routing, replay_routing
 from .routed_experts import RoutedExperts

@@ -1,4 +1,4 @@
-"""Routed experts as other projects write them down, as integer arrays [rows, layers, K]."""
+"""Decoders for the formats in which other projects send routed experts. Each returns integers [rows, layers, K]."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NEMO_RL_MAGIC = "nrlre1"
 
 
 def decode_npy(payload: str | bytes) -> np.ndarray:
-    """A base64 string of an .npy file, as vLLM's server sends it."""
+    """The array in a base64 string of an .npy file, as vLLM's server sends it. Raises ValueError."""
     try:
         return np.load(io.BytesIO(_base64(payload)), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
@@ -21,9 +21,9 @@ def decode_npy(payload: str | bytes) -> np.ndarray:
 
 
 def decode_raw(payload: str | bytes, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """A base64 string, or the bytes themselves, of a C-contiguous array; one size may be -1."""
+    """The C-contiguous array in `payload`: a base64 string, or plain bytes. One size may be -1. Raises ValueError."""
     data = _base64(payload) if isinstance(payload, str) else bytes(payload)
-    kind = _integers(dtype)
+    kind = _integer_dtype(dtype)
     row = int(np.prod([size for size in shape if size != -1])) * kind.itemsize
     if (len(data) % row if -1 in shape else len(data) != row) != 0:
         raise ValueError(f"routed_experts has {len(data)} bytes: they must make {kind} of shape {list(shape)}")
@@ -31,7 +31,7 @@ def decode_raw(payload: str | bytes, dtype: str, shape: tuple[int, ...]) -> np.n
 
 
 def decode_nemo_rl(payload: str) -> np.ndarray:
-    """NeMo-RL's envelope "nrlre1:<dtype>:<S>x<L>x<K>:<base64>"."""
+    """The array in NeMo-RL's string "nrlre1:<dtype>:<S>x<L>x<K>:<base64>". Raises ValueError."""
     parts = payload.split(":")
     if len(parts) != 4 or parts[0] != _NEMO_RL_MAGIC:
         raise ValueError(
@@ -50,7 +50,7 @@ def _base64(payload: str | bytes) -> bytes:
         raise ValueError(f"routed_experts does not decode: it must be base64 ({error})") from None
 
 
-def _integers(dtype: str) -> np.dtype:
+def _integer_dtype(dtype: str) -> np.dtype:
     try:
         kind = np.dtype(dtype)
     except TypeError:

@@ -1,9 +1,12 @@
-"""The hooks of one context on a model: its routers' choices are made by the context, in the thread that entered it.
+"""Forward hooks through which a routing context chooses the experts of a model's routers.
 
-torch.compile leaves hooks out of code that it made before them. Compiled functions run uncompiled inside a context, and
-a forward that ends without its routers having run raises. A recompute of gradient checkpointing runs inside a
-backward; autograd's sequence numbers, which it gives to the nodes of a graph as they are made, say which forward it
-belongs to.
+The hooks act in the thread that entered the context, and in autograd's threads that run its backward.
+
+Code that torch.compile made before the hooks does not call them. So compiled functions run uncompiled inside a context,
+and a forward whose routers did not run raises an error.
+
+Gradient checkpointing runs a part of the forward again inside the backward (a recompute). Autograd numbers the nodes of
+a graph in the order in which they are made. These numbers show to which forward a recompute belongs.
 """
 
 from __future__ import annotations
@@ -20,40 +23,43 @@ from ..common.uncompiled import hold_uncompiled, release_uncompiled
 from ..ops.moe_routing import Routing
 from .routers import Router
 
-# the contexts of a thread; autograd's threads have those of the thread that called backward
+# Key of the contexts in torch's thread-local state, which autograd's threads inherit from the caller of backward.
 _KEY = "minirl_kernels.routing"
 
 
 class Context(Protocol):
-    """Says where the tokens of router `index` go; options are the keyword arguments of moe_routing."""
+    """Chooses the experts for the tokens of router `index`. options: keyword arguments of moe_routing."""
 
     def route(self, index: int, logits: Tensor, options: dict, *, is_recompute: bool) -> Routing: ...
 
 
 @contextmanager
 def hooked(name: str, model: nn.Module, found: list[Router], context: Context) -> Iterator[None]:
-    """Route by `context` within. Raises RuntimeError where it cannot: see record_routing."""
+    """Inside the block, `context` routes the tokens of all routers in `found`.
+
+    name: the public function's name, for messages. Raises RuntimeError for the cases listed in record_routing.
+    """
     if torch.compiler.is_compiling():
-        raise RuntimeError(f"{name} is entered inside a compiled function: it must be around the call of it")
-    for other in _of_this_thread():
+        raise RuntimeError(f"{name} is entered inside a compiled function: it must be entered outside, around the call")
+    for other in _thread_contexts():
         other.refuse_nesting(name, found)
     hold_uncompiled()
     try:
         hooks = _Hooks(name, model, found, context)
-        _set_of_this_thread((*_of_this_thread(), hooks))
+        _set_thread_contexts((*_thread_contexts(), hooks))
         failed = True
         try:
             yield
             failed = False
         finally:
-            _set_of_this_thread(tuple(one for one in _of_this_thread() if one is not hooks))
+            _set_thread_contexts(tuple(one for one in _thread_contexts() if one is not hooks))
             hooks.end(failed=failed)
     finally:
         release_uncompiled()
 
 
 class _Running(NamedTuple):
-    """A forward of a module around routers."""
+    """A forward of a module that contains routers and has not returned yet."""
 
     runs_before: list[int]
     keeps_graph: bool
@@ -63,8 +69,8 @@ class _Hooks:
     def __init__(self, name: str, model: nn.Module, found: list[Router], context: Context):
         self._name, self._routers, self._context = name, found, context
         self._runs = [0] * len(found)
-        self._pending = [0] * len(found)  # forwards that a checkpoint may yet compute again
-        self._running: dict[str, _Running] = {}  # by path
+        self._pending = [0] * len(found)  # per router: forwards that checkpointing may still recompute
+        self._running: dict[str, _Running] = {}  # by module path
         self._in_another_thread = False
         self._start, self._end = torch.autograd._get_sequence_nr(), None
         self._handles = [
@@ -88,7 +94,7 @@ class _Hooks:
                 raise RuntimeError(f"{router.name} is inside {self._name} already: {name} must not be nested")
 
     def end(self, *, failed: bool) -> None:
-        """Take the hooks off, but for those of routers whose recompute may come after its context."""
+        """Remove the hooks. A router whose recompute may still come keeps its hooks, which then raise an error."""
         self._end = torch.autograd._get_sequence_nr()
         for handle in self._around_handles:
             handle.remove()
@@ -131,7 +137,7 @@ class _Hooks:
         return next(self._running[path] for path in _paths(router) if path in self._running)
 
     def _is_active(self) -> bool:
-        if any(one is self for one in _of_this_thread()):
+        if any(one is self for one in _thread_contexts()):
             return True
         self._in_another_thread = True
         return False
@@ -148,15 +154,15 @@ class _Hooks:
             if is_recompute and self._start <= node < self._end:
                 raise RuntimeError(
                     f"{router.name} is computed again by gradient checkpointing after its {self._name} "
-                    "has ended, and would route otherwise: run the backward inside it"
+                    "has ended, and would choose other experts: run the backward inside it"
                 )
             return None
         if not self._is_active():
             return None
         if is_recompute and node < self._start:
             raise RuntimeError(
-                f"{router.name} is computed again inside a {self._name} that its forward was not in: "
-                "run that backward outside"
+                f"{router.name} is computed again inside a {self._name}, but its forward ran outside: "
+                "run the backward outside too"
             )
         if is_recompute:
             self._pending[index] -= 1
@@ -168,16 +174,16 @@ class _Hooks:
         return router.replaced(output, routing)
 
 
-def _of_this_thread() -> tuple[_Hooks, ...]:
+def _thread_contexts() -> tuple[_Hooks, ...]:
     return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else ()
 
 
-def _set_of_this_thread(contexts: tuple[_Hooks, ...]) -> None:
+def _set_thread_contexts(contexts: tuple[_Hooks, ...]) -> None:
     torch._C._stash_obj_in_tls(_KEY, contexts)
 
 
 def _modules_around(model: nn.Module, found: list[Router]) -> dict[str, tuple[nn.Module, list[int]]]:
-    """By path, each module that is a router or that a router is inside, with the indices of the routers."""
+    """{path: (module, indices of its routers)} of each router and each module that contains one."""
     modules = dict(model.named_modules())
     around: dict[str, tuple[nn.Module, list[int]]] = {}
     for index, router in enumerate(found):
@@ -187,7 +193,7 @@ def _modules_around(model: nn.Module, found: list[Router]) -> dict[str, tuple[nn
 
 
 def _paths(router: Router) -> list[str]:
-    """Of the router and the modules around it, outermost first."""
+    """Paths of the router and of all modules that contain it, outermost first."""
     parts = router.name.split(".")
     return [".".join(parts[:length]) for length in range(len(parts) + 1)]
 
@@ -197,7 +203,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _node_in_backward() -> int | None:
-    """The sequence number of the node that a running backward is at, -1 between nodes; None where none is running."""
+    """Sequence number of the autograd node that is running: -1 between two nodes, None outside a backward."""
     if torch._C._current_graph_task_id() == -1:
         return None
     node = torch._C._current_autograd_node()
@@ -205,12 +211,18 @@ def _node_in_backward() -> int | None:
 
 
 def _may_be_checkpointed() -> bool:
-    """The two kinds of checkpointing run a forward in an autograd.Function, or with hooks that drop saved tensors."""
+    """Whether this forward may run under gradient checkpointing.
+
+    Reentrant checkpointing runs it inside an autograd.Function, the other kind with hooks for saved tensors.
+    """
     if torch.is_grad_enabled():
         return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     return _inside_autograd_function()
 
 
 def _inside_autograd_function() -> bool:
-    """Such a forward has forward-mode gradients off, too, which no_grad leaves on and inference_mode does not."""
+    """Whether the code runs in the forward of an autograd.Function.
+
+    torch switches forward-mode gradients off there. no_grad leaves them on; inference_mode is excluded by its own flag.
+    """
     return not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled()

@@ -1,7 +1,7 @@
-"""record_routing and replay_routing: a model's routers choose by moe_routing, whose choice is noted or prescribed.
+"""record_routing and replay_routing: contexts that record the experts of a forward, or replay recorded experts.
 
-Both go through a forward hook on each router (hooks.py), which puts moe_routing's weights and experts in place of the
-router's own.
+Each places a forward hook on every router (hooks.py). The hook replaces the router's weights and experts by the result
+of moe_routing.
 """
 
 from __future__ import annotations
@@ -21,18 +21,22 @@ from .routers import Router, routers
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
-    """Route naturally, and note the experts of every token and layer in the RoutingRecord that it yields.
+    """Route naturally, and record the experts of every token and layer. Yields the RoutingRecord.
 
-    model: a transformers mixture-of-experts model. Inside, its routers choose and weigh by moe_routing (ties to the
-        lower id), so that a replay of the record under the same weights gives the same bits; transformers' own
-        routers differ from it by roundings.
-    Several forwards may run inside (`generate`, say); a recompute of gradient checkpointing is not noted again.
-    Holds for the thread that enters it. Functions that were compiled by torch.compile, whose code has no hooks, run
+    model: a mixture-of-experts model of transformers. Inside the context its routers compute by moe_routing, where ties
+        go to the lower expert id. So a replay of the record with the same model weights gives the same bits. The
+        routers of transformers differ from moe_routing by rounding.
+    Several forwards may run inside, as `generate` does. A recompute of gradient checkpointing is not recorded again.
+    The context holds for the thread that enters it. Functions compiled by torch.compile do not run hooks, so they run
     uncompiled while a context is open in any thread.
-    Raises ValueError that names the module where a router cannot be replayed, TypeError where it returns another form;
-    ImportError for a transformers older than 5.18; RuntimeError inside a compiled function, where routers are in
-    another of these contexts, where a forward leaves a router out or the model runs in another thread only, and where
-    a recompute comes after the context has ended, or would come of compiled code.
+
+    Raises ValueError for a router that cannot be replayed; the message names the module.
+    Raises TypeError for a router whose output has an unknown form.
+    Raises ImportError for a transformers older than 5.18.
+    Raises RuntimeError
+        inside a compiled function, or inside another of these contexts on the same routers;
+        if a forward leaves out a router, or the model runs in other threads only;
+        if a recompute runs after the context has ended, or would run compiled code.
     """
     found = routers(model)
     record = RoutingRecord(found)
@@ -42,15 +46,19 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
 
 @contextmanager
 def replay_routing(model: nn.Module, routed_experts: RoutedExperts, *, check: bool = False) -> Iterator[RoutingReplay]:
-    """Send every token to the experts that were recorded, with weights from the router logits of this forward.
+    """Send every token to its recorded experts, with expert weights from the router logits of this forward.
 
-    model: as in record_routing. routed_experts: of the model's MoE layers; its tokens, flattened, are the rows of the
-        forward, [B * L]. Tokens that are not valid in a layer route naturally there. Moved to each router's device.
+    model: as in record_routing.
+    routed_experts: the experts of the model's MoE layers. Its tokens, flattened, are the rows of the forward, [B * L].
+        A token that is not valid in a layer routes naturally there. The tensors are moved to each router's device.
     check: as in moe_routing, for a GPU.
-    Covers one forward and its backward, both inside: a recompute of gradient checkpointing replays the same rows.
-    Yields RoutingReplay, what the replay made of them. Raises what record_routing raises; ValueError where layers,
-    experts or tokens are not the model's; RuntimeError for a second forward, and at its end for none: a copy or an
-    exported program of the model is not the model.
+    The context covers one forward and its backward, and both must run inside. A recompute of gradient checkpointing
+    replays the same rows.
+
+    Yields a RoutingReplay, which compares the replayed experts with the natural ones.
+    Raises what record_routing raises. Raises ValueError if the layers, experts or tokens do not match the model.
+    Raises RuntimeError for a second forward, and at the end if no forward ran. A forward of a copy or of an exported
+    program of the model does not count.
     """
     if not isinstance(routed_experts, RoutedExperts):
         raise TypeError(f"routed_experts is a {type(routed_experts).__name__}: it must be RoutedExperts")
@@ -62,7 +70,7 @@ def replay_routing(model: nn.Module, routed_experts: RoutedExperts, *, check: bo
 
 
 class RoutingRecord:
-    """What was recorded: forwards[i][layer] is [T, K], uint8 where a router has up to 256 experts, else uint16."""
+    """Recorded experts. forwards[i][layer] is [T, K], uint8 for a router of up to 256 experts, uint16 for more."""
 
     def __init__(self, found: list[Router]):
         self._routers = found
@@ -70,7 +78,11 @@ class RoutingRecord:
         self.forwards: list[list[Tensor | None]] = []
 
     def sequences(self, batch_size: int) -> RoutedExperts:
-        """[B, L, layers, K] of all forwards, one after another along L: a prompt's and then each new token's, say."""
+        """The experts of all forwards, joined along L: [B, L, layers, K]. For `generate`: the prompt, then each token.
+
+        Raises RuntimeError if no forward ran, or one left out a router. Raises ValueError if batch_size does not divide
+        the rows.
+        """
         self._check_complete()
         parts = []
         for number, layers in enumerate(self.forwards):
@@ -82,7 +94,7 @@ class RoutingRecord:
 
     @property
     def routed_experts(self) -> RoutedExperts:
-        """[T, layers, K] of the one forward that ran."""
+        """The experts [T, layers, K] of a single forward. Raises RuntimeError if another number of forwards ran."""
         self._check_complete()
         if len(self.forwards) != 1:
             raise RuntimeError(f"record_routing saw {len(self.forwards)} forwards: use sequences(batch_size)")
@@ -107,7 +119,7 @@ class RoutingRecord:
         self.forwards[-1][index] = routing.experts.to(compact_dtype(self._routers[index].num_experts))
 
     def route(self, index: int, logits: Tensor, options: dict[str, Any], *, is_recompute: bool) -> Routing:
-        """As hooks.Context has it."""
+        """See hooks.Context."""
         routing = moe_routing(logits, self._routers[index].top_k, **options)
         if not is_recompute:
             self._note(index, routing)
@@ -115,7 +127,7 @@ class RoutingRecord:
 
 
 class RoutingReplay:
-    """How the replayed routing compares with the natural one of the same forward."""
+    """Compares the replayed routing with the natural routing of the same forward, per token and MoE layer."""
 
     def __init__(self, found: list[Router], routed_experts: RoutedExperts, check: bool):
         self._routers, self._routed_experts, self._check = found, routed_experts, check
@@ -126,33 +138,35 @@ class RoutingReplay:
                 f"{found[0].name} to {found[-1].name}"
             )
         for router in found:
-            for what, given, own in (
+            for quantity, given, own in (
                 ("experts per token", routed_experts.top_k, router.top_k),
                 ("experts to choose from", routed_experts.num_experts, router.num_experts),
             ):
                 if given != own:
-                    raise ValueError(f"routed_experts has {given} {what}: {router.name} has {own}")
+                    raise ValueError(f"routed_experts has {given} {quantity}: {router.name} has {own}")
 
     @property
     def agreement(self) -> Tensor:
-        """[T, layers] float32: as in Routing, and so are the others."""
+        """[T, layers] float32: `Routing.agreement` of each layer."""
         return self._stacked("agreement")
 
     @property
     def mass(self) -> Tensor:
+        """[T, layers] float32: `Routing.mass` of each layer."""
         return self._stacked("mass")
 
     @property
     def margin(self) -> Tensor:
+        """[T, layers] float32: `Routing.margin` of each layer."""
         return self._stacked("margin")
 
     def check_used(self) -> None:
-        """Raises RuntimeError unless every router has routed."""
+        """Raises RuntimeError unless every router ran."""
         for router, routing in zip(self._routers, self._routings, strict=True):
             if routing is None:
                 raise RuntimeError(
-                    f"replay_routing saw no forward through {router.name}: run the model inside it first, itself and "
-                    "no copy or exported program of it"
+                    f"replay_routing saw no forward through {router.name}: run the model inside it first; a copy or an "
+                    "exported program of it does not count"
                 )
 
     def _stacked(self, field: str) -> Tensor:
@@ -161,7 +175,7 @@ class RoutingReplay:
         return torch.stack([getattr(routing, field).to(device) for routing in self._routings], 1)
 
     def route(self, index: int, logits: Tensor, options: dict[str, Any], *, is_recompute: bool) -> Routing:
-        """As hooks.Context has it."""
+        """See hooks.Context."""
         router = self._routers[index]
         if not is_recompute and self._routings[index] is not None:
             raise RuntimeError(
@@ -173,7 +187,7 @@ class RoutingReplay:
         ids, valid = ids.to(logits.device), valid.to(logits.device)
         routing = moe_routing(logits, router.top_k, routed_experts=ids, valid=valid, check=self._check, **options)
         if not is_recompute:
-            # the others would keep the graph, and 16 K bytes of each token
+            # The other fields would keep the autograd graph alive, and take 16 K bytes per token.
             self._routings[index] = routing._replace(weights=None, experts=None, natural_experts=None)
         return routing
 

@@ -1,4 +1,4 @@
-"""RoutedExperts: the experts that each token was sent to, layer by layer, and which of them are known."""
+"""RoutedExperts: the expert ids of each token and MoE layer, with a mask of the recorded ones."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from . import formats
 class RoutedExperts:
     """Expert ids per token and MoE layer, for replay.
 
-    experts: [T, layers, K] or [B, L, layers, K]; uint8 where num_experts <= 256, else uint16. The layers are the
-        model's MoE layers in order, and no others; the ids are logical ones, as routers count.
-    valid: bool, the same without K. Where it is False nothing was recorded, or it is padding: such a token routes
-        naturally in that layer, and what stands in experts is never looked at.
-    num_experts: E.
-    Indexing works on the dimensions of the tokens: [rows] of a mini-batch, [:, :length] of a micro-batch.
+    experts: [T, layers, K] or [B, L, layers, K]; uint8 if num_experts <= 256, otherwise uint16. The layers are the
+        model's MoE layers in order, without its dense layers. The ids are the routers' own (logical) expert ids.
+    valid: bool, the shape of experts without K. False means padding, or that nothing was recorded. Such a token routes
+        naturally in that layer, and its entries in experts are ignored.
+    num_experts: E, the number of experts in a layer.
+    Indexing applies to the token dimensions: [rows] takes rows of a mini-batch, [:, :length] shortens a micro-batch.
+    Raises TypeError or ValueError that names the field.
     """
 
     experts: Tensor
@@ -61,14 +62,14 @@ class RoutedExperts:
         first_token: int = 0,
         layers: Sequence[int] | None = None,
     ) -> RoutedExperts:
-        """From integers of any width [rows, layers, K]; K ids of -1 mean that nothing was recorded there.
+        """From integers of any width, [rows, layers, K]. K ids of -1 mean that nothing was recorded there.
 
-        valid: [rows] or [rows, layers] bool. num_tokens: of the sequence, where it is longer than what was recorded;
-            row i is of token first_token + i, and the other tokens are missing (engines return no row for the last
-            sampled token). layers: which of the ids' layers are the model's MoE layers (see moe_layer_indices), where
-            there is one for every decoder layer.
-        Raises ValueError that names token and layer for an id out of range or twice in its row, and for more rows
-        than tokens.
+        valid: [rows] or [rows, layers] bool.
+        num_tokens: number of tokens in the sequence, if it has more tokens than there are rows. Row i belongs to token
+            first_token + i. The other tokens are missing; engines return no row for the last sampled token.
+        layers: indices of the model's MoE layers within ids (see moe_layer_indices), if ids has every decoder layer.
+        Raises ValueError for more rows than tokens, and for an id that is out of range or twice in its row. The message
+        names the token and the layer.
         """
         dtype = compact_dtype(num_experts)
         ids = _as_tensor(ids)
@@ -86,7 +87,7 @@ class RoutedExperts:
         num_tokens = first_token + rows if num_tokens is None else num_tokens
         if first_token < 0 or first_token + rows > num_tokens:
             raise ValueError(
-                f"routed_experts has {rows} rows from token {first_token} on: they must be of {num_tokens} tokens"
+                f"routed_experts has {rows} rows from token {first_token} on: they must fit into {num_tokens} tokens"
             )
         wide = ids.long()
         valid = valid & ~(wide == -1).all(-1)
@@ -108,10 +109,10 @@ class RoutedExperts:
         first_token: int = 0,
         layers: Sequence[int] | None = None,
     ) -> RoutedExperts:
-        """`CompletionOutput.routed_experts`, [tokens - 1, decoder layers, K], or the server's base64 of an .npy file.
+        """From vLLM: `CompletionOutput.routed_experts` [tokens - 1, decoder layers, K], or its server's base64 string.
 
-        num_tokens: prompt and response. first_token: SamplingParams.routed_experts_prompt_start. layers: as in
-        from_ids; vLLM has one for every decoder layer.
+        num_tokens: tokens of prompt and response. first_token: SamplingParams.routed_experts_prompt_start.
+        layers: as in from_ids; vLLM sends every decoder layer.
         """
         ids = formats.decode_npy(routed_experts) if isinstance(routed_experts, (str, bytes)) else routed_experts
         return cls.from_ids(ids, num_experts=num_experts, num_tokens=num_tokens, first_token=first_token, layers=layers)
@@ -129,10 +130,11 @@ class RoutedExperts:
         layers: Sequence[int] | None = None,
         dtype: str = "int32",
     ) -> RoutedExperts:
-        """`meta_info["routed_experts"]`, base64 of int32 [tokens - 1, num_layers, top_k], or slime's decoded array.
+        """From SGLang: `meta_info["routed_experts"]`, base64 of int32 [tokens - 1, num_layers, top_k].
 
-        first_token: the request's routed_experts_start_len. dtype: `meta_info["routed_experts_dtype"]` where it is
-        there. num_layers: how many the engine recorded; layers: which of them are the model's, as in from_ids.
+        Slime's decoded array of this shape is accepted too.
+        first_token: the request's routed_experts_start_len. dtype: `meta_info["routed_experts_dtype"]`, if present.
+        num_layers: number of recorded layers. layers: the model's MoE layers among them, as in from_ids.
         """
         if isinstance(routed_experts, (str, bytes)):
             payload = routed_experts.decode() if isinstance(routed_experts, bytes) else routed_experts
@@ -154,7 +156,7 @@ class RoutedExperts:
         num_tokens: int | None = None,
         layers: Sequence[int] | None = None,
     ) -> RoutedExperts:
-        """NeMo-RL's int8, int16 or int32 [tokens, layers, K], -1 where no route was captured, or its envelope."""
+        """From NeMo-RL: int8, int16 or int32 [tokens, layers, K], or its "nrlre1:…" string. -1 means not recorded."""
         ids = formats.decode_nemo_rl(routed_experts) if isinstance(routed_experts, str) else routed_experts
         return cls.from_ids(ids, num_experts=num_experts, num_tokens=num_tokens, layers=layers)
 
@@ -169,9 +171,9 @@ class RoutedExperts:
         num_recorded: int,
         layers: Sequence[int] | None = None,
     ) -> RoutedExperts:
-        """prime-rl's data (bytes, or base64 of them), shape [tokens, layers, K] and dtype.
+        """From prime-rl: data (bytes or their base64 string), shape [tokens, layers, K] and dtype.
 
-        num_recorded: how many tokens have routes; what follows is prime-rl's padding of zeros, and is missing.
+        num_recorded: number of recorded tokens. prime-rl pads the rest with zeros; these tokens count as missing.
         """
         ids = formats.decode_raw(data, dtype, tuple(shape))
         if not 0 <= num_recorded <= len(ids):
@@ -180,8 +182,8 @@ class RoutedExperts:
 
     @classmethod
     def pack(cls, sequences: Sequence[RoutedExperts]) -> RoutedExperts:
-        """Sequences of [T, layers, K] one after another, as cu_seqlens has them."""
-        _check_alike(sequences)
+        """Joins sequences [T, layers, K] one after another, the layout that cu_seqlens describes."""
+        _check_same_sizes(sequences)
         return cls(
             torch.cat([one.experts for one in sequences]),
             torch.cat([one.valid for one in sequences]),
@@ -192,15 +194,15 @@ class RoutedExperts:
     def pad(
         cls, sequences: Sequence[RoutedExperts], length: int | None = None, *, side: str = "right"
     ) -> RoutedExperts:
-        """Sequences of [T, layers, K] as [B, length, layers, K], by default as long as the longest; padding is invalid.
+        """Pads sequences [T, layers, K] to [B, length, layers, K]; padding is not valid.
 
-        side: "right" or "left", where the padding is.
+        length: by default the length of the longest sequence. side: "right" or "left", the side of the padding.
         """
-        _check_alike(sequences)
+        _check_same_sizes(sequences)
         longest = max(len(one.experts) for one in sequences)
         length = longest if length is None else length
         if longest > length:
-            raise ValueError(f"length is {length}: it must be at least that of the longest sequence, {longest}")
+            raise ValueError(f"length is {length}: it must be at least {longest}, the length of the longest sequence")
         if side not in ("right", "left"):
             raise ValueError(f"side is {side!r}: it must be 'right' or 'left'")
         first = sequences[0]
@@ -225,7 +227,7 @@ class RoutedExperts:
         return self.experts.shape[:-2].numel()
 
     def num_missing(self, token_mask: Tensor | None = None) -> int:
-        """How many tokens lack the experts of some layer; token_mask ([T] or [B, L] bool) says which tokens count."""
+        """Number of tokens without recorded experts in some layer. token_mask: [T] or [B, L] bool, tokens to count."""
         missing = ~self.valid.all(-1)
         if token_mask is not None:
             if token_mask.shape != missing.shape:
@@ -234,7 +236,7 @@ class RoutedExperts:
         return int(missing.sum())
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """(routed_experts [T, K], valid [T]) of one layer, over the flattened tokens: what moe_routing takes."""
+        """(routed_experts [T, K], valid [T]) of one layer, over the flattened tokens, for moe_routing."""
         return self.experts[..., index, :].flatten(0, -2), self.valid[..., index].flatten()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> RoutedExperts:
@@ -257,7 +259,7 @@ def compact_dtype(num_experts: int) -> torch.dtype:
 
 
 def _as_tensor(ids) -> Tensor:
-    # a copy: the bytes that an array was decoded from are read-only
+    # A copy, since a decoded array is read-only.
     return torch.from_numpy(np.array(ids, order="C")) if isinstance(ids, np.ndarray) else ids
 
 
@@ -281,21 +283,21 @@ def _check_ids(ids, valid, num_experts, first_token) -> None:
         wrong = next(expert for expert in ids[token, layer].tolist() if not 0 <= expert < num_experts)
         raise ValueError(
             f"routed_experts has the expert {wrong} at token {first_token + token}, layer {layer}: an expert must be "
-            f"in [0, {num_experts}), and a row that was not recorded -1 throughout"
+            f"in [0, {num_experts}), and a row that was not recorded must hold -1 only"
         )
     twice = torch.zeros_like(valid)
-    for i, j in itertools.combinations(range(ids.shape[-1]), 2):  # a sort would take longer
+    for i, j in itertools.combinations(range(ids.shape[-1]), 2):  # faster than a sort, as K is small
         twice |= ids[..., i] == ids[..., j]
     twice &= valid
     if bool(twice.any()):
         token, layer = twice.nonzero()[0].tolist()
         raise ValueError(
             f"routed_experts has an expert twice at token {first_token + token}, layer {layer}: "
-            f"{ids[token, layer].tolist()} must differ (zeros that fill up a sequence are no routes: say how many are)"
+            f"{ids[token, layer].tolist()} must differ (zero padding is not a route: mark it as not valid)"
         )
 
 
-def _check_alike(sequences) -> None:
+def _check_same_sizes(sequences) -> None:
     if not sequences:
         raise ValueError("sequences is empty: it must hold at least one RoutedExperts")
     for number, one in enumerate(sequences):
@@ -305,5 +307,5 @@ def _check_alike(sequences) -> None:
         expected = (sequences[0].num_layers, sequences[0].top_k, sequences[0].num_experts)
         if found != expected:
             raise ValueError(
-                f"sequences[{number}] has (layers, K, experts) {found}: they must be those of the first, {expected}"
+                f"sequences[{number}] has (layers, K, experts) {found}: they must be {expected}, as in sequences[0]"
             )

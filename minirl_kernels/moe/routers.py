@@ -1,4 +1,4 @@
-"""The routers of transformers' mixture-of-experts models, and what each of them computes in terms of moe_routing."""
+"""The router classes of transformers, and for each the arguments with which moe_routing computes the same result."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from ..versions import require_transformers
 
 
 class Router(NamedTuple):
-    """A router of the model: the module that chooses experts, in what wraps it.
+    """A router of the model.
 
-    modules: it has several where an adapter replaces it (modules_to_save of peft); one of them runs.
+    name: path of the router, or of the wrapper around it.
+    modules: the router module. An adapter may hold several copies (modules_to_save of PEFT), of which one runs.
     """
 
     name: str
@@ -31,24 +32,24 @@ class Router(NamedTuple):
         return self.modules[0].num_experts
 
     def options(self, module: nn.Module, inputs: tuple) -> dict[str, Any]:
-        """The keyword arguments of moe_routing that make it compute what the module does, as it stands now.
+        """Keyword arguments with which moe_routing computes the same as `module` does now.
 
-        inputs: the positional arguments of its forward.
+        inputs: positional arguments of the module's forward.
         """
         return self._kind.options(module, inputs)
 
     def logits(self, output) -> Tensor:
-        """[T, E], of what the module returned. Raises TypeError that names its class for an output of another form."""
+        """Router logits [T, E] in the module's output. Raises TypeError, naming the class, for an unknown form."""
         self._check(output)
         return self._kind.output.logits(output)
 
     def experts(self, output) -> Tensor:
-        """[T, K] int64: the experts that the module, or a context around it, chose. Raises what logits raises."""
+        """[T, K] int64: the experts chosen by the module, or by a context around it. Raises what logits raises."""
         self._check(output)
         return self._kind.output.experts(output, self.top_k)
 
     def replaced(self, output, routing: Routing):
-        """What the module would return, had it chosen as routing says."""
+        """The module's output with the weights and experts of `routing`."""
         return self._kind.output.replaced(output, routing)
 
     def _check(self, output) -> None:
@@ -64,7 +65,7 @@ class Router(NamedTuple):
 
 
 class _Triple:
-    """(logits [T, E], weights [T, K], experts [T, K])."""
+    """Output (logits [T, E], weights [T, K], experts [T, K])."""
 
     form = "(logits [T, E], weights [T, K], experts [T, K])"
 
@@ -90,7 +91,7 @@ class _Triple:
 
 
 class _Scores:
-    """Llama4's (scores [T, E], logits [T, E]): the weights of the chosen experts among zeros; they scale the input."""
+    """Llama4's output (scores [T, E], logits [T, E]). scores holds the weights of the chosen experts, otherwise 0."""
 
     form = "(scores [T, E], logits [T, E])"
 
@@ -121,23 +122,23 @@ def _softmax_as_configured(module, _) -> dict[str, Any]:
     return {"norm_topk_prob": module.norm_topk_prob}
 
 
-def _softmax_of_the_chosen(*_) -> dict[str, Any]:
+def _softmax_over_chosen(*_) -> dict[str, Any]:
     return {"norm_topk_prob": True}
 
 
-def _softmax_of_all(*_) -> dict[str, Any]:
+def _softmax_over_all(*_) -> dict[str, Any]:
     return {"norm_topk_prob": False}
 
 
 def _softmax_and_bias(module, _) -> dict[str, Any]:
-    """ERNIE-4.5's. Its smallest divisor, 1e-12, is no more than a guard against a division by zero."""
+    """ERNIE-4.5. moe_routing has no lower bound for the divisor; at 1e-12 it only prevents a division by zero."""
     if module.norm_min > 1e-6:
         raise ValueError(f"moe_norm_min is {module.norm_min}: it must be at most 1e-6 for routing replay")
     return {"norm_topk_prob": True, "correction_bias": module.moe_statics.e_score_correction_bias.flatten()}
 
 
 def _softmax_greedy(module, _) -> dict[str, Any]:
-    """DeepSeek-V2-Lite's."""
+    """DeepSeek-V2-Lite."""
     if module.topk_method != "greedy":
         raise ValueError(
             f"topk_method is {module.topk_method!r}: it must be 'greedy' for routing replay, which ranks "
@@ -147,7 +148,7 @@ def _softmax_greedy(module, _) -> dict[str, Any]:
 
 
 def _sigmoid_by_groups(module, _) -> dict[str, Any]:
-    """DeepSeek-V3's."""
+    """DeepSeek-V3."""
     return {
         "scoring": "sigmoid",
         "norm_topk_prob": module.norm_topk_prob,
@@ -163,7 +164,7 @@ def _sigmoid_and_bias(module, _) -> dict[str, Any]:
 
 
 def _sigmoid_and_given_bias(_, inputs) -> dict[str, Any]:
-    """MiniMax-M2's, whose block holds the bias."""
+    """MiniMax-M2. The block around the router holds the bias and passes it as the second argument."""
     return {"scoring": "sigmoid", "correction_bias": inputs[1]}
 
 
@@ -171,7 +172,7 @@ def _scaled_sigmoid_and_given_bias(factor: str) -> Callable:
     return lambda module, inputs: {**_sigmoid_and_given_bias(module, inputs), "scale": getattr(module, factor)}
 
 
-def _sigmoid_of_all(*_) -> dict[str, Any]:
+def _sigmoid_over_all(*_) -> dict[str, Any]:
     return {"scoring": "sigmoid", "norm_topk_prob": False}
 
 
@@ -179,7 +180,7 @@ def _named(kind: _Kind, names: str) -> dict[str, _Kind]:
     return dict.fromkeys(names.split(), kind)
 
 
-# By class: a subclass may well compute something else. Each has been compared with its forward in transformers 5.
+# By exact class name, since a subclass may compute differently. Each was compared with its forward in transformers 5.
 _KINDS: dict[str, _Kind] = {
     **_named(
         _Kind(_softmax_as_configured),
@@ -187,12 +188,12 @@ _KINDS: dict[str, _Kind] = {
         "Qwen3OmniMoeTalkerTextTopKRouter Qwen3OmniMoeThinkerTextTopKRouter",
     ),
     **_named(
-        _Kind(_softmax_of_the_chosen),
+        _Kind(_softmax_over_chosen),
         "AriaTextTopKRouter GptOssTopKRouter GraniteMoeHybridTopKRouter GraniteMoeSWATopKRouter "
         "GraniteMoeSharedTopKRouter GraniteMoeTopKRouter HunYuanMoEV1Gate MiniMaxTopKRouter MixtralTopKRouter "
         "Qwen3OmniMoeTextTopKRouter Qwen3VLMoeTextTopKRouter Qwen3_5MoeTopKRouter",
     ),
-    **_named(_Kind(_softmax_of_all), "JambaTopKRouter"),
+    **_named(_Kind(_softmax_over_all), "JambaTopKRouter"),
     **_named(_Kind(_softmax_and_bias), "Ernie4_5_MoeTopKRouter Ernie4_5_VLMoeMoeTopKRouter"),
     **_named(_Kind(_softmax_greedy), "DeepseekOcr2TextTopkRouter DeepseekV2TopkRouter UnlimitedOcrTextTopkRouter"),
     **_named(
@@ -206,19 +207,19 @@ _KINDS: dict[str, _Kind] = {
     **_named(_Kind(_sigmoid_and_given_bias), "MiniMaxM2TopKRouter"),
     **_named(_Kind(_scaled_sigmoid_and_given_bias("route_scale")), "AfmoeTokenChoiceRouter"),
     **_named(_Kind(_scaled_sigmoid_and_given_bias("router_scaling_factor")), "HYV3TopKRouter"),
-    **_named(_Kind(_sigmoid_of_all, _Scores), "Llama4Router"),
+    **_named(_Kind(_sigmoid_over_all, _Scores), "Llama4Router"),
 }
 
 
 def routers(model: nn.Module) -> list[Router]:
     """The model's routers in the order of its layers.
 
-    Raises ValueError that names the module where experts have a router that cannot be replayed, or there is none;
-    ImportError for a transformers that is older than the oldest that is supported.
+    Raises ValueError if the model has no router, or one that cannot be replayed; the message names the module.
+    Raises ImportError for a transformers older than the oldest supported one.
     """
     found = []
     for name, module in model.named_modules():
-        # not getattr: a wrapper has the attributes of what it wraps
+        # not getattr, since a wrapper forwards attribute access to the module inside it
         if not isinstance(module._modules.get("experts"), nn.Module):
             continue
         known = {child: inner for child, inner in _known(module).items() if inner}
@@ -237,7 +238,10 @@ def routers(model: nn.Module) -> list[Router]:
 
 
 def moe_layer_indices(model: nn.Module) -> list[int]:
-    """The decoder layer of each MoE layer, for readers of formats that count every decoder layer."""
+    """The decoder layer number of each MoE layer, for formats that have a row for every decoder layer.
+
+    Raises what routers raises, and ValueError if a router's name does not contain layers.<number>.
+    """
     names = [router.name for router in routers(model)]
     numbers = [re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in names]
     for name, number in zip(names, numbers, strict=True):
@@ -247,7 +251,7 @@ def moe_layer_indices(model: nn.Module) -> list[int]:
 
 
 def _known(block: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
-    """By child of the block, the routers that are known in it: a wrapper (LoRA's, torch.compile's) holds one."""
+    """{child of the block: known routers in it}. A wrapper such as LoRA or torch.compile contains the router."""
     return {
         name: tuple(
             module
@@ -259,7 +263,7 @@ def _known(block: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
 
 
 def _class(module: nn.Module) -> type:
-    """Its own class: a parametrization and FSDP2 put one that torch makes over it."""
+    """The class from transformers. Parametrization and FSDP2 replace a module's class by a subclass made by torch."""
     return next((kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.")), type(module))
 
 

@@ -1,5 +1,5 @@
 """A thin trainer for reinforcement learning of language models, built on minirl_kernels.
 
-One idea per file: `config` says what a run is, `tasks` and `rewards` what it learns, `rollout` samples,
-`train` holds the step, and `cli` is the command `minirl`.
+`config` has the settings of a run, `tasks` and `rewards` its problems, `rollout` the inference engines,
+`train` the training step, and `cli` the command `minirl`.
 """

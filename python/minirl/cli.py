@@ -1,4 +1,4 @@
-"""The command `minirl`: how it ends, whatever happens. `commands` has what it does."""
+"""The entry point of the command `minirl`: handles errors, signals and the exit status. See `commands`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from contextlib import contextmanager
 
 from .errors import MiniRLError
 
-# nothing else is imported here: torch takes seconds, and Ctrl-C must end these too in one message
+# Nothing else is imported here, since importing torch takes seconds, and Ctrl-C must also end that with one message.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
-    Exits with status 2 and one message for anything that the user can mend, with 130 for Ctrl-C, and with 143 for
-    SIGTERM. Where nobody reads its output any more it exits with 141, and says nothing.
+    Exit status: 2 with one message for an error that the user can correct; 130 for Ctrl-C; 143 for SIGTERM; 141,
+    without a message, for a closed pipe.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("; ".join(["minirl: stopped", *getattr(stop, "__notes__", [])]), file=sys.stderr)
         sys.exit(143 if isinstance(stop, _Terminated) else 130)
     except BrokenPipeError:
-        # the interpreter flushes once more as it ends
+        # the interpreter flushes stdout again when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
@@ -51,9 +51,9 @@ class _Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does: by an exception, so that a run keeps its weights."""
+    """SIGTERM raises an exception inside the block, as Ctrl-C does, so that a run saves its weights."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread alone
+        yield  # only the main thread receives signals
         return
 
     def end(*_) -> None:

@@ -1,4 +1,4 @@
-"""The cold start: supervised training on answers, so that reinforcement learning has successes to learn from."""
+"""The cold start: supervised training on reference answers, so that some sampled responses get a reward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .tokenizer import encode_prompt
 
 
 def cold_start(config: TrainConfig, model: PreTrainedModel, sampler: Sampler) -> Iterator[tuple[int, dict[str, float]]]:
-    """Train `model` in place; yields (step, metrics). Ends by its reward on training prompts, or by its steps."""
+    """Train `model` in place; yields (step, metrics). Ends at cold_start.stop_at_reward or after cold_start.steps."""
     settings = config.cold_start
     problems = ProblemStream(sampler.task.train, config.seed, "cold_start")
     probes = ProblemStream(sampler.task.train, config.seed, "cold_start_check").take(0, config.eval.prompts)
@@ -43,10 +43,10 @@ def cold_start(config: TrainConfig, model: PreTrainedModel, sampler: Sampler) ->
 
 
 def supervised_loss(model: PreTrainedModel, input_ids: Tensor, is_answer: Tensor, dtype: str) -> Tensor:
-    """Mean of -log pi over the tokens [B, L] where `is_answer`, in nats."""
+    """Mean of -log pi in nats, over the tokens [B, L] where `is_answer` is True."""
     token_ids, loss_mask = next_token_targets(input_ids, is_answer)
     with autocast(model.device, dtype):
-        # a causal model does not see its padding, which stands on the right
+        # no mask is needed: a causal model does not see padding on the right
         log_probs = model(input_ids, use_cache=False, token_ids=token_ids).log_probs
     return -log_probs.sum() / loss_mask.sum()
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from minirl_kernels.config import ObjectiveName
 
-from .config import TrainConfig
+from .config import TrainConfig, refuse_filter
 from .config_file import convert, load_config
 from .discrepancy.settings import DiscrepancyOptions, default_options
 from .discrepancy.target import Target, find_target
@@ -27,8 +27,11 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run a command. Raises MiniRLError for anything that the user can mend, SystemExit for --help."""
+    """Run a command. Raises MiniRLError for an error that the user can correct, SystemExit for --help."""
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    for argument in rest:
+        if argument.startswith("--"):
+            refuse_filter(argument.removeprefix("--").partition("=")[0])
     commands = {
         "train": train_command(rest if name == "train" else []),
         "eval": eval_command,
@@ -45,20 +48,20 @@ def run(arguments: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _First:
-    """Options that decide what the others mean."""
+    """Options that change the defaults of other options, so they are read first."""
 
     preset: ObjectiveName | None = None
     path: Annotated[str | None, tyro.conf.arg(name="model.path")] = None
 
 
 def train_command(arguments: Sequence[str]) -> Callable[..., None]:
-    """The command `train`, whose options have the values of the config file as their defaults."""
+    """The command `train`. The defaults of its options are the values in the config file."""
     default = TrainConfig()
     if arguments and not arguments[0].startswith("-"):
-        # the preset comes first: the file's [policy_loss] and then the other options change single fields of it
+        # The preset comes first. Then [policy_loss] of the file, and then other options, change single fields.
         first, _ = tyro.cli(_First, args=arguments[1:], add_help=False, return_unknown_args=True)
         default = load_config(Path(home(arguments[0], "CONFIG")), first.preset)
-        if first.path is not None:  # weights are there: they take the place of a model to be built
+        if first.path is not None:  # given weights replace the file's config of a new model
             default = replace(default, model=replace(default.model, config={}))
 
     def command(
@@ -66,15 +69,15 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
         overwrite: bool = False,
     ) -> None:
-        """Train as a TOML file says. Every key of it is an option here too, which then has the last word.
+        """Train with the settings of a TOML file. Every key is also an option, which overrides the file.
 
         Args:
-            config_file: The TOML file; it stands before the options.
+            config_file: The TOML file; it must come before the options.
             overwrite: Replace the run that is in run_dir.
         """
         if str(config_file) != arguments[0]:
-            raise MiniRLError(f"{arguments[0]} stands before the config file {config_file}: it must stand after it")
-        from .run import train  # here, so that --help and a wrong option need not wait for transformers
+            raise MiniRLError(f"{arguments[0]} comes before the config file {config_file}: it must come after it")
+        from .run import train  # here, since importing transformers takes seconds
 
         run_dir = train(config, console, overwrite=overwrite)
         for path, content in (
@@ -95,13 +98,13 @@ def eval_command(
     prompts: int | None = None,
     seed: int = 0,
 ) -> None:
-    """avg@k of a finished run on held-out prompts: the mean reward of k sampled responses to each.
+    """avg@k of a finished run: the mean reward of k sampled responses to each held-out prompt.
 
     Args:
         run_dir: Folder of the run.
         k: Responses per prompt; the run's eval.k if not given.
         prompts: Held-out prompts; the run's eval.prompts if not given.
-        seed: Of the samples.
+        seed: Seed of the samples.
     """
     for name, value in (("k", k), ("prompts", prompts)):
         if value is not None and value < 1:
@@ -117,7 +120,7 @@ def eval_command(
 
 
 def discrepancy_command(arguments: Sequence[str]) -> Callable[..., None]:
-    """The command `discrepancy`, whose options have as their defaults what a run of the target would do."""
+    """The command `discrepancy`. The defaults of its options are the settings of a run of the target."""
     found = Target(TrainConfig(), Path(), False)
     if arguments and not arguments[0].startswith("-"):
         found = find_target(arguments[0])
@@ -127,16 +130,16 @@ def discrepancy_command(arguments: Sequence[str]) -> Callable[..., None]:
         target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")],
         options: Annotated[DiscrepancyOptions, tyro.conf.arg(name="")] = default,
     ) -> None:
-        """How far the inference engine is from the training engine, and where they first part.
+        """Compare the inference engine μ with the training engine π, and find the first module that differs.
 
-        μ samples responses and π scores them, with the same weights. The options' defaults are what the target does.
+        μ samples responses and π scores them, with the same weights. The options default to the target's settings.
 
         Args:
-            target: A config file (.toml), the folder of a run, or a model's folder or hub name; before the options.
+            target: A config file (.toml), the folder of a run, or a model's folder or hub name. Put it first.
         """
         if target != arguments[0]:
-            raise MiniRLError(f"{arguments[0]} stands before the target {target}: it must stand after it")
-        from .discrepancy.command import discrepancy  # here, so that --help and a wrong option need not wait for it
+            raise MiniRLError(f"{arguments[0]} comes before the target {target}: it must come after it")
+        from .discrepancy.command import discrepancy  # here, since importing transformers takes seconds
 
         if not discrepancy(target, found, options, console):
             sys.exit(1)
@@ -153,8 +156,8 @@ def plot_command(
 
     Args:
         run_dirs: Folders of runs.
-        output: The picture, .png, .pdf or .svg; by default curves.png, in the run's folder if there is one run, else in
-            this folder.
+        output: File name of the picture (.png, .pdf, .svg). Default: curves.png, in the folder of a single run or in
+            the current folder.
     """
     from .plots import plot_runs
     from .run_dir import RunDir

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, filled from a TOML file (`config_file`) and the command line (`cli`)."""
+"""The settings of a run: frozen dataclasses, filled from a TOML file (`config_file`) and the command line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ModelConfig:
     config: dict[str, Any] = field(default_factory=dict)
     """Keys of a transformers config, model_type first; vocabulary and special tokens come from the task."""
     experts_implementation: str | None = None
-    """How experts are computed: minirl, or as transformers does (eager, grouped_mm, …); none: its default."""
+    """How experts are computed: minirl, or as transformers does (eager, grouped_mm, …); none: the default."""
 
     def __post_init__(self):
         _expand_home(self, "model.path")
@@ -40,7 +40,7 @@ class TaskConfig:
     path: str | None = None
     """File of lines like {"prompt": "...", "answer": "..."} (jsonl)."""
     held_out_fraction: float = 0.1
-    """Share of the problems kept from training, picked by a hash of the problem itself, whatever the seed."""
+    """Share of problems that are held out of training, chosen by a hash of the problem, independent of the seed."""
 
     def __post_init__(self):
         _expand_home(self, "task.path")
@@ -51,15 +51,15 @@ class ColdStartConfig:
     """Supervised training on problems and their answers, before any reinforcement learning."""
 
     steps: int = 0
-    """Most optimizer steps; 0 means no cold start."""
+    """Maximum number of optimizer steps; 0 means no cold start."""
     stop_at_reward: float = 1.0
-    """Ends it once the mean reward on training prompts has reached this."""
+    """The cold start ends when the mean reward on training prompts reaches this value."""
     check_every: int = 25
-    """Steps between two looks at that reward."""
+    """Steps between two measurements of this reward."""
     batch_size: int = 128
     """Problems per step."""
     lr: float = 2e-3
-    """Learning rate of its own AdamW."""
+    """Learning rate of its AdamW."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class VLLMConfig:
     """How vLLM runs, where it is the rollout engine."""
 
     separate_process: bool = True
-    """False: in the trainer's process, which starts in half the time."""
+    """False: vLLM runs in the trainer's process, which halves the start time."""
     args: dict[str, Any] = field(default_factory=dict)
     """More keyword arguments of vllm.LLM: kv_cache_memory_bytes (1 GiB on a CPU), gpu_memory_utilization, …"""
 
@@ -79,18 +79,30 @@ class RolloutConfig:
     engine: Literal["transformers", "vllm"] = "transformers"
     """Inference engine; transformers is the embedded one."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Of its computation; none: that of training. Another makes a discrepancy, to be studied."""
+    """Dtype of the engine's computation; none: as in training. A different dtype causes a discrepancy, for studies."""
     quantization: Literal["e4m3"] | None = None
-    """e4m3: samples from a copy rounded as FP8 engines do, fake-quantised; with vllm by vLLM's own fp8, on GPUs."""
+    """e4m3: sample from a fake-quantised copy, rounded as in FP8 engines. With vllm: vLLM's fp8, on GPUs only."""
     group_size: int = 8
     """Responses per prompt, G in the paper; their mean reward is the baseline."""
     temperature: float = 1.0
-    """Of sampling, and of every log-probability in training."""
+    """Temperature of sampling, and of all log-probabilities in training."""
     max_new_tokens: int = 256
-    """A response is cut off here, keeps its tokens, and is graded as it is."""
+    """A response is cut off at this length. It keeps its tokens and is graded as it is."""
     batch_size: int = 256
     """Responses decoded at a time."""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
+
+
+_FILTERS = ("top_p", "top_k", "min_p")
+
+
+def refuse_filter(key: str) -> None:
+    """Raises MiniRLError for a key or option of a sampling filter, such as rollout.top_p, which samplers often have."""
+    if key.replace("-", "_").rpartition(".")[2] in _FILTERS:
+        raise MiniRLError(
+            f"{key} is not an option: it must be left out, since rollouts are sampled from the whole distribution "
+            "(top-p 1 and no other filter, as in the paper), at rollout.temperature"
+        )
 
 
 @dataclass(frozen=True)
@@ -124,29 +136,29 @@ class TrainConfig:
     """A training run. Sizes are counted in prompts, responses (group_size per prompt) and steps."""
 
     run_dir: str = "runs/minirl"
-    """Folder that everything of the run is written to."""
+    """Folder for all files of the run."""
     seed: int = 0
-    """Of weights, prompts and samples; the same seed gives the same curve on one machine and thread count."""
+    """Seed of weights, prompts and samples. The same seed gives the same curve on one machine and thread count."""
     threads: int | None = None
-    """CPU threads; none: as many as torch takes."""
+    """CPU threads; none: torch's default."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation; the weights that the optimizer updates stay float32."""
+    """Dtype of the computation (autocast). The weights that the optimizer updates stay float32."""
     steps: int = 100
     """Global steps: each samples, then makes num_minibatches updates."""
     prompts_per_minibatch: int = 16
-    """Prompts behind one optimizer update."""
+    """Prompts per optimizer update."""
     num_minibatches: int = 1
     """Updates per global step, N in the paper; 1 is on policy."""
     micro_batch_size: int = 128
     """Responses per forward and backward pass; changes memory and speed, not the update."""
     batch_invariant: bool = False
-    """Rollout and training give a token the same bits, whatever is beside it: the discrepancy is 0. Somewhat slower."""
+    """Rollout and training compute the same bits for a token in every batch: the discrepancy is 0. Somewhat slower."""
     routing_replay: Literal["disabled", "R2", "R3"] = "disabled"
-    """Updates replay the experts of: R2, the pass that recomputes old_log_probs; R3, the rollout, in that pass too."""
+    """R2: updates replay the experts of the pass for old_log_probs. R3: this pass and updates replay the rollout's."""
     preset: ObjectiveName = "minirl"
-    """Named objective that gives policy_loss its defaults."""
+    """Named objective that sets the defaults of policy_loss."""
     norm_advantages_by_std: bool | None = None
     """Divide advantages by their group's standard deviation; none: as the preset's paper does."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -162,18 +174,18 @@ class TrainConfig:
 
     @property
     def minibatch_size(self) -> int:
-        """Responses behind one optimizer update."""
+        """Responses per optimizer update."""
         return self.prompts_per_minibatch * self.rollout.group_size
 
     @property
     def advantages_by_std(self) -> bool:
-        """norm_advantages_by_std, or the habit of the preset: GRPO, CISPO and GSPO divide."""
+        """norm_advantages_by_std, or the preset's default: GRPO, CISPO and GSPO divide by the standard deviation."""
         if self.norm_advantages_by_std is None:
             return self.preset in ("grpo", "cispo", "gspo")
         return self.norm_advantages_by_std
 
     def check(self) -> None:
-        """Raises MiniRLError, naming the key, for a value that has the right type and makes no sense."""
+        """Raises MiniRLError, naming the key, for a value of the right type that is not allowed."""
         for key in _AT_LEAST_ONE:
             _require(self, key, lambda value: value >= 1, "at least 1")
         for key in ("cold_start.steps", "optimizer.weight_decay"):
@@ -223,7 +235,7 @@ class TrainConfig:
             raise MiniRLError("model.path is none with task.kind='jsonl': it must be a model that has a tokenizer")
 
 
-MOST_THREADS = 1024  # OpenMP ends the process where the system has no more
+MOST_THREADS = 1024  # OpenMP aborts the process if it cannot create its threads
 _AT_LEAST_ONE = (
     "steps",
     "prompts_per_minibatch",
@@ -240,7 +252,7 @@ _AT_LEAST_ONE = (
 
 
 def _numbers(config: Any, prefix: str = "") -> Iterator[str]:
-    """Keys of all fields that hold a floating-point number, of its tables too."""
+    """Keys of all fields that hold a floating-point number, including fields of nested tables."""
     for key, value in ((f"{prefix}{one.name}", getattr(config, one.name)) for one in fields(config)):
         if is_dataclass(value):
             yield from _numbers(value, f"{key}.")
@@ -249,7 +261,7 @@ def _numbers(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _expand_home(config: Any, key: str) -> None:
-    """A leading ~ in the path that a frozen dataclass has for `key` means the home folder. Raises MiniRLError."""
+    """Replace a leading ~ in the path `key` of a frozen dataclass by the home folder. Raises MiniRLError."""
     name = key.rpartition(".")[2]
     value = getattr(config, name)
     if value is not None:

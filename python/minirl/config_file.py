@@ -1,4 +1,4 @@
-"""TrainConfig from a TOML file and back. TOML has no null: None is written as the string "none"."""
+"""Reads a TrainConfig from a TOML file, and writes it back. TOML has no null, so None is the string "none"."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ import tomli_w
 from minirl_kernels import PolicyLossConfig
 from minirl_kernels.objectives import Objective
 
-from .config import TrainConfig
+from .config import TrainConfig, refuse_filter
 from .errors import MiniRLError
 from .loss_values import is_named, own_class, table_of
 
 
 def load_config(path: Path, preset: str | None = None) -> TrainConfig:
-    """Read a file; keys that it leaves out have their defaults, those of [policy_loss] the preset's.
+    """Read a file. A missing key has its default; in [policy_loss], the default comes from the preset.
 
-    preset: replaces the file's. Raises MiniRLError that names the file and the key.
+    preset: replaces the preset in the file. Raises MiniRLError that names the file and the key.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -40,14 +40,14 @@ def load_config(path: Path, preset: str | None = None) -> TrainConfig:
 
 
 def dump_config(config: TrainConfig) -> str:
-    """The whole configuration as TOML that `load_config` reads back to an equal one."""
+    """The whole configuration as TOML, from which `load_config` reads an equal configuration."""
     return tomli_w.dumps(table_of(config))
 
 
 def _with_preset(table: dict[str, Any]) -> dict[str, Any]:
-    """`table` with the preset's fields where [policy_loss] leaves them out.
+    """`table` with the preset's values for the missing fields of [policy_loss].
 
-    The preset is the named one; where none is named, that of an objective of one's own.
+    The preset is the named one. Without a name, an objective of the user's own gives its preset.
     """
     given = table.get("policy_loss", {})
     if not isinstance(given, dict):
@@ -63,12 +63,13 @@ def _with_preset(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _build(cls: type, table: dict[str, Any], prefix: str = "") -> Any:
-    """An instance of the dataclass `cls`; raises for a key that it lacks and a value of the wrong type."""
+    """An instance of the dataclass `cls`. Raises MiniRLError for an unknown key and for a value of the wrong type."""
     hints = typing.get_type_hints(cls)
     hints = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     values = {}
     for key, value in table.items():
         if key not in hints:
+            refuse_filter(f"{prefix}{key}")
             close = difflib.get_close_matches(key, hints, n=1)
             guess = f"did you mean {prefix}{close[0]}? " if close else ""
             raise MiniRLError(f"unknown key {prefix}{key}: {guess}it must be one of {', '.join(hints)}")
@@ -80,7 +81,7 @@ def _build(cls: type, table: dict[str, Any], prefix: str = "") -> Any:
 
 
 def convert(key: str, value: Any, hint: Any) -> Any:
-    """`value` as the type `hint`; an integer will do for a number, a list for a tuple, "none" for None."""
+    """`value` as the type `hint`. Accepts an integer for a float, a list for a tuple, and "none" for None."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     options = typing.get_args(hint) if is_union else (hint,)
     if type(None) in options and value == "none":

@@ -1,4 +1,4 @@
-"""How many tokens a model can read, and whether prompts and responses fit."""
+"""Finds a model's context length, and checks that prompts and responses fit into it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _EXTENDING = ("linear", "dynamic", "yarn")  # kinds of rotary scaling whose fact
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
-    """Most tokens of a sequence, by the model's config; none if it names no such number.
+    """Maximum number of tokens in a sequence, from the model's config; None if the config has no limit.
 
-    It is max_position_embeddings (max_seq_len in MPT), or the length that rotary scaling extends it to.
+    The limit is max_position_embeddings (max_seq_len in MPT), multiplied by the factor of rotary scaling.
     """
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
@@ -28,7 +28,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 
 def _extended(rope: dict, length: int) -> Iterable[int]:
-    """The length that each rotary scaling makes of `length`; rope: parameters, or a table of them by kind of layer."""
+    """The extended length of each rotary scaling. rope: its parameters, or a table of parameters per layer kind."""
     for value in rope.values():
         if isinstance(value, dict):
             yield from _extended(value, length)
@@ -37,9 +37,9 @@ def _extended(rope: dict, length: int) -> Iterable[int]:
 
 
 def check_fits(model: PreTrainedModel, longest_prompt: int, max_new_tokens: int, option: str) -> None:
-    """Raises MiniRLError unless a prompt and a response of so many tokens fit into the model's context.
+    """Raises MiniRLError unless a prompt and a response of these lengths fit into the model's context.
 
-    option: the name of max_new_tokens there.
+    option: the user's name of max_new_tokens, for the message.
     """
     limit = context_length(model.config)
     if limit is not None:
@@ -65,9 +65,9 @@ def check_problems(
     *,
     with_answers: bool = False,
 ) -> None:
-    """Raises MiniRLError unless each problem of a run, with any response to it, fits into the model's context.
+    """Raises MiniRLError unless each problem of a run, with the longest response, fits into the model's context.
 
-    with_answers: each problem must fit with its own answer too, as the cold start reads it.
+    with_answers: each problem must also fit with its reference answer, for the cold start.
     """
     if not problems:
         raise MiniRLError(
@@ -78,7 +78,7 @@ def check_problems(
     longest, most = max(lengths), config.rollout.max_new_tokens
     check_fits(model, longest, most, "rollout.max_new_tokens")
     vllm_limit = config.rollout.vllm.args.get("max_model_len") if config.rollout.engine == "vllm" else None
-    if isinstance(vllm_limit, int):  # vLLM refuses another type itself
+    if isinstance(vllm_limit, int):  # vLLM raises an error for other types
         _check_fits(vllm_limit, "rollout.vllm.args.max_model_len", longest, most, "rollout.max_new_tokens")
     limit = context_length(model.config)
     if with_answers and limit is not None:

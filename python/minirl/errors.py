@@ -1,5 +1,5 @@
-"""The one kind of error that is meant for the person at the terminal."""
+"""MiniRLError: the error class whose message is for the user of the command."""
 
 
 class MiniRLError(Exception):
-    """Its message says what was wrong, what it was, and what it must be; the command shows it without a traceback."""
+    """The message names the wrong setting, its value, and the allowed values. The command shows no traceback."""

@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 from .config_file import load_config
 from .context import check_problems
 from .loading import check_computes, load_model
-from .models import autocast, computing, make_batch_invariant, pick_device
+from .models import autocast, make_batch_invariant, pick_device, run_mode
 from .run_dir import RunDir
 from .sampling import held_out_problems, make_sampler
 from .seeds import derive_seed
@@ -28,9 +28,9 @@ class Evaluation:
 
 
 def evaluate(run_dir: RunDir, *, k: int | None = None, prompts: int | None = None, seed: int = 0) -> Evaluation:
-    """Sample as the run's configuration says; k and prompts default to its own. Raises MiniRLError."""
+    """Sample with the settings of the run; k and prompts default to its eval.k and eval.prompts. Raises MiniRLError."""
     disable_progress_bar()
-    config = replace(load_config(run_dir.ended().config), run_dir=str(run_dir.path))  # it may have been moved
+    config = replace(load_config(run_dir.ended().config), run_dir=str(run_dir.path))  # the folder may have been moved
     config.check()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -39,14 +39,14 @@ def evaluate(run_dir: RunDir, *, k: int | None = None, prompts: int | None = Non
     if config.batch_invariant:
         make_batch_invariant(model)
     model = model.to(pick_device(config.device))
-    with computing(config), autocast(model.device, config.dtype):
+    with run_mode(config), autocast(model.device, config.dtype):
         check_computes(model, str(run_dir.model))
     problems = held_out_problems(config, task, prompts or config.eval.prompts)
     check_problems(config, model, tokenizer, problems)
     sampler = make_sampler(config, model, tokenizer, task)
     k = k or config.eval.k
     try:
-        with computing(config):
+        with run_mode(config):
             reward, standard_error = sampler.average_at_k(problems, k, seed=derive_seed(seed, "minirl eval"))
     finally:
         sampler.engine.close()

@@ -1,10 +1,11 @@
-"""A model and its tokenizer from a folder or the hub: whole, or not at all."""
+"""Loads a model and its tokenizer from a folder or the hub, and refuses damaged or incomplete ones."""
 
 from __future__ import annotations
 
 import difflib
 import logging
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -22,8 +23,8 @@ from transformers import (
 from .errors import MiniRLError
 from .paths import home
 
-_MASK = re.compile(r"\.(attn|attention)\.(bias|masked_bias|causal_mask)$")  # earlier transformers saved causal masks
-_UNFIT = "| CONVERSION"  # of weights that transformers puts together from several, such as those of experts
+_MASK = re.compile(r"\.(attn|attention)\.(bias|masked_bias|causal_mask)$")  # saved by older releases of transformers
+_UNFIT = "| CONVERSION"  # marks a weight (of experts, for example) that could not be joined from several tensors
 _VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -34,9 +35,13 @@ def load_model(path: str, experts_implementation: str | None = None) -> tuple[Pr
     """
     path = find_model(path)
     is_folder = Path(path).is_dir()
-    with one_message(f"cannot load a model from {path}" + ("" if is_folder else ", which is no folder here: the hub")):
+    if not is_folder:  # the hub may take minutes to fail without a network
+        print(f"minirl: {path} is not the folder of a model or a run: looking for it on the hub", file=sys.stderr)
+    with one_message(
+        f"cannot load a model from {path}" + ("" if is_folder else ": there is no such folder here, and the hub fails")
+    ):
         AutoConfig.from_pretrained(path)
-        if (Path(path) / "generation_config.json").exists():  # which the model takes for empty if it is damaged
+        if (Path(path) / "generation_config.json").exists():  # the model would ignore a damaged file
             GenerationConfig.from_pretrained(path)
     tokenizer = _load_tokenizer(path)
     with one_message(f"cannot load a model from {path}"), _without_report():
@@ -45,27 +50,27 @@ def load_model(path: str, experts_implementation: str | None = None) -> tuple[Pr
             dtype=torch.float32,
             experts_implementation=experts_implementation,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that `found` names each of them
+            ignore_mismatched_sizes=True,  # so that `found` lists all mismatches
         )
     found["unexpected_keys"] = {key for key in found["unexpected_keys"] if not _MASK.search(key)}
     _check_complete(path, found)
-    model.eval()  # without dropout, in training too: the policy that samples has none
+    model.eval()  # no dropout, also in training, since the sampling policy has none
     check_finite(model, path)
     if tokenizer.eos_token_id is None:
-        raise MiniRLError(f"the tokenizer of {path} has no eos_token: it must have one, for responses to end with")
+        raise MiniRLError(f"the tokenizer of {path} has no eos_token: it must have one, to end responses")
     vocabulary = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocabulary:
         raise MiniRLError(
-            f"the tokenizer of {path} has {len(tokenizer)} tokens and its model {vocabulary}: a tokenizer must have no "
-            "token that its model does not know"
+            f"the tokenizer of {path} has {len(tokenizer)} tokens and its model {vocabulary}: the model must have at "
+            "least as many"
         )
     return model, tokenizer
 
 
 def find_model(name: str) -> str:
-    """`name` as a folder that is there, or as a name of the hub, org/name. Raises MiniRLError, and asks no network.
+    """`name` as an existing folder, or as a name on the hub (org/name). Raises MiniRLError; uses no network.
 
-    It means a folder if there is one, if it is written as a path, or if its first part is a folder here.
+    A name means a folder if the folder exists, if it looks like a path, or if its first part is an existing folder.
     """
     path = Path(home(name, "the model's folder"))
     if path.is_dir():
@@ -92,7 +97,7 @@ def find_model(name: str) -> str:
 
 
 def _near(path: Path) -> str | None:
-    """A folder beside `path` whose name is nearly the same."""
+    """A folder beside `path` with a similar name."""
     if not path.parent.is_dir():
         return None
     names = [found.name for found in path.parent.iterdir() if found.is_dir()]
@@ -109,7 +114,7 @@ def _load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             raise _no_tokenizer(path) from error
         with one_message(f"cannot load a tokenizer from {path}"):
             raise
-    if is_without and tokenizer.vocab_files_names:  # transformers makes an empty one of no files
+    if is_without and tokenizer.vocab_files_names:  # transformers makes an empty tokenizer without files
         raise _no_tokenizer(path)
     return tokenizer
 
@@ -120,21 +125,21 @@ def _no_tokenizer(path: str) -> MiniRLError:
 
 @contextmanager
 def one_message(beginning: str) -> Iterator[None]:
-    """Raises MiniRLError for whatever goes wrong inside: damaged files and wrong sizes raise errors of every kind."""
+    """Turns any exception inside the block into a MiniRLError, since damaged files raise exceptions of every kind."""
     try:
         yield
     except MiniRLError:
         raise
     except Exception as error:
         text = " ".join(str(error).split())
-        says_little = isinstance(error, (LookupError, ArithmeticError, AssertionError)) or not text
-        kind = f"{type(error).__name__}: " if says_little else ""
+        needs_class = isinstance(error, (LookupError, ArithmeticError, AssertionError)) or not text
+        kind = f"{type(error).__name__}: " if needs_class else ""
         raise MiniRLError(f"{beginning}: {kind}{text}") from error
 
 
 @contextmanager
 def _without_report() -> Iterator[None]:
-    """Keeps transformers' table of weights that do not fit off the terminal; errors that refer to it have its keys."""
+    """Hides transformers' table of wrong weights; an error that refers to the table lists its weights instead."""
     reports = []
 
     def is_other(record: logging.LogRecord) -> bool:
@@ -150,14 +155,14 @@ def _without_report() -> Iterator[None]:
     except RuntimeError as error:
         unfit = {line.split("|")[0].strip() for report in reports for line in report.splitlines() if _UNFIT in line}
         if unfit:
-            raise ValueError(f"{_listed(unfit)} cannot be made of the weights that are there") from error
+            raise ValueError(f"{_listed(unfit)} cannot be made from the weights in the file") from error
         raise
     finally:
         logger.removeFilter(is_other)
 
 
 def _check_complete(path: str, found: dict) -> None:
-    """Raises MiniRLError for weights that the file lacks, has beside the model's, or has in another shape."""
+    """Raises MiniRLError for missing weights, unexpected weights, and weights of another shape."""
     for key, beginning in (("missing_keys", "lacks"), ("unexpected_keys", "has, and its model has not,")):
         if found[key]:
             raise MiniRLError(
@@ -174,20 +179,20 @@ def _listed(names: list[str] | set[str], most: int = 3) -> str:
 
 
 def check_finite(model: PreTrainedModel, name: str) -> None:
-    """Raises MiniRLError if a weight is NaN or infinite. name: of the model."""
-    for key, weight in model.state_dict().items():  # buffers too: some correct a router's choice
+    """Raises MiniRLError if a weight is NaN or infinite. name: the model's name for the message."""
+    for key, weight in model.state_dict().items():  # with buffers, such as a router's correction bias
         if weight.is_floating_point() and not weight.isfinite().all():
             raise MiniRLError(f"{key} of {name} is not finite: weights must be numbers")
 
 
 def does_compute(name: str, model: PreTrainedModel) -> AbstractContextManager[None]:
-    """Raises MiniRLError for whatever goes wrong inside, where the model computes."""
+    """Turns any exception inside the block, where the model computes, into a MiniRLError."""
     return one_message(f"{name} makes no {type(model).__name__} that computes")
 
 
 def check_computes(model: PreTrainedModel, name: str) -> None:
-    """Raises MiniRLError unless the model decodes two tokens from logits that are numbers. name: of the model."""
-    # sizes that do not fit together may fail in the first forward, or in the first that reads a cache
+    """Raises MiniRLError unless the model decodes two tokens without NaN. name: the model's name for the message."""
+    # Two tokens, since wrong sizes may fail in the first forward or in the first forward that reads a cache.
     probe = GenerationConfig(
         do_sample=False, max_new_tokens=2, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )

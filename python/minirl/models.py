@@ -1,4 +1,4 @@
-"""The policy and its tokenizer: built or loaded, and in which dtype it computes."""
+"""Builds or loads the policy and its tokenizer, and selects device, dtype and mode of its computation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .tokenizer import character_tokenizer
 
 
 def make_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The policy, float32 and on the run's device, and its tokenizer; it takes token_ids (`enable_log_probs`).
+    """The policy, float32 and on the run's device, with `enable_log_probs`; and its tokenizer.
 
     Raises MiniRLError.
     """
@@ -53,21 +53,21 @@ def make_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
             model = enable_log_probs(model.to(pick_device(config.device)))
         except (TypeError, ValueError) as error:
             raise MiniRLError(f"this model cannot be trained: {error}") from None
-    with computing(config), autocast(model.device, config.dtype):
+    with run_mode(config), autocast(model.device, config.dtype):
         check_computes(model, name)
     if config.routing_replay != "disabled":
         try:
             with record_routing(model):
                 pass
         except ValueError as error:
-            raise MiniRLError(f"routing_replay is {config.routing_replay!r}, and cannot be: {error}") from None
+            raise MiniRLError(f"routing_replay is {config.routing_replay!r}: it must be disabled, as {error}") from None
     return model, tokenizer
 
 
 def make_batch_invariant(model: PreTrainedModel) -> None:
-    """Give it our attention and experts, which batch_invariant_mode does not reach, and try it on a few tokens.
+    """Select the attention and experts "minirl", which batch_invariant_mode needs, and check the model.
 
-    Raises MiniRLError that names the module which is not batch-invariant.
+    Raises MiniRLError that names a module which is not batch-invariant.
     """
     try:
         model.set_attn_implementation("minirl")
@@ -79,12 +79,12 @@ def make_batch_invariant(model: PreTrainedModel) -> None:
 
 
 def has_experts(model: PreTrainedModel) -> bool:
-    """Whether it has experts that are offered to implementations: only transformers' decorator sets this attribute."""
+    """Whether the model has experts with implementations. Only transformers' decorator sets `is_transposed`."""
     return any(hasattr(module, "is_transposed") for module in model.modules())
 
 
 def build_model(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """A new model from the keys of a transformers config, its weights drawn by `seed`. Raises MiniRLError."""
+    """A new model from the keys of a transformers config, with random weights from `seed`. Raises MiniRLError."""
     model_config = _transformers_config(config.config, tokenizer)
     with one_message("model.config"), torch.random.fork_rng([]):
         torch.manual_seed(seed)
@@ -117,7 +117,7 @@ def _transformers_config(keys: dict, tokenizer: PreTrainedTokenizerBase) -> PreT
     for key in keys:
         if key in special:
             raise MiniRLError(f"model.config.{key} is {keys[key]!r}: it must be left out, the tokenizer sets it")
-        # models also read keys that their config class does not declare: refuse only what looks misspelt
+        # Only misspelt keys are refused, since models also read keys that their config class does not declare.
         guess = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
         if key not in known and guess:
             raise MiniRLError(f"unknown key model.config.{key}: did you mean {guess[0]}?")
@@ -126,7 +126,7 @@ def _transformers_config(keys: dict, tokenizer: PreTrainedTokenizerBase) -> PreT
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is the GPU if there is one. Raises MiniRLError if a GPU is asked for and missing."""
+    """The device; "auto" means a GPU if there is one. Raises MiniRLError if name is "cuda" and there is no GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise MiniRLError("device is 'cuda', and torch finds no GPU: it must be 'cpu' or 'auto'")
     if name == "auto":
@@ -134,18 +134,18 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def computing(config: TrainConfig) -> AbstractContextManager[None]:
-    """What all that a run computes is computed in."""
+def run_mode(config: TrainConfig) -> AbstractContextManager[None]:
+    """The context in which a run computes everything: batch-invariant mode, or none."""
     return batch_invariant_mode() if config.batch_invariant else nullcontext()
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """Context in which float32 weights compute in `dtype`."""
+    """The context in which float32 weights compute in `dtype`."""
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a response: the tokenizer's, and those that the model's generation config adds."""
+    """All tokens that end a response: the tokenizer's eos_token, and the end tokens of the generation config."""
     more = model.generation_config.eos_token_id
     more = more if isinstance(more, list) else [more]
     return sorted({tokenizer.eos_token_id, *(token for token in more if token is not None)})

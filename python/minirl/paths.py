@@ -1,4 +1,4 @@
-"""Paths that people write: where they mean their home folder."""
+"""Expands a leading ~ in paths of the user."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .errors import MiniRLError
 def home(path: str, name: str) -> str:
     """`path` with a leading ~ or ~user replaced by that home folder.
 
-    Raises MiniRLError if it is empty, or there is no such user. name: of the option that it is.
+    name: the option, for the message. Raises MiniRLError for an empty path or an unknown user.
     """
     expanded = os.path.expanduser(path)
     if not expanded or expanded.startswith("~"):
-        raise MiniRLError(f"{name} is {path!r}: it must be a path, and ~ in it a home folder that there is")
+        raise MiniRLError(f"{name} is {path!r}: it must be a path, whose ~ stands for an existing home folder")
     return expanded

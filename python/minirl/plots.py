@@ -22,10 +22,10 @@ from .run_dir import RunDir, replacing
 
 @dataclass(frozen=True)
 class Panel:
-    """One small diagram: metrics that share an axis, each with the name that its legend gives it.
+    """One small diagram of metrics that share an axis. curves: {metric: name in the legend}.
 
-    log: the axis is logarithmic, so that a spike hides nothing; exact zeros are marks at its foot. unit_interval: the
-    axis shows 0 to 1, or the range of the values where one is outside.
+    log: the axis is logarithmic, so that a spike does not hide small values; exact zeros are marked at its bottom.
+    unit_interval: the axis shows 0 to 1, or the range of the values if one is outside.
     """
 
     title: str
@@ -54,11 +54,12 @@ PANELS = (
 COLOURS = ("#1f5fa8", "#d1661a", "#2b8a57", "#a33b8f", "#6b6b6b", "#b59a00", "#c23b3b", "#2aa6b8")
 LINE_STYLES = ("-", "--", ":")
 WINDOW = 10  # steps
-FEW = 10  # points, which are marked: a line of one point would not be seen
+FEW = 10  # a curve of up to this many points gets markers, since a line of one point is invisible
 
 
 def plot_runs(run_dirs: Sequence[RunDir], path: Path) -> None:
-    """Draw the training curves of the runs into a PNG. Raises MiniRLError if one has none, or path is unwritable."""
+    """Draw the training curves of the runs into a picture. Raises MiniRLError for a run without steps, or if path is
+    not writable."""
     runs = {str(run_dir.path): read_metrics(run_dir.metrics, "train") for run_dir in run_dirs}
     for name, lines in runs.items():
         if not lines:
@@ -73,7 +74,7 @@ def plot_runs(run_dirs: Sequence[RunDir], path: Path) -> None:
 
 
 def draw_runs(runs: dict[str, list[dict[str, Any]]]) -> Figure:
-    """The figure of runs, by name: each is its lines of metrics.jsonl, of the phase "train"."""
+    """The figure of several runs. runs: {name: lines of metrics.jsonl of the phase "train"}."""
     figure = Figure(figsize=(15, 6.8), dpi=120, layout="constrained")
     colours = COLOURS if len(runs) <= len(COLOURS) else colormaps["turbo"].resampled(len(runs))(range(len(runs)))
     for axes, panel in zip(figure.subplots(2, 4).flat, PANELS, strict=True):
@@ -91,7 +92,7 @@ def draw_runs(runs: dict[str, list[dict[str, Any]]]) -> Figure:
 
 
 def _draw(axes: Axes, panel: Panel, runs: dict[str, list[dict[str, Any]]], colours: Sequence) -> None:
-    """One panel. Colours tell curves apart in a picture of one run, and runs in a picture of several."""
+    """Draw one panel. Colours distinguish curves in a picture of one run, and runs in a picture of several."""
     several = len(runs) > 1
     if panel.log:
         axes.set_yscale("log")
@@ -125,29 +126,29 @@ def points(lines: Sequence[dict[str, Any]], metric: str) -> tuple[list[int], lis
 
 
 def _draw_curve(axes: Axes, steps: list[int], values: list[float], colour: Any, style: str, metric: str) -> None:
-    """The values, faint, and what is usual among the last ones; of an evaluation, each value. Few values are marked."""
+    """Draw the values (faint) and their trailing mean or median. An evaluation metric is drawn by its values alone."""
     look = {"color": colour, "linestyle": style, "linewidth": 1.6, "markersize": 4}
     if metric == "reward_held_out":
         axes.plot(steps, values, marker="o", **look)
         return
-    usual = fmean
+    average = fmean
     if axes.get_yscale() == "log":
-        usual = median  # one spike is a step of its mean for ten steps
+        average = median  # the mean would show one spike for WINDOW steps
         _mark_zeros(axes, [step for step, value in zip(steps, values, strict=True) if value <= 0], colour)
         positive = [(step, value) for step, value in zip(steps, values, strict=True) if value > 0]
         steps, values = [step for step, _ in positive], [value for _, value in positive]
     axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.35)
-    axes.plot(steps, trailing(usual, values), marker="o" if len(steps) <= FEW else "", **look)
+    axes.plot(steps, trailing(average, values), marker="o" if len(steps) <= FEW else "", **look)
 
 
 def _mark_zeros(axes: Axes, steps: list[int], colour: Any) -> None:
-    """A mark for each at the foot of a logarithmic axis, which has no place for 0."""
+    """Mark steps whose value is 0 at the bottom of a logarithmic axis, which cannot show 0."""
     look = {"color": colour, "linestyle": "", "marker": "|", "markersize": 7}
     axes.plot(steps, [0.02] * len(steps), transform=axes.get_xaxis_transform(), **look)
 
 
 def _scale(axes: Axes, panel: Panel, values: list[float]) -> None:
-    """The range of the y axis, and a note where values are none, or zeros on a logarithmic axis."""
+    """Set the range of the y axis. Add a note if there are no values, or zeros on a logarithmic axis."""
     note = None if values else "no values"
     if panel.log and values and min(values) <= 0:
         note = "| exactly 0" if max(values) > 0 else "exactly 0 in every step"
@@ -167,5 +168,5 @@ def _scale(axes: Axes, panel: Panel, values: list[float]) -> None:
 
 
 def trailing(function: Callable[[Sequence[float]], float], values: Sequence[float]) -> list[float]:
-    """The function of each value and those before it, `WINDOW` in all."""
+    """For each value, the function of it and the values before it, `WINDOW` values in all."""
     return [function(values[max(0, end - WINDOW) : end]) for end in range(1, len(values) + 1)]

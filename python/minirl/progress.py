@@ -1,4 +1,4 @@
-"""Progress for people: a live bar on a terminal, a plain line now and then in a log."""
+"""Shows progress: a live bar on a terminal, or a plain line every few seconds in a log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextmanager
 def progress(console: Console, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
-    """Yields report(step, text), to be called after each of `total` steps (the phase may end before)."""
+    """Yields report(step, text). Call it after each of `total` steps; the phase may end earlier."""
     if not console.is_terminal:
         yield _line_reporter(console, title, total)
         return

@@ -1,4 +1,4 @@
-"""Rewards: a number for a whole response, as it is, cut off or not; and the reading of reference answers."""
+"""Rewards of whole responses, and the parsing of reference answers. A cut-off response is graded as it is."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ def exact_match(answer: str, response: str) -> float:
 class ReferenceAnswer:
     r"""A reference answer, and the reward of a response to its problem.
 
-    text: the answer as `normalised` gives it. value: the answer as math-verify parsed it; none for an answer that is
-    text: a word, a name or a choice letter (`read_answer` decides).
+    text: the normalised answer. value: the answer as parsed by math-verify; None for a text answer, which is a word, a
+    name or a choice letter (see `read_answer`).
 
-    A response has the reward 1 where its final answer has the same text. The final answer is the content of the last
-    \boxed{…}; without a box, the rest of the line after the last "answer is" or "answer:"; without these, the last
-    line. Where the reference is text, the final answer may also end with its sentence, and a choice letter may stand
-    before its option, as in "(B) Paris". Where the reference is mathematics, a response also has the reward 1 where
-    math-verify finds it equal.
+    The final answer of a response is the content of the last \boxed{…}. Without a box, it is the rest of the line after
+    the last "answer is" or "answer:". Without these, it is the last line.
+
+    A response has the reward 1 in these cases:
+        the normalised final answer equals `text`;
+        for a text answer: the first sentence of the final answer equals it, or the choice letter before an option, as
+        in "(B) Paris";
+        for mathematics: math-verify finds the response equal to `value`.
     """
 
     text: str
@@ -45,11 +48,11 @@ class ReferenceAnswer:
 
 @cache
 def read_answer(answer: str) -> ReferenceAnswer:
-    r"""The reference answer that a text means.
+    r"""Parse a reference answer.
 
-    Words, names and single letters are text, and so is all that stands in \text{…}. Everything else is mathematics
-    for math-verify; LaTeX needs no dollar signs there. A number followed by one word is a number with its unit.
-    Raises ValueError for an answer that is empty, or that could be graded in neither way.
+    Words, names, single letters and the content of \text{…} are text answers. Other answers are mathematics for
+    math-verify; LaTeX needs no dollar signs. A number followed by one word is a number with its unit.
+    Raises ValueError for an empty answer, and for an answer that is neither text nor mathematics.
     """
     text = normalised(answer)
     if not any(character.isalnum() for character in text):
@@ -68,7 +71,7 @@ def read_answer(answer: str) -> ReferenceAnswer:
 
 
 def final_answer(response: str) -> str:
-    """Where a response has its answer, as ReferenceAnswer says; its marks and spaces are left on."""
+    """The part of a response with its final answer (see ReferenceAnswer), with its marks and spaces."""
     boxed = _last_boxed(response)
     if boxed is not None:
         return boxed
@@ -79,10 +82,10 @@ def final_answer(response: str) -> str:
 
 
 def normalised(text: str) -> str:
-    r"""The text in one case and with single spaces, without marks around it and a stop at its end.
+    r"""The text in lower case with single spaces, without enclosing marks and without punctuation at its end.
 
-    Marks are quotes, Markdown's stars, underscores and backticks, dollar signs, \boxed{…} and \text{…} with its
-    relatives, and the parentheses of a single letter.
+    Marks are quotes, Markdown's stars, underscores and backticks, dollar signs, \boxed{…}, \text{…} and similar
+    commands, and the parentheses around a single letter.
     """
     text = unicodedata.normalize("NFC", text).casefold()
     bare = " ".join(text.split())
@@ -116,14 +119,14 @@ _STYLE = re.compile(r"\\(?:text|math)\w*|[{}*$]")
 
 
 def _mathematics(text: str) -> list | None:
-    """What math-verify parses, an expression first; none if it finds no expression."""
-    # without dollar signs math-verify reads plain numbers only: 3\sqrt{2} would be 3
+    """The result of math-verify's parser, an expression first; None if it finds no expression."""
+    # Without dollar signs, math-verify reads plain numbers only, and 3\sqrt{2} would be 3.
     parsed = parse(text if "$" in text or "\\boxed" in text else f"${text}$")
     return parsed if parsed and not isinstance(parsed[0], str) else None
 
 
 def _as_latex(answer: str) -> str:
-    """Two spellings of numbers that math-verify misreads, as LaTeX: 1e-5, and 1 1/2."""
+    """Rewrites numbers that math-verify misreads as LaTeX: 1e-5 and 1 1/2."""
     try:
         number = Decimal(answer)
     except InvalidOperation:
@@ -136,7 +139,7 @@ def _as_latex(answer: str) -> str:
 
 
 def _is_words(text: str) -> bool:
-    """Whether it is a single letter, or words (with numbers and punctuation between them) and no formula."""
+    """Whether a text is a single letter, or words with numbers and punctuation between them, but no formula."""
     kinds = "".join(map(_kind, text))
     words = re.fullmatch(r"[ .]*(?:a+|0+)(?:-a+)*(?:[ .]+(?:a+|0+)(?:-a+)*)*[ .]*", kinds)
     return words is not None and ("aa" in kinds or re.sub(r"[ .]", "", kinds) == "a")

@@ -1,4 +1,4 @@
-"""What replayed experts have in common with those that the policy would have chosen."""
+"""Measures how many replayed experts agree with the natural choices of the policy's routers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .batch import Batch
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of replayed experts with the natural ones of the same forward, over the loss's tokens that had any to replay."""
+    """Agreement of replayed and natural experts in a forward, over loss tokens with recorded experts."""
 
-    total: Tensor | None = None  # [layers], as is the count; none where nothing was replayed
+    total: Tensor | None = None  # total and count: [layers]; None if nothing was replayed
     count: Tensor | None = None
 
     @classmethod
@@ -31,6 +31,6 @@ class Agreement:
         return Agreement(self.total + other.total, self.count + other.count)
 
     def compute(self, name: str) -> dict[str, float]:
-        """The mean of each MoE layer, counted from 0; nothing where nothing was replayed."""
+        """The mean of each MoE layer, numbered from 0; empty if nothing was replayed."""
         means = [] if self.total is None else (self.total / self.count).tolist()
         return {f"{name}_layer_{layer}": mean for layer, mean in enumerate(means)}

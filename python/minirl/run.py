@@ -1,4 +1,4 @@
-"""A whole run: cold start, global steps with evaluations between them, and what is left in its folder."""
+"""A whole run: cold start, global steps with evaluations between them, and the files in its folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .config_file import dump_config
 from .context import check_problems
 from .errors import MiniRLError
 from .metrics import MetricsLog
-from .models import computing, make_model
+from .models import make_model, run_mode
 from .plots import plot_runs
 from .progress import progress
 from .run_dir import RunDir, replacing, replacing_folder
@@ -29,13 +29,13 @@ from .seeds import derive_seed
 from .tasks import make_task
 from .train import Trainer
 
-WRITE_ERRORS = (OSError, SafetensorError)  # of a full disk; safetensors has its own
+WRITE_ERRORS = (OSError, SafetensorError)  # raised for a full disk
 
 
 def train(config: TrainConfig, console: Console, *, overwrite: bool = False) -> RunDir:
-    """Train as `config` says. Raises MiniRLError; errors that can be known before any work are raised before it.
+    """Train with the settings of `config`. Raises MiniRLError, before any work where possible.
 
-    Whatever ends the run, its folder gets the weights that the last finished update made.
+    The weights of the last finished update are saved in the folder, also if an error or a signal ends the run.
     """
     disable_progress_bar()
     config.check()
@@ -62,7 +62,7 @@ def _train(config: TrainConfig, run_dir: RunDir, console: Console) -> None:
         f"{len(task.train)} problems to train on, {len(task.held_out)} held out"
     )
     try:
-        with MetricsLog(run_dir) as log, computing(config):
+        with MetricsLog(run_dir) as log, run_mode(config):
             run_cold_start(config, model, sampler, log, console)
             run_steps(config, model, sampler, log, console)
     except (MiniRLError, OSError) as error:
@@ -77,7 +77,7 @@ def _train(config: TrainConfig, run_dir: RunDir, console: Console) -> None:
 
 
 def check_space(run_dir: RunDir, model: PreTrainedModel) -> None:
-    """Raises MiniRLError unless the weights fit onto the disk that they are to be saved to."""
+    """Raises MiniRLError unless the disk has room for the weights."""
     needed = sum(weight.nbytes for weight in model.state_dict().values())
     replaced = sum(path.stat().st_size for path in run_dir.model.rglob("*"))
     free = shutil.disk_usage(run_dir.path).free + replaced
@@ -89,7 +89,7 @@ def check_space(run_dir: RunDir, model: PreTrainedModel) -> None:
 
 
 def keep(run_dir: RunDir, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Saves the weights of a run that something has ended, and says where they are."""
+    """Save the weights of a run that an error or a signal ended. Returns a sentence that says where they are."""
     try:
         save(run_dir, model, tokenizer)
     except MiniRLError as error:
@@ -98,9 +98,9 @@ def keep(run_dir: RunDir, model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 
 
 def save(run_dir: RunDir, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """The model with its tokenizer, as a folder that transformers loads.
+    """Save the model with its tokenizer, as a folder that transformers can load.
 
-    Raises MiniRLError if it cannot be written; the weights are then in a folder for temporary files, if that can be.
+    Raises MiniRLError if this fails. The weights are then saved in a temporary folder instead, if possible.
     """
 
     try:
@@ -159,6 +159,6 @@ def run_steps(config: TrainConfig, model: PreTrainedModel, sampler: Sampler, log
                 if step % config.eval.every == 0 or step == config.steps:
                     metrics["reward_held_out"] = reward = evaluate(step)
             finally:
-                log.write("train", step, metrics)  # the step is done, whatever becomes of the engine
+                log.write("train", step, metrics)  # the step is done, even if the engine fails
             report(step, f"reward {metrics['reward_train']:.3f}  held-out {reward:.3f}")
     console.print(f"held-out reward: {before:.3f} before, {reward:.3f} after {config.steps} steps")

@@ -1,4 +1,4 @@
-"""The folder of a run: its contents, how they are written, and what may be removed from it."""
+"""The folder of a run: its files, how they are written, and which files a new run may remove."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .config_file import load_config
 from .errors import MiniRLError
 from .paths import home
 
-WRITTEN = ".minirl"  # in a folder that is replaced as a whole: the names of everything that was written into it
-EVENTS = "events.out.tfevents."  # TensorBoard's files begin so
+WRITTEN = ".minirl"  # file with the names of all files in a folder that is replaced as a whole
+EVENTS = "events.out.tfevents."  # prefix of TensorBoard's files
 
 
 class RunDir:
-    """Paths of a run. Whole files are written to a temporary name and renamed; metrics.jsonl grows by lines."""
+    """The paths of a run. Files are written under a temporary name and then renamed; metrics.jsonl grows by lines."""
 
     def __init__(self, path: Path):
         path = Path(home(str(path), "the folder of a run"))
@@ -36,9 +36,9 @@ class RunDir:
 
     @contextmanager
     def held(self, overwrite: bool) -> Iterator[None]:
-        """Keeps every other run out of the folder, which is made if need be; removes nothing of an earlier run.
+        """Locks the folder against other runs. Creates it if needed, and removes nothing.
 
-        Raises MiniRLError if a run cannot be written here. The lock ends with its process, however that ends.
+        Raises MiniRLError if a run cannot be written here. The operating system frees the lock when the process ends.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ class RunDir:
 
     def _check(self, overwrite: bool) -> None:
         """Raises MiniRLError unless the folder is new, or holds a run that may be replaced."""
-        # a log alone is left by a run whose engine did not start
+        # a run whose engine did not start leaves only a log
         if not set(self.path.iterdir()) - {self.vllm_log, self.lock}:
             return
         if not overwrite:
@@ -64,12 +64,12 @@ class RunDir:
         for path in (self.config, self.metrics):
             if not path.is_file():
                 raise MiniRLError(
-                    f"run_dir {self.path} holds no {path.name}: --overwrite replaces nothing but a run, which has one"
+                    f"run_dir {self.path} holds no {path.name}: --overwrite replaces only a run, which has this file"
                 )
         try:
             load_config(self.config)
         except MiniRLError as error:
-            raise MiniRLError(f"run_dir {self.path} holds no run, which --overwrite could replace: {error}") from None
+            raise MiniRLError(f"run_dir {self.path} holds no run for --overwrite to replace: {error}") from None
         for path in self._files():
             if path.is_dir():
                 raise MiniRLError(f"{path} is a folder: it must be moved away, --overwrite replaces a file there")
@@ -77,7 +77,7 @@ class RunDir:
         _check_replaceable(self.model, _written(self.model))
 
     def clear(self) -> None:
-        """Delete an earlier run's files, and nothing else."""
+        """Delete the files of an earlier run, and no other files."""
         for path in self._files():
             path.unlink(missing_ok=True)
         _remove(self.tensorboard, _events(self.tensorboard))
@@ -94,13 +94,13 @@ class RunDir:
         return self.config, self.metrics, self.curves, *reports, *earlier
 
     def existing(self) -> RunDir:
-        """Itself. Raises MiniRLError unless a run has been written here."""
+        """Returns self. Raises MiniRLError unless the folder holds a run."""
         if not (self.config.is_file() and self.metrics.is_file()):
             raise MiniRLError(f"{self.path} is not the folder of a run: it must hold config.toml and metrics.jsonl")
         return self
 
     def ended(self) -> RunDir:
-        """Itself. Raises MiniRLError unless a run has been written here, with its weights."""
+        """Returns self. Raises MiniRLError unless the folder holds a run with its weights."""
         if not self.existing().model.is_dir():
             raise MiniRLError(f"{self.path} holds no model yet: it must be the folder of a run that has ended")
         return self
@@ -108,11 +108,11 @@ class RunDir:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside the file `path`, for a file that takes its place at the end.
+    """Yields a temporary name beside `path`. At the end, the file of this name replaces `path`.
 
-    Raises MiniRLError if there is a folder of that name.
+    Raises MiniRLError if `path` is a folder.
     """
-    path = Path(os.path.realpath(path))  # a link stays a link
+    path = Path(os.path.realpath(path))  # so that a link stays a link
     if path.is_dir():
         raise MiniRLError(f"{path} is a folder: it must be the name of a file")
     temporary = path.with_name(f".minirl.{path.name}")
@@ -126,13 +126,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, which takes its place at the end.
+    """Yields a new folder beside `path`. At the end, it replaces the folder `path`.
 
-    Until then the earlier one is left as it is. Raises MiniRLError if that holds something not written so.
+    Raises MiniRLError if `path` holds a file that no run has written.
     """
     _check_replaceable(path, _written(path))
     temporary = path.with_name(f".minirl.{path.name}")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # a killed run may have left it
     temporary.mkdir()
     try:
         yield temporary
@@ -145,24 +145,24 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def _check_replaceable(folder: Path, written: set[str]) -> None:
-    """Raises MiniRLError if something would be removed with the folder that no run has written."""
+    """Raises MiniRLError if the folder holds a file that no run has written."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise MiniRLError(f"{folder} is no folder: it must be moved away, a run replaces nothing but its own folder")
+        raise MiniRLError(f"{folder} is no folder: it must be moved away, a run replaces only its own folder")
     foreign = sorted(_names(folder) - written)
     if foreign:
         raise MiniRLError(
-            f"{folder} holds {foreign[0]}, which no run has written: it must be moved away, a run replaces nothing but "
-            "its own files"
+            f"{folder} holds {foreign[0]}, which no run has written: it must be moved away, a run replaces only its "
+            "own files"
         )
 
 
 def _names(folder: Path) -> set[str]:
-    """Everything in it, at any depth."""
+    """Relative paths of all files and folders inside, at any depth."""
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
 
 
 def _written(folder: Path) -> set[str]:
-    """What `replacing_folder` has written there."""
+    """Names of the files that `replacing_folder` has written into the folder."""
     names = folder / WRITTEN
     return {WRITTEN, *names.read_text(encoding="utf-8").splitlines()} if names.is_file() else set()
 
@@ -172,7 +172,7 @@ def _events(folder: Path) -> set[str]:
 
 
 def _remove(folder: Path, names: set[str]) -> None:
-    """These files and folders, the innermost first, and the folder itself."""
+    """Delete the named files and folders, innermost first, and then the folder itself."""
     for path in [*(folder / name for name in sorted(names, reverse=True)), folder]:
         if path.is_dir() and not path.is_symlink():
             path.rmdir()
@@ -181,7 +181,7 @@ def _remove(folder: Path, names: set[str]) -> None:
 
 
 def _lock(path: Path) -> TextIO | None:
-    """The open file, locked until it is closed or its process ends; none if another process has locked it."""
+    """The open file, locked until it is closed or the process ends; None if another process holds the lock."""
     while True:
         file = path.open("a", encoding="utf-8")
         try:
@@ -193,7 +193,7 @@ def _lock(path: Path) -> TextIO | None:
             raise
         if _is_at(file, path):
             return file
-        file.close()  # the run before has removed it in between
+        file.close()  # the earlier run has removed the file meanwhile
 
 
 def _is_at(file: TextIO, path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Problems in, graded responses out: what training and evaluation share."""
+"""Samples responses to problems and grades them, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .tokenizer import encode_prompt
 
 
 class Sampler:
-    """An engine, what its responses may be made of, and the tokenizer and the task that give them a meaning."""
+    """A rollout engine with the limits of its responses, and the tokenizer and task that grade them."""
 
     def __init__(self, engine: RolloutEngine, limits: PolicyLimits, tokenizer: PreTrainedTokenizerBase, task: Task):
         self.engine, self.limits, self.tokenizer, self.task = engine, limits, tokenizer, task
 
     def sample(self, problems: Sequence[Problem], n: int, *, seed: int) -> tuple[Rollouts, Tensor]:
-        """n responses to each problem, and their rewards [len(problems) * n] float32, in the same order.
+        """n responses to each problem, and their rewards [len(problems) * n] float32 in the same order.
 
-        Raises MiniRLError that names the response for rollouts that fail `check_rollouts`, and for a reward that
-        cannot be computed or is no finite number.
+        Raises MiniRLError for rollouts that fail `check_rollouts`, and for a reward that raises an error or is not a
+        finite number. The message names the response.
         """
         prompts = [encode_prompt(self.tokenizer, problem.prompt) for problem in problems]
         asked = Asked(prompts, [prompt_label(problem.prompt) for problem in problems], n)
@@ -43,11 +43,11 @@ class Sampler:
         return rollouts, torch.tensor(rewards, dtype=torch.float32)
 
     def _reward(self, problem: Problem, response: str, name: str) -> float:
-        """The reward of a response. Raises MiniRLError with the response's name unless it is a number of float32."""
+        """The reward of a response. Raises MiniRLError, with the response's name, unless it is a finite float32."""
         about = f"the reward of {name}, whose text is {response[:60]!r}, "
         try:
             reward = self.task.reward(problem, response)
-        except Exception as error:  # a task is the user's code, and may raise anything
+        except Exception as error:  # a task is user code and may raise any exception
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise MiniRLError(
                 f"{about}cannot be computed: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
@@ -76,7 +76,7 @@ def make_sampler(
 
 
 def policy_limits(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PolicyLimits:
-    """What responses of `model` may be made of, sampled as `config` says."""
+    """The limits of valid responses of `model`, sampled with the settings of `config`."""
     routing = None
     if config.routing_replay != "disabled":
         found = routers(model)
@@ -104,5 +104,5 @@ def engine_request(config: TrainConfig, model: PreTrainedModel, tokenizer: PreTr
 
 
 def held_out_problems(config: TrainConfig, task: Task, count: int) -> list[Problem]:
-    """The first `count` held-out problems (all, if there are fewer) of an order that the seed fixes."""
+    """The first `count` held-out problems (all, if there are fewer), in an order that depends on the seed."""
     return ProblemStream(task.held_out, config.seed, "held_out").take(0, min(count, len(task.held_out)))

@@ -1,4 +1,4 @@
-"""Every random stream is made from the run's seed, its purpose and its place, and keeps no state between steps."""
+"""Derives every random stream from the run's seed, a purpose and an index. No state is kept between steps."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ import torch
 
 
 def derive_seed(seed: int, purpose: str, index: int = 0) -> int:
-    """A 63-bit seed of its own for each (seed, purpose, index)."""
+    """A different 63-bit seed for each (seed, purpose, index)."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 

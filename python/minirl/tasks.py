@@ -1,4 +1,4 @@
-"""Tasks: problems for training, problems held out, and the reward of a response to one."""
+"""Tasks: problems for training, held-out problems, and the reward of a response."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Problem:
 
 
 class Task(Protocol):
-    """What the trainer asks of a task; `make_task` chooses."""
+    """The interface of a task; `make_task` makes the task of a configuration."""
 
     train: Sequence[Problem]
     held_out: Sequence[Problem]
@@ -39,13 +39,13 @@ class Task(Protocol):
 
 
 class ArithmeticTask:
-    """Sums of two numbers from 0 to max_operand: "12+7=" is to be answered "19" and nothing else."""
+    """Sums of two numbers from 0 to max_operand: the only right answer to "12+7=" is "19"."""
 
     characters = "0123456789+="
 
     def __init__(self, config: TaskConfig):
         numbers = range(config.max_operand + 1)
-        # a + b and b + a fall on the same side
+        # a + b and b + a have the same key, so both are in training or both are held out
         pairs = [(f"{min(a, b)}+{max(a, b)}", Problem(f"{a}+{b}=", str(a + b))) for a in numbers for b in numbers]
         self.train, self.held_out = split_held_out(pairs, config.held_out_fraction)
 
@@ -54,7 +54,7 @@ class ArithmeticTask:
 
 
 class JsonlTask:
-    """Prompts and answers from a file, one JSON object per line; `read_answer` says how responses are graded."""
+    """Prompts and answers from a file, one JSON object per line. For the grading of responses, see `read_answer`."""
 
     def __init__(self, config: TaskConfig):
         keyed = [(json.dumps(problem.prompt), problem) for problem in read_problems(Path(config.path))]
@@ -78,7 +78,7 @@ def make_task(config: TaskConfig) -> Task:
 
 
 def split_held_out(keyed: Iterable[tuple[str, Problem]], fraction: float) -> tuple[list[Problem], list[Problem]]:
-    """(train, held out): a problem's side depends on its key alone, so it is the same in every run."""
+    """(training problems, held-out problems). The split depends on the keys alone, so it is the same in every run."""
     sides: tuple[list[Problem], list[Problem]] = ([], [])
     for key, problem in keyed:
         digest = hashlib.sha256(key.encode()).digest()
@@ -87,7 +87,7 @@ def split_held_out(keyed: Iterable[tuple[str, Problem]], fraction: float) -> tup
 
 
 def read_problems(path: Path) -> list[Problem]:
-    """One problem per line that is not blank. Raises MiniRLError that names file and line."""
+    """One problem per non-blank line. Raises MiniRLError that names file and line."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -104,7 +104,7 @@ def read_problems(path: Path) -> list[Problem]:
 
 def _parse_problem(line: str) -> Problem:
     try:
-        record = json.loads(line, parse_float=Decimal)  # so that a number is the text that stands there
+        record = json.loads(line, parse_float=Decimal)  # a Decimal keeps the digits of a number
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error}") from None
     if not isinstance(record, dict) or not {"prompt", "answer"} <= set(record):
@@ -126,7 +126,7 @@ def _parse_problem(line: str) -> Problem:
 
 
 def is_prompt(value: object) -> bool:
-    """Whether it is a text, or a list of chat messages; either may be empty."""
+    """Whether the value is a text or a list of chat messages; either may be empty."""
     return isinstance(value, str) or (
         isinstance(value, list)
         and all(
@@ -139,20 +139,20 @@ def is_prompt(value: object) -> bool:
 
 
 def prompt_label(prompt: Prompt) -> str:
-    """The prompt's text (of messages, that of the last one) in quotes, its beginning left out if it is long."""
+    """The text of the prompt, or of its last message, in quotes. Only the end of a long text is shown."""
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     return repr(text if len(text) <= 60 else f"…{text[-59:]}")
 
 
 class ProblemStream:
-    """An endless order of problems: each epoch is all of them, shuffled. It has no state but its seed."""
+    """An endless sequence of problems. Each epoch has all problems in a random order that depends on the seed."""
 
     def __init__(self, problems: Sequence[Problem], seed: int, purpose: str):
         self._problems, self._seed, self._purpose = problems, seed, purpose
         self._epoch, self._order = -1, []
 
     def take(self, start: int, count: int) -> list[Problem]:
-        """Problems start … start + count - 1 of the order."""
+        """Problems start … start + count - 1 of the sequence."""
         return [self._at(position) for position in range(start, start + count)]
 
     def _at(self, position: int) -> Problem:

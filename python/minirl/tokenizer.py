@@ -1,4 +1,4 @@
-"""A character tokenizer, built with `tokenizers`; its folder loads with AutoTokenizer. Prompts become ids here."""
+"""The character tokenizer of new models, and the encoding of prompts as token ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .tasks import Prompt, prompt_label
 
 
 def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
-    """One token per character, after <pad>, <eos> and <unk>."""
+    """A tokenizer with <pad>, <eos> and <unk>, and one token per character. AutoTokenizer can load it from a folder."""
     special = ["<pad>", "<eos>", "<unk>"]
     vocabulary = {token: number for number, token in enumerate([*special, *characters])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -25,11 +25,13 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a text as it stands, or of chat messages by the tokenizer's chat template.
+    """Token ids of a text, or of chat messages by the tokenizer's chat template.
 
-    Raises MiniRLError for messages without a template, and for a prompt that has no tokens, that ends in the
-    end-of-sequence token or in another one that the tokenizer appends, or that begins with the token of the beginning
-    twice. These tokens are not stripped: the saved tokenizer would go on to add them where the model is used.
+    Raises MiniRLError for
+        messages without a chat template, and a prompt without tokens;
+        a prompt that ends in the end-of-sequence token, or in a token that the tokenizer appends;
+        a prompt that begins with the beginning-of-sequence token twice.
+    Such tokens are not removed here, since the saved tokenizer would still add them when the model is used.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt).input_ids
@@ -54,7 +56,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
 
 
 def _check_end(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, ids: list[int]) -> None:
-    """Raises MiniRLError if a response would have to go on after the end of a sequence."""
+    """Raises MiniRLError if a response would begin after an end-of-sequence token."""
     token = tokenizer.convert_ids_to_tokens(ids[-1])
     if isinstance(prompt, str):
         bare = tokenizer(prompt, add_special_tokens=False).input_ids

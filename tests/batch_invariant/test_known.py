@@ -1,4 +1,4 @@
-"""What an audit takes for invariant: samples of every claim, and that what is known to differ is not claimed."""
+"""The list of invariant operations in known.py: each claim is sampled, and operations that differ are not listed."""
 
 from functools import partial
 
@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from minirl_kernels.batch_invariant.known import CONDITIONS, INVARIANT, is_invariant
 
 aten = torch.ops.aten
-SIZE = 960  # whole vectors of every width
+SIZE = 960  # a multiple of every vector width
 
 UNARY = {
     "any number": (
@@ -58,7 +58,7 @@ def values(size, seed=0):
 
 
 def places(function, tensors):
-    """The results for the same elements in short pieces, strided, and in short rows, each flat."""
+    """Flat results for the same elements: in short pieces, strided, and in short rows."""
     for length in (1, 15, 31):
         pieces = zip(*(x.split(length) for x in tensors), strict=True)
         yield torch.cat([function(*(x.clone() for x in piece)) for piece in pieces])
@@ -104,7 +104,7 @@ def test_pointwise_claims(dtype):
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="torch has no vectors here that differ"
 )
 def test_what_differs_is_not_claimed():
-    """Each of these shows, on this machine, by the method that the claims are tested with."""
+    """Each operation differs on this machine, by the same method that tests the claims."""
     differ = {
         "elu": (aten.elu.default, lambda x, y: aten.elu(x), torch.float32),
         "exp2": (aten.exp2.default, lambda x, y: aten.exp2(x), torch.float32),
@@ -122,7 +122,7 @@ def test_what_differs_is_not_claimed():
         whole = function(*tensors)
         assert any(not torch.equal(out, whole) for out in places(function, tensors)), name
         assert not is_invariant(op, tuple(tensors)), name
-    # an alpha that is not 1 is fused with the sum in one of the two codes
+    # either the vector code or the scalar code fuses alpha with the sum
     tensors = [values(SIZE, seed).bfloat16() for seed in range(2)]
     scaled = lambda x, y: aten.add(x, y, alpha=0.3)  # noqa: E731
     assert any(not torch.equal(out, scaled(*tensors)) for out in places(scaled, tensors))
@@ -135,7 +135,7 @@ def test_what_differs_is_not_claimed():
 
 
 def rows(count, width, dtype):
-    """Each row cancels: any other order of its sum shows."""
+    """Rows whose sums cancel, so that any other order of summation changes the bits."""
     gen = torch.Generator().manual_seed(0)
     half = torch.randn(count, width // 2, generator=gen) * torch.exp2(
         torch.randint(-8, 8, (count, width // 2), generator=gen).float()
@@ -159,7 +159,7 @@ ROW_OPS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ROW_OPS)
 def test_row_claims(name, dtype, threads):
-    """A row alone, among others, and on two threads; wide ones as long as what a thread is given at once."""
+    """A row alone, in a batch, and on two threads; wide rows are as long as one thread's share of work."""
     function = ROW_OPS[name]
     assert f"aten::{name}" in INVARIANT
     for width in (1, 7, 100, 1023, 40_000):
@@ -174,7 +174,7 @@ def test_row_claims(name, dtype, threads):
 
 
 def test_a_sum_of_a_single_long_row_depends_on_threads(threads):
-    """The control of the test above, and why sum is claimed of integers alone."""
+    """Control of the test above: sum is listed for integers only, since float sums depend on the threads."""
     x = rows(5, 40_000, torch.float32)
     threads(2)
     assert not torch.equal(aten.sum(x[:1], [-1]), aten.sum(x, [-1])[:1])
@@ -193,7 +193,7 @@ SCATTERS = {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SCATTERS)
 def test_scatter_claims(name, dtype, threads):
-    """A sum of rows has the same bits whatever becomes of the other sums, on any number of threads."""
+    """A scattered sum has the same bits for any other sums beside it, and for any number of threads."""
     function, ids = SCATTERS[name], torch.randint(50, (3000,), generator=torch.Generator().manual_seed(1))
     assert f"aten::{name}" in INVARIANT
     grad = rows(64, 3000, dtype).T.contiguous()
@@ -207,7 +207,7 @@ def test_scatter_claims(name, dtype, threads):
 
 
 def test_accumulating_index_put_is_not_claimed_unless_deterministic(threads):
-    """Two threads add up float32 in the order in which they arrive; alone it can happen that they arrive in order."""
+    """Two threads add float32 values in the order of arrival, which is sometimes the right order."""
     grad, zeros = rows(64, 3000, torch.float32).T.contiguous(), torch.zeros(50, 64)
     ids = [torch.randint(50, (3000,), generator=torch.Generator().manual_seed(1))]
     call = (zeros, ids, grad, True)
@@ -256,7 +256,7 @@ def test_conditions():
 
 
 def test_names_are_atens():
-    """A name that torch does not have would claim nothing."""
+    """Every listed name exists in torch; a wrong name would list nothing."""
     unknown = [name for name in sorted(INVARIANT | CONDITIONS.keys()) if not hasattr(aten, name.removeprefix("aten::"))]
     assert unknown == []
     assert not INVARIANT & CONDITIONS.keys()
@@ -274,7 +274,7 @@ class _Unknown(TorchDispatchMode):
 
 
 def test_what_a_model_leaves_unknown():
-    """Forward and backward of a small mixture of experts: what is left is what a mode has to override."""
+    """Forward and backward of a small mixture of experts: the unlisted operations are the ones the mode overrides."""
     config = Qwen3MoeConfig(
         vocab_size=64,
         hidden_size=32,

@@ -1,4 +1,4 @@
-"""The same values in other memory: what is made of leaf operations chooses its path by strides and shapes, not bits."""
+"""Composite operations choose a path by strides and shapes; the bits must not depend on this choice."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ B, L, K, N = 6, 7, 192, 40
 
 
 def cancelling(dtype):
-    """(x [B, L, K], w [N, K]): every product is 0 but for rounding, so that any other order or rounding shows."""
+    """(x [B, L, K], w [N, K]) whose products are 0 except for rounding, so that another order changes the bits."""
     gen = torch.Generator().manual_seed(2)
     scales = 2.0 ** torch.randint(-6, 7, (K // 2,), generator=gen)
     x = (torch.randn(B, L, K // 2, generator=gen) * scales).to(dtype)
@@ -45,11 +45,11 @@ def heads(x):
 
 
 def with_bias(x, w):
-    """Of products that do not cancel: beside a bias, whatever is left of the others is lost."""
+    """linear with a bias, for products that do not cancel: a bias would hide the small remainder of a cancelled sum."""
     return F.linear(x, w.roll(1, 1), w[:, 0])
 
 
-# of x [B, L, K] and w: what is computed of each token by itself, as [B, L, ...]
+# {operation: function of x [B, L, K] and w, computed per token, with the result [B, L, ...]}
 COVERED = {
     "linear": lambda x, w: F.linear(x, w),
     "linear with bias": with_bias,
@@ -107,7 +107,7 @@ def test_no_layout_changes_a_bit(name, dtype):
 
 
 def test_a_product_rounded_before_its_bias_is_another():
-    """Else the tests of linear prove nothing here."""
+    """Control: without this difference, the tests of linear would prove nothing."""
     x, w = cancelling(torch.bfloat16)
     with batch_invariant_mode():
         assert not torch.equal(with_bias(x, w), x @ w.roll(1, 1).T + w[:, 0])
@@ -131,7 +131,7 @@ def test_gradients_of_a_slice_of_hidden_states():
     assert found.covered
 
 
-# what chooses by strides or shapes, or was not looked at: an audit has its name
+# operations that choose a path by strides or shapes, or were not examined; an audit lists them
 LISTED = {
     "addbmm": lambda x, w: torch.addbmm(w[:, 0], x, w.T.expand(B, K, N)),
     "_trilinear": lambda x, w: F.bilinear(x[..., :12], x[..., 12:24], w[:, :144].unflatten(1, (12, 12))),
@@ -164,7 +164,7 @@ def test_an_audit_lists_what_chooses_its_path(name):
 
 
 def test_multi_dot_takes_an_order_by_the_number_of_rows():
-    """Else it need not be listed."""
+    """Control: multi_dot needs to be listed only because its order changes."""
     x, w = cancelling(torch.bfloat16)
     with batch_invariant_mode():
         many = x[..., :N].flatten(0, 1)

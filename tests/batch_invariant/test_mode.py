@@ -1,4 +1,4 @@
-"""The mode: what it covers has the same bits in any batch, when it is on and where, and what it leaves alone."""
+"""The mode: covered operations have the same bits in every batch, in the threads where it is on, and nowhere else."""
 
 import subprocess
 import sys
@@ -28,16 +28,16 @@ def normal(*shape, dtype=torch.float32, seed=0):
 
 
 def cancelling(rows, dtype):
-    """(x, w) whose product is 0 but for rounding, so that any other order of a sum shows; the same of the sum of x."""
+    """(x, w) whose product, and the sum of x, are 0 except for rounding, so that another order changes the bits."""
     generator = torch.Generator().manual_seed(2)
-    # of many magnitudes: sums of a few bits each would be exact
+    # many magnitudes, since sums of numbers with few bits are exact
     scales = 2.0 ** torch.randint(-6, 7, (K // 2,), generator=generator)
     x, w = (normal(rows, K // 2) * scales).to(dtype), normal(N, K // 2, dtype=dtype, seed=1)
     order = torch.randperm(K, generator=generator)
     return torch.cat([x, x], 1)[:, order], torch.cat([w, -w], 1)[:, order]
 
 
-# of a batch of rows x and a weight w: what torch computes of each row
+# {operation: function of a batch of rows x and a weight w, computed per row}
 ROWWISE = {
     "linear": lambda x, w: F.linear(x, w),
     "linear with bias": lambda x, w: F.linear(x, w, w[:, 0]),
@@ -69,7 +69,7 @@ ROWWISE = {
 
 
 def rows_that_differ(function, x, w) -> int:
-    """Of a whole batch, from the rows by themselves and in other batches."""
+    """Rows of a whole batch that differ from the same rows alone or in other batches."""
     whole = function(x, w)
     parts = [slice(row, row + 1) for row in range(len(x))] + [slice(3, 6), slice(1, 60)]
     return sum(not torch.equal(function(x[part], w), whole[part]) for part in parts)
@@ -82,7 +82,7 @@ def test_a_row_has_the_same_bits_in_any_batch(name, dtype, threads):
     threads(1)
     with batch_invariant_mode():
         whole = ROWWISE[name](x, w)
-        assert whole.count_nonzero() > whole.numel() // 4  # or no order would show
+        assert whole.count_nonzero() > whole.numel() // 4  # otherwise the order would not change bits
         assert rows_that_differ(ROWWISE[name], x, w) == 0
     threads(2)
     with batch_invariant_mode():
@@ -90,7 +90,7 @@ def test_a_row_has_the_same_bits_in_any_batch(name, dtype, threads):
 
 
 def test_torch_alone_does_differ(threads):
-    """Else the tests above prove nothing here."""
+    """Control: without this difference in torch, the tests above would prove nothing."""
     differing = set()
     for count in (1, 2):
         threads(count)
@@ -121,7 +121,7 @@ def test_products_in_given_memory():
 
 
 def test_what_a_gpu_is_given_computes_the_same():
-    """By the kernels for it in Triton's interpreter: the arguments of torch reach them as they should."""
+    """The GPU kernels, in Triton's interpreter, get torch's arguments correctly."""
     pytest.importorskip("triton", reason="triton is not installed")
     if torch.cuda.is_available():
         pytest.skip("tests/gpu has it")
@@ -171,7 +171,7 @@ def test_the_head_on_a_gpu_leaves_the_vendors_matmul():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients(dtype):
-    """As exact as torch's, and those of a row by itself."""
+    """Gradients are as exact as torch's, and equal to the gradients of a row alone."""
     x, w, upstream = normal(40, 192, dtype=dtype), normal(64, 192, dtype=dtype, seed=1), normal(40, 64, seed=2)
 
     def gradients(x, w, upstream):
@@ -244,7 +244,7 @@ def test_other_threads_go_their_own_way():
 
 
 class _Deeper(torch.autograd.Function):
-    """Its backward runs a backward, so many deep that autograd goes on in threads of its own."""
+    """A function whose backward runs a backward, nested so deeply that autograd uses more threads."""
 
     @staticmethod
     def forward(ctx, x, depth, seen):
@@ -342,7 +342,7 @@ def test_a_compiled_function_cannot_enter_it():
 
 
 def test_an_audit_in_inference_mode_lists_the_same():
-    """There, torch hands whole composites such as linear to a dispatch mode."""
+    """In inference mode torch passes undivided composites, such as linear, to a dispatch mode."""
     x, weight = torch.randn(2, 3, 8), torch.randn(8, 8)
     found = {}
     for without_gradient in (torch.no_grad, torch.inference_mode):

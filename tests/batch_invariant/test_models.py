@@ -1,4 +1,4 @@
-"""Whole models: a token's log-probability has the same bits however its sequence is computed."""
+"""Whole models: the log-probability of a token has the same bits in decode, prefill, padded and packed batches."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("cpu")
 SEQUENCES, NEW_TOKENS, TEMPERATURE = 64, 20, 0.7
 SIZES = {
     "vocab_size": 301,
-    "hidden_size": 136,  # whole vectors, and not
+    "hidden_size": 136,  # a multiple of some vector widths only
     "intermediate_size": 200,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
@@ -93,7 +93,7 @@ def padded(model, rows, left):
 
 
 def packed(model, rows):
-    """The same, one after the other in a batch of one."""
+    """Log-probabilities [T] of each row, all rows packed in a batch of one."""
     ids, token_ids = (torch.cat([row[part] for row in rows])[None] for part in (0, 1))
     positions = torch.cat([torch.arange(len(ids)) for ids, _ in rows])[None]
     log_probs = model(
@@ -103,7 +103,7 @@ def packed(model, rows):
 
 
 def ways(model, dtype):
-    """Log-probabilities of the same responses, by way of computing them: [all tokens] each."""
+    """{layout: log-probabilities [all tokens]} of the same responses."""
     prompts = make_prompts()
     with autocast(dtype):
         responses, decoded = decode(model, prompts)
@@ -143,14 +143,14 @@ def test_every_way_gives_the_same_bits(name, dtype, threads):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_without_the_mode_they_differ(dtype):
-    """Else the test above proves nothing here."""
+    """Control: without this difference, the test above would prove nothing."""
     decoded, found = ways(make_model("Qwen3-MoE", ours=False), dtype)
     assert any(not torch.equal(values.detach(), decoded) for values in found.values())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_nothing_uncovered_runs(name):
-    """But for what draws samples, and what each forward makes of its arguments alone."""
+    """No uncovered operation runs, except sampling, and operations on the arguments of each forward alone."""
     model = make_model(name)
     with batch_invariant_mode(), audit() as found, autocast("bfloat16"):
         prompts = make_prompts()[:4]

@@ -1,4 +1,4 @@
-"""What the mode overrides is torch in all but the bits: torch's own samples of its operators, in the mode and out."""
+"""Overridden operators behave like torch except for the bits, on torch's own samples of their arguments."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from minirl_kernels.batch_invariant.operations import operations
 pytestmark = pytest.mark.usefixtures("cpu")
 OPERATORS = operators()
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-# torch writes gelu into contiguous memory alone, and leaves any other as it was
+# torch's gelu writes into contiguous outputs only, and leaves others unchanged
 WRONG_IN_TORCH = {("nn.functional.gelu", "every other element"), ("nn.functional.gelu", "a transpose")}
 
 
@@ -89,7 +89,7 @@ def test_errors(name):
 
 
 def test_samples_of_floats_run_as_ours():
-    """Else the tests above compare torch with itself."""
+    """Control: the samples run the overrides; otherwise the tests above would compare torch with itself."""
     overridden = {f"aten::{name.partition('.')[0]}" for name, _ in operations("CPU")}
     covered = set()
     for op in OPERATORS.values():
@@ -98,10 +98,10 @@ def test_samples_of_floats_run_as_ours():
                 op(sample.input, *sample.args, **sample.kwargs)
             covered |= {call.split()[0] for call in found.covered}
             own = [call for call in found.not_covered if call.split()[0] in overridden and "float64" not in call]
-            # tensors of exponents are not ours, and a number has no dimension to take a softmax over
+            # tensor exponents are not overridden, and a scalar has no softmax dimension
             assert not own or "pow" in op.name or not sample.input.dim(), f"{op.name} of {sample.summary()}: {own}"
     forward = {name for name in overridden if "backward" not in name and not name.endswith("_")}
-    assert forward - covered == {"aten::_grouped_mm", "aten::pow"}  # torch has no samples of theirs
+    assert forward - covered == {"aten::_grouped_mm", "aten::pow"}  # torch has no samples for these two
 
 
 x, matrix, batch, vector = torch.ones(4, 6), torch.ones(6, 5), torch.ones(2, 4, 6), torch.ones(6)
@@ -158,7 +158,7 @@ def test_a_call_ends_as_it_does_in_torch(name):
 
 
 def test_a_product_over_its_own_factor_is_right():
-    """Torch alone reads what it has written."""
+    """Without the mode, torch reads values that it has already overwritten."""
     square = torch.ones(3, 3)
     with batch_invariant_mode():
         assert (torch.mm(square, square, out=square) == 3).all()

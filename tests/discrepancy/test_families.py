@@ -1,4 +1,4 @@
-"""A decode is compared token by token with whole sequences, whatever tells the model where its tokens are."""
+"""A decode is aligned with whole sequences token by token, for families that mark positions in different ways."""
 
 import copy
 
@@ -9,9 +9,9 @@ from two_engines import compared, planted
 
 from minirl_kernels.integrations.transformers import enable_log_probs
 
-# generate drops a mask of ones: of prompts of the same number of tokens, and of one prompt
+# generate drops a mask of ones: for prompts of equal length, and for a single prompt
 PROMPTS = {"equal": [[5, 6, 7], [8, 9, 10], [11, 12, 13]], "single": [[7, 8, 9, 10]], "unequal": UNEQUAL}
-# a module in layer 1 of each, and the name of the layers
+# {family: (name of the layers, a module in layer 1)}
 FAULTS = {
     "Llama": ("model.layers", "mlp.up_proj"),
     "Qwen3": ("model.layers", "self_attn.v_proj"),
@@ -25,7 +25,7 @@ FAULTS = {
 }
 every_family = pytest.mark.parametrize("name", FAULTS)
 every_prompt = pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
-LARGEST = {"float32": 1e-5, "bfloat16": 0.1}  # relative difference that roundings make
+LARGEST = {"float32": 1e-5, "bfloat16": 0.1}  # relative difference caused by rounding
 
 
 def report_on(mu, pi, prompts, dtype="float32", *, decode=True, **settings):
@@ -40,7 +40,7 @@ def report_on(mu, pi, prompts, dtype="float32", *, decode=True, **settings):
 def test_a_decode_differs_by_roundings_alone(name, prompts, dtype):
     model = enable_log_probs(family(name))
     report = report_on(model, model, prompts, dtype)
-    assert report.metrics["num_tokens"] >= 2 * len(prompts)  # there was something to decode
+    assert report.metrics["num_tokens"] >= 2 * len(prompts)  # some tokens were decoded
     assert report.modules.tokens == sum(map(len, prompts)) + report.metrics["num_tokens"] - len(prompts)
     assert max(event.difference.relative for event in report.modules.modules) < LARGEST[dtype]
     assert [number for number, _ in report.modules.layers] == [0, 1, 2]
@@ -61,7 +61,7 @@ def test_a_fault_in_a_layer_is_named(name, prompts, dtype):
     place = names.index(f"{layers}.1.{module}")
     assert max(event.difference.relative for event in decoded.modules[:place]) < LARGEST[dtype]
     assert decoded.modules[place].difference.relative > 1
-    # where all that was computed before is equal, there is nothing for the difference to grow from
+    # without an earlier difference, a growth factor is not defined
     found = decoded.jump if decoded.first.module in names[:place] or decoded.first.before else decoded.first
     assert (found.module, found.layer, found.before) == (f"{layers}.1.{module}", 1, None)
     first = report_on(faulty, model, prompts, dtype, decode=False).modules.first
@@ -81,7 +81,7 @@ def test_equal_bits_have_no_difference(name, prompts, dtype):
 
 
 class Unmasked:
-    """An engine that decodes by itself, without a mask, and whose every forward has a cache of its own."""
+    """An engine with its own decode loop, without a mask, and with a new cache object in each forward."""
 
     def __init__(self, engine):
         self._engine, self.model = engine, engine.model
@@ -105,6 +105,6 @@ def test_forwards_that_do_not_say_where_their_tokens_are(name):
     report = compared(model, model, mu_settings={"decode": True}, prompts=PROMPTS["equal"], wrap=Unmasked, batch_size=2)
     assert report.modules is None
     assert report.modules_missing.startswith("a forward of mu has token ")
-    assert "its attention_mask or its cache must say which tokens came before" in report.modules_missing
+    assert "its attention_mask or its cache must show the earlier tokens" in report.modules_missing
     if name == "Qwen3Moe":
         assert (report.routing, report.routing_missing) == (None, report.modules_missing)

@@ -1,4 +1,4 @@
-"""A fault that is planted in one place is found there; where there is none, none is found."""
+"""A planted fault is found in its place, and without a fault nothing is reported."""
 
 from contextlib import contextmanager
 
@@ -17,7 +17,7 @@ def nudged(tensor):
     return tensor + 0.5 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
 
 
-# (model, the tensor, its change, the module that is to be named, what must be among the operations)
+# (model, tensor, its change, expected module, expected operation)
 FAULTS = [
     ("Qwen3Moe", "model.embed_tokens.weight", rounded, "model.embed_tokens", "aten.embedding"),
     ("Qwen3Moe", "model.layers.1.self_attn.q_proj.weight", rounded, "model.layers.1.self_attn.q_proj", "aten.mm"),
@@ -88,7 +88,7 @@ def test_equal_engines_have_no_difference(name, dtype):
 
 @pytest.mark.parametrize("name", ["Qwen3Moe", "DeepseekV3"])
 def test_a_decode_is_aligned_with_whole_sequences(name):
-    """Tokens that were taken for others would differ by as much as they have."""
+    """A wrong alignment of tokens would give differences as large as the values."""
     model = model_of(name)
     report = compared(model, model, mu_settings={"decode": True}, trace_sequences=6)
     assert report.metrics["log_d_abs_max"] < 1e-4
@@ -98,7 +98,7 @@ def test_a_decode_is_aligned_with_whole_sequences(name):
     leaves = {
         name for name, module in model.named_modules()
         if not list(module.children())
-        # training makes no logits, and DeepSeek's kv_b_proj is of all keys in each step
+        # training computes no logits, and DeepSeek's kv_b_proj covers all keys in each step
         and not name.endswith(("act_fn", "lm_head", "kv_b_proj"))
     }  # fmt: skip
     assert leaves <= compared_names
@@ -116,7 +116,7 @@ def test_a_fault_stands_out_from_the_roundings_of_a_decode():
     assert layers[1].relative > 100 * layers[0].relative
 
 
-# a correction bias moves experts and not logits, whose size a router's difference is
+# a correction bias changes the experts but not the logits, which give a router's relative difference
 GROWING = [fault[:4] for fault in FAULTS if "layers" in fault[1] and "bias" not in fault[1]]
 
 
@@ -162,7 +162,7 @@ def test_quantization_is_named_at_the_first_layer_that_it_rounds():
 
 
 class Opaque:
-    """An engine that cannot be looked into."""
+    """An engine without access to its model."""
 
     model = None
 
@@ -171,7 +171,7 @@ class Opaque:
 
 
 class Remote:
-    """An engine whose model runs elsewhere, as far as can be seen, and is recorded there."""
+    """An engine that records its modules like a model in another process."""
 
     def __init__(self, engine):
         self._engine = engine
@@ -202,14 +202,14 @@ def test_a_model_that_is_recorded_elsewhere():
     first = report.modules.first
     assert (first.module, first.before) == (watched.modules.first.module, watched.modules.first.before)
     assert first.operation is None
-    assert first.operation_missing == "the operations of another process are not recorded"
+    assert first.operation_missing == "operations in another process are not recorded"
 
 
 def test_a_model_elsewhere_that_tells_no_experts():
     model = model_of("Qwen3Moe")
     report = compared(model, model, wrap=remote_mu)
     assert report.routing is None
-    assert report.routing_missing == "mu has no model to look into here, and gave no routed_experts"
+    assert report.routing_missing == "mu gives no access to its model here, and returned no routed_experts"
     assert report.modules.first is None
 
 
@@ -218,7 +218,7 @@ def test_engines_without_a_model_to_look_into():
     report = compared(model, model, wrap=Opaque)
     assert report.modules is None
     assert report.routing is None
-    assert report.routing_missing == report.modules_missing == "an engine has no model to look into"
+    assert report.routing_missing == report.modules_missing == "an engine gives no access to its model"
     assert report.metrics["discrepancy_kl_k3"] == report.full_kl_mean == 0.0
 
 

@@ -91,7 +91,7 @@ def test_without_an_update_r_is_one():
 
 
 def test_both_factors_of_eq_5():
-    """pi_old is mu, so all that is left is r; and the other way round."""
+    """With pi_old = mu only r remains, and with pi_theta = pi_old only d."""
     model = model_of("Qwen3Moe")
     update = planted(model, "lm_head.weight", lambda weight: 1.2 * weight)
     stale = compared(model, model, updated=update)

@@ -1,4 +1,4 @@
-"""R2 and R3 in a comparison: what is replayed where, and what it does about a router that chooses otherwise."""
+"""R2 and R3 in a comparison: the engine that replays, and the effect on routers that choose other experts."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_r3_takes_away_what_other_experts_do(decode):
     natural = compared(planted(model, GATE, nudged), model, **settings)
     replayed = compared(planted(model, GATE, nudged), model, routing_replay="R3", **settings)
     assert replayed.metrics["discrepancy_kl_k3"] < natural.metrics["discrepancy_kl_k3"]
-    # of the routers it says what they would choose
+    # the routing section shows the natural choices of the routers
     assert replayed.routing[1].equal_fraction < 1
 
 

@@ -1,4 +1,4 @@
-"""Inputs of the models that are given our calls."""
+"""Inputs for the models with this library's functions."""
 
 import pytest
 import torch

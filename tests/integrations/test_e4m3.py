@@ -1,4 +1,4 @@
-"""The fake-quantised copy: which numbers it rounds, to what, and that the model itself stays as it is."""
+"""The fake-quantised copy: the rounded weights, the rounded values, and a source model that does not change."""
 
 import copy
 
@@ -13,7 +13,7 @@ E4M3_VALUES = E4M3_VALUES[~E4M3_VALUES.isnan()]
 
 
 def nearest(values, dim):
-    """Of float64, by looking through all numbers that e4m3 has."""
+    """The nearest e4m3 numbers, found by comparing with all numbers of e4m3 in float64."""
     scale = values.abs().amax(dim, keepdim=True) / 448
     distance = (values / scale)[..., None] - E4M3_VALUES
     return E4M3_VALUES[distance.abs().argmin(-1)] * scale

@@ -1,4 +1,4 @@
-"""Packed sequences: a family in which one changes the next is refused by the module that lets it, and no other is."""
+"""Packed sequences: a family that mixes sequences is refused with the module's name; other families are accepted."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ APART = """
     glm4_moe gpt2 gpt_bigcode gpt_neox granite granitemoe helium jetmoe llama mistral mixtral nanochat nemotron olmo
     olmo2 olmo3 olmoe persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2
 """
-# family: the module that is named
+# {family: the named module}
 LEAKS = {
     "bamba": "mamba (BambaMixer)",
     "bloom": "self_attention (BloomAttention)",
@@ -39,7 +39,7 @@ LEAKS = {
 
 @torch.no_grad()
 def change(model):
-    """Of the second sequence's logits, by other tokens in the first one; beside the largest of them."""
+    """Relative change of the second sequence's logits if the first sequence has other tokens."""
     generator = torch.Generator().manual_seed(0)
     second = torch.randint(3, 60, (1, 7), generator=generator)
     firsts = [torch.randint(3, 60, (1, 6), generator=generator) for _ in range(2)]
@@ -95,12 +95,12 @@ def test_inside_a_compiled_function():
 
     checked(apart, POSITIONS)
     checked(leaky, torch.arange(13)[None])
-    with pytest.raises(ValueError, match=r"lets a sequence change the one behind it"):
+    with pytest.raises(ValueError, match=r"lets a sequence change the next one"):
         checked(leaky, POSITIONS)
 
 
 def test_our_attention_refuses_packed_sequences_of_a_hybrid_model(cpu):
-    """Without enable_log_probs, too: by the kinds of layers that its config has."""
+    """Also without enable_log_probs, by the layer kinds in the model's config."""
     model = tiny_family("qwen3_next")
     model.set_attn_implementation("minirl")
     ids = torch.arange(13)[None]

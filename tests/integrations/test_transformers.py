@@ -1,4 +1,4 @@
-"""Models of transformers without logits: the same log-probabilities, entropy, loss and gradients as through them."""
+"""Models without logits give the same log-probabilities, entropy, loss and gradients as with logits."""
 
 import copy
 import inspect
@@ -82,7 +82,7 @@ def test_prepared_inputs_that_a_wrapper_rounded_are_refused(ids, policy_loss):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_log_probs_and_policy_loss_have_the_same_bits(ids, policy_loss, dtype):
-    """Whichever tokens are scored in the one and masked in the other."""
+    """Log-probabilities have the same bits in a call with a policy loss, whose mask leaves some tokens out."""
     input_ids, token_ids = ids
     model = enable_log_probs(make("gemma2"))
     loss_mask = torch.rand(3, 7, generator=torch.Generator().manual_seed(3)) < 0.5
@@ -198,7 +198,7 @@ def test_peft(ids):
 
 
 def then(change):
-    """A model whose own forward is followed by change(model, logits)."""
+    """A model whose forward applies change(model, logits) at its end."""
     model = make("qwen3")
     base = type(model)
 

@@ -1,4 +1,4 @@
-"""Heads that PEFT has changed: LoRA on them, and a trained copy of them (modules_to_save)."""
+"""Heads changed by PEFT: LoRA, and a trained copy (modules_to_save)."""
 
 import copy
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ LORA = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
 
 
 def adapted(kind="qwen3", **changes):
-    """A model with adapters whose weights are not those of a start."""
+    """A model with adapters whose weights are random instead of zero."""
     with torch.random.fork_rng([]):
         torch.manual_seed(3)
         config = peft.LoraConfig(**{**LORA, "target_modules": ["lm_head"], **changes})
@@ -104,7 +104,7 @@ def _is_trained_head(name, weight):
 
 @pytest.mark.parametrize("name", [name for name in HEADS if "softcap" not in name])
 def test_autocast_is_as_exact_as_that_of_peft(name, ids):
-    """The head alone: what rounds before it is the same in both."""
+    """Compares the head only, since all rounding before the head is the same."""
     eager = HEADS[name]()
     ours, exact = copy.deepcopy(eager), copy.deepcopy(eager).double()
     enable_log_probs(ours)
@@ -122,7 +122,7 @@ def test_autocast_is_as_exact_as_that_of_peft(name, ids):
 
 
 def test_an_update_that_bfloat16_weights_would_swallow_is_seen(ids):
-    """W + s B A in bfloat16 is W: the product is never rounded with the weight."""
+    """In bfloat16, W + s B A rounds to W. So the adapter's product must not be added to the weight."""
     model = adapted()
     for name, weight in model.named_parameters():
         weight.data = weight.data.bfloat16()

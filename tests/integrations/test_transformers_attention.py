@@ -24,7 +24,7 @@ MODELS = {
     "Qwen3Moe": CONFIGS["Qwen3Moe"],
     "Llama": {},
     "Mixtral": CONFIGS["Mixtral"],
-    "DeepseekV3": CONFIGS["DeepseekV3"],  # whose values are not as wide as its keys
+    "DeepseekV3": CONFIGS["DeepseekV3"],  # its values are narrower than its keys
 }
 LENGTHS = [9, 4, 1, 7]
 HEADS, KEY_HEADS, SIZE = 4, 2, 16
@@ -36,7 +36,7 @@ def _model(name):
     config = getattr(transformers, f"{name}Config")(**{**COMMON, **MODELS[name]})
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     with torch.no_grad():
-        for weight in model.parameters():  # as initialised, attention would be nearly uniform
+        for weight in model.parameters():  # with the initial weights, attention would be nearly uniform
             if weight.dim() > 1:
                 weight.mul_(4)
     return model
@@ -45,7 +45,7 @@ def _model(name):
 def model_of(name, implementation="minirl", dtype=torch.float32):
     model = copy.deepcopy(_model(name)).to(dtype).train()
     model.set_attn_implementation(implementation)
-    model.set_experts_implementation("eager")  # the others have no float64
+    model.set_experts_implementation("eager")  # other implementations do not support float64
     return model
 
 
@@ -65,7 +65,7 @@ def gradients(model, ids, mask, positions, upstream):
 
 
 def gradients_of_each_alone(model, ids, mask, positions, upstream):
-    """The same without any padding."""
+    """The same gradients, from each sequence alone and without padding."""
     logits = [
         model(input_ids=row[seen.bool()][None], use_cache=False).logits[0] for row, seen in zip(ids, mask, strict=True)
     ]
@@ -76,11 +76,11 @@ def gradients_of_each_alone(model, ids, mask, positions, upstream):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    # in bfloat16 a router that is nearly undecided takes another expert, with either attention
+    # in bfloat16, a router near a tie may choose another expert with either attention
     [*((name, torch.float32) for name in MODELS), ("Qwen3", torch.bfloat16), ("Llama", torch.bfloat16)],
 )
 def test_as_eager_attention_computes_it(name, dtype, side):
-    """Logits and the gradients of all parameters, together: what rounding does to one of them is a single draw."""
+    """Compares logits and all gradients together, since the rounding error of a single tensor is random."""
     lengths = [60, 50, 40, 64]
     batch = padded_batch(side, lengths)
     upstream = torch.randn(sum(lengths), 64, generator=torch.Generator().manual_seed(1))
@@ -89,7 +89,7 @@ def test_as_eager_attention_computes_it(name, dtype, side):
     exact = gradients_of_each_alone(model_of(name, "eager", dtype).double(), *batch, upstream)
 
     def relative(values):
-        """Each tensor in units of its own size."""
+        """Each tensor divided by its norm."""
         sizes = [truth.norm().where(truth.any(), 1.0) for truth in exact]
         return torch.cat([(x.double() / size).flatten() for x, size in zip(values, sizes, strict=True)]).to(dtype)
 
@@ -118,7 +118,7 @@ def test_gradient_checkpointing(name):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", ["Qwen3", "Llama", "Qwen3Moe"])
 def test_generate(name, cache):
-    """Greedily, the tokens of eager attention; of a batch with padding on the left, those of each prompt alone."""
+    """Greedy decoding gives the tokens of eager attention, and in a padded batch the tokens of each prompt alone."""
     ids, mask, _ = padded_batch("left")
     options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": cache, "eos_token_id": None}
     options["disable_compile"] = True
@@ -132,7 +132,7 @@ def test_generate(name, cache):
 
 
 class Attention(torch.nn.Module):
-    """What the attention function asks of a module."""
+    """A module with the attributes that the attention function reads."""
 
     is_causal = True
 
@@ -142,7 +142,7 @@ def config():
 
 
 def sequences(dtype):
-    """(q, k, v) of each of LENGTHS, [L, heads, SIZE], such that any other order of a sum shows."""
+    """(q, k, v) [L, heads, SIZE] for each of LENGTHS, with values for which another order of summation changes bits."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(SIZE, generator=generator)
 
@@ -184,7 +184,7 @@ def pad(items, side, width, value=torch.nan):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batch(case, side):
-    """What stands in the padding is not looked at, and gives 0."""
+    """The contents of padding are ignored, and a padding query gives 0."""
     (q, mask), (k, _), (v, _) = (pad([item[i] for item in case.items], side, 12) for i in range(3))
     out = attend(q, k, v, mask_for(len(q), 12, mask))
     assert torch.equal(out[mask.bool()], torch.cat(case.alone))
@@ -192,7 +192,7 @@ def test_padded_batch(case, side):
 
 
 def test_packed_sequences(case):
-    """By position_ids, or by the offsets that flash attention takes."""
+    """Sequences packed by position_ids, or by the offsets of flash attention."""
     q, k, v = (torch.cat([item[i] for item in case.items])[None] for i in range(3))
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     expected = torch.cat(case.alone)
@@ -202,7 +202,7 @@ def test_packed_sequences(case):
 
 
 def test_packed_rows_of_a_batch(case):
-    """Two rows of it, each with sequences of its own."""
+    """Two rows, each with different packed sequences."""
     pairs = [(case.items[0], case.items[1]), (case.items[2], case.items[3], case.items[1])]
     rows = [[torch.cat([item[i] for item in pair]) for i in range(3)] for pair in pairs]
     length = min(len(row[0]) for row in rows)
@@ -214,7 +214,7 @@ def test_packed_rows_of_a_batch(case):
 
 
 class Cached:
-    """Keys and values in a cache of transformers, and the mask of the next tokens."""
+    """Keys and values in a cache of transformers, with the mask of the next tokens."""
 
     def __init__(self, kind, width):
         self.cache = DynamicCache(config=config()) if kind == "dynamic" else StaticCache(config(), max_cache_len=width)
@@ -222,7 +222,7 @@ class Cached:
     def step(self, q, k, v, mask):
         seen = None if mask is None else mask
         made = mask_for(q.shape[0], q.shape[1], seen, self.cache)
-        # every layer is given the same
+        # every layer gets the same mask
         for layer in range(COMMON["num_hidden_layers"]):
             keys, values = self.cache.update(k.transpose(1, 2), v.transpose(1, 2), layer)
         return attend(q, keys.transpose(1, 2), values.transpose(1, 2), made)
@@ -231,7 +231,7 @@ class Cached:
 @pytest.mark.parametrize("chunk", [1, 4])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_prefill_then_chunks(case, kind, chunk):
-    """A batch with padding on the left: a prefill, then some tokens at a time from a cache."""
+    """A batch padded on the left: a prefill, and then several tokens at a time with a cache."""
     width, prefill = 12, 4
     (q, mask), (k, _), (v, _) = (pad([item[i] for item in case.items], "left", width, value=7.0) for i in range(3))
     cached, outs = Cached(kind, 16), []
@@ -257,7 +257,7 @@ def test_a_row_of_padding_alone(case):
 
 
 def test_a_window_that_no_sequence_fills(case):
-    """Is none; a shorter one is refused where it is used: some models make a mask that no layer of theirs uses."""
+    """A window longer than all sequences is accepted. A shorter one is refused by the layer, not by the mask."""
     from transformers.masking_utils import create_sliding_window_causal_mask
 
     q, k, v = (torch.cat([item[i] for item in case.items])[None] for i in range(3))
@@ -274,7 +274,7 @@ def test_a_window_that_no_sequence_fills(case):
 
 
 def test_compiled_packed_sequences(case):
-    """Whose number a graph must not depend on."""
+    """A compiled graph must not depend on the number of packed sequences."""
     torch.compiler.reset()
     q, k, v = (torch.cat([item[i] for item in case.items])[None] for i in range(3))
     settings, embeddings = config(), torch.empty(1, sum(LENGTHS), 32)
@@ -334,18 +334,18 @@ def test_masks_that_are_refused():
         create_causal_mask(config(), embeddings, None, None, or_mask_function=lambda b, h, q, k: q == k)
     seen = torch.tensor([[-1, 0, 0, -1]])
     mask = create_causal_mask(config(), embeddings, None, None, block_sequence_ids=seen)
-    with pytest.raises(ValueError, match=r"sees others than those before it"):
+    with pytest.raises(ValueError, match=r"does not see exactly the tokens before it"):
         attention_forward(Attention(), *QKV, mask)
     with pytest.raises(ValueError, match="None with 1 queries and 3 keys"):
         attention_forward(Attention(), QKV[0][:, :, :1], *QKV[1:], None)
     bidirectional = config()
     bidirectional.is_causal = False
-    with pytest.raises(ValueError, match=r"sees others than those before it"):
+    with pytest.raises(ValueError, match=r"does not see exactly the tokens before it"):
         attention_forward(Attention(), *QKV, create_causal_mask(bidirectional, embeddings, None, None))
 
 
 def test_a_model_that_asks_for_more_says_so():
-    """GPT-OSS: sinks, and windows shorter than a sequence."""
+    """GPT-OSS needs attention sinks and windows shorter than a sequence, so it is refused with these reasons."""
     from tiny_moe import tiny
 
     model = tiny("GptOss", attn_implementation="minirl")

@@ -1,4 +1,4 @@
-"""experts_implementation="minirl": what the experts of transformers compute, class by class, and how models train."""
+"""experts_implementation="minirl" against each class of experts in transformers, and in training."""
 
 import copy
 import importlib
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("cpu")
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOKENS, K, E, H, I = 40, 3, 6, 24, 20
-# what classes of experts read of their configurations, by all the names that they have for it
+# attributes that expert classes read from their configs, under all their names
 SIZES = {
     **dict.fromkeys(["hidden_size", "moe_hidden_size"], H),
     **dict.fromkeys(["intermediate_size", "moe_intermediate_size"], I),
@@ -35,7 +35,7 @@ OWN_GATE = r"gate in a way of their own \(_apply_gate\)$"
 REFUSED = {
     "AriaExperts": r"store their weights transposed \(is_transposed\)$",
     "GptOssExperts": r"interleave the rows .*, store their weights transposed .*, have biases .*, " + OWN_GATE,
-    "MuseSparkExperts": r"have a norm behind each of them \(has_post_expert_norm\)$",
+    "MuseSparkExperts": r"have a norm after each expert \(has_post_expert_norm\)$",
     "NemotronHExperts": r"have no gate \(has_gate\), have no gate_up_proj$",
     "OpenAIPrivacyFilterExperts": r"store their weights transposed .*, have biases \(has_bias\), " + OWN_GATE,
     "BeamExperts": OWN_GATE,
@@ -48,7 +48,7 @@ REFUSED = {
 
 
 def decorated_classes() -> dict[str, str]:
-    """The module of each class of experts in transformers that takes an implementation."""
+    """{class: module} of all expert classes in transformers that accept an implementation."""
     found = {}
     for path in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
         for name in re.findall(r"^@use_experts_implementation.*\nclass (\w+)", path.read_text(), flags=re.MULTILINE):
@@ -70,7 +70,7 @@ def experts_of(name, dtype=torch.float32, **changes):
 
 
 def routed_tokens(dtype=torch.float32):
-    """(hidden_states, top_k_index, top_k_weights), and the gradient of what becomes of them."""
+    """(hidden_states, top_k_index, top_k_weights), and the gradient of their result."""
     generator = torch.Generator().manual_seed(1)
     hidden, upstream = torch.randn(2, TOKENS, H, generator=generator).to(dtype)
     experts = torch.rand(TOKENS, E, generator=generator).argsort(-1)[:, :K]
@@ -88,7 +88,7 @@ def forward_backward(module, implementation, inputs, upstream):
 
 
 def loss_of(model, ids):
-    """Something that every parameter has a gradient of, in float32 or float64."""
+    """A loss for which every parameter has a gradient, in float32 or float64."""
     logits = model(ids).logits
     log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
     return log_p.gather(-1, ids.roll(-1, 1)[..., None]).mean()
@@ -109,7 +109,7 @@ def test_all_that_are_refused_are_in_transformers():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", sorted(WHERE))
 def test_what_every_class_of_experts_computes(name, dtype):
-    """As exact as it is itself, or refused by name."""
+    """Each class is computed as exactly as by transformers, or refused by name."""
     module = experts_of(name, dtype)
     inputs, upstream = routed_tokens(dtype)
     if name in REFUSED:
@@ -140,7 +140,7 @@ def test_models(name):
 
 
 def pin_routing(model, experts):
-    """Send the tokens of each layer to given experts, [T, K], with weights of the current logits in their own dtype."""
+    """Send the tokens of each layer to given experts [T, K], with weights from the current logits in their dtype."""
 
     def weighed(ids):
         def after(module, inputs, output):
@@ -155,13 +155,13 @@ def pin_routing(model, experts):
 
 
 def trained(implementation, dtype, seed):
-    """How far 6 steps of AdamW move the weights of a Qwen3-MoE, whose tokens go to the same experts in every dtype."""
+    """The change of a Qwen3-MoE's weights in 6 steps of AdamW; tokens go to the same experts in every dtype."""
     model = tiny("Qwen3Moe", seed=seed).to(dtype)
     model.set_experts_implementation(implementation)
     generator = torch.Generator().manual_seed(seed)
     pin_routing(model, [torch.rand(64, 8, generator=generator).argsort(-1)[:, :2] for _ in range(3)])
     before = [weight.detach().double().clone() for weight in model.parameters()]
-    # eps above what is left of gradients that are 0 but for rounding, which would move as far as any other
+    # eps is above gradients that are 0 except for rounding, since AdamW would give them full-size steps
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
     for step in range(6):
         optimizer.zero_grad()
@@ -173,7 +173,7 @@ def trained(implementation, dtype, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_training_follows_float64_as_closely_as_with_experts_of_transformers(dtype):
-    """On average: where steps of rounded weights end is a draw each time, some percent apart from seed to seed."""
+    """Compares averages, since the end of training with rounded weights varies by some percent between seeds."""
     distances = dict.fromkeys(("minirl", "eager", "grouped_mm"), 0.0)
     for seed in range(24):
         exact = trained("eager", torch.float64, seed)
@@ -193,7 +193,7 @@ def ours_of(name="Qwen3Moe", **changes):
 @pytest.mark.parametrize("router_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_of_hidden_states_and_routers(dtype, router_dtype):
-    """The result has the dtype of the first; the weights of the experts say in which dtype it is computed."""
+    """The result has the dtype of the hidden states; the computation uses the dtype of the experts' weights."""
     module = experts_of("Qwen3MoeExperts", torch.bfloat16)
     (hidden, experts, weights), upstream = routed_tokens()
     inputs = (hidden.to(dtype), experts, weights.to(router_dtype))
@@ -259,7 +259,7 @@ def test_from_config_and_from_pretrained(tmp_path, calls):
         built.load_state_dict(model.state_dict())
         assert torch.equal(built.eval()(ids).logits, logits)
         assert len(calls) == 9
-        # weights know nothing of it
+        # the weights alone do not show this
         stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
         torch.testing.assert_close(stock(ids).logits, logits)
         assert len(calls) == 9
@@ -329,7 +329,7 @@ def with_attribute(name, value):
 
 
 class Quantised(torch.Tensor):
-    """What a library's own tensors are: no numbers at their address that mean what they say."""
+    """A quantised tensor of another library, whose memory does not hold its values."""
 
 
 UNSUPPORTED = {

@@ -1,4 +1,4 @@
-"""What happens to a model after enable_log_probs: its forward is replaced, it is copied, sent away, given back."""
+"""Changes after enable_log_probs: a replaced forward, copies, other processes, and disable_log_probs."""
 
 import pickle
 
@@ -86,10 +86,10 @@ def accelerator(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2", "mixtral"])
 def test_token_ids_that_nobody_takes_are_refused(ids, kind):
-    """transformers swallows keywords that it does not know, and gives logits."""
+    """transformers ignores unknown keywords and returns logits, so token_ids in model.forward must raise an error."""
     input_ids, token_ids = ids
     model = enable_log_probs(make(kind))
-    with pytest.raises(TypeError, match="token_ids was given to a forward itself, where nothing takes it: call the mo"):
+    with pytest.raises(TypeError, match=r"token_ids was given to model\.forward\(…\), which does not take it: call mo"):
         model.forward(input_ids, token_ids=token_ids)
     with pytest.raises(ValueError, match="temperature is given without token_ids"):
         model(input_ids, temperature=0.7)
@@ -101,12 +101,12 @@ def test_other_output_embeddings_are_told_and_enabled_again(ids):
     with pytest.raises(ValueError, match="output embeddings were replaced after enable_log_probs: it must be called"):
         scored(model, ids)
     with batch_invariant_mode(), torch.no_grad(), pytest.raises(ValueError, match="output embeddings were replaced"):
-        model(ids[0])  # it would sample from other numbers than training computes
+        model(ids[0])  # it would sample from logits that training does not compute
     torch.testing.assert_close(scored(enable_log_probs(model), ids), expected_of(model, ids))
 
 
 def test_other_weights_of_the_same_output_embeddings_are_used(ids):
-    model = enable_log_probs(make("gpt2"))  # whose head is its embedding
+    model = enable_log_probs(make("gpt2"))  # its head is tied to its embedding
     model.resize_token_embeddings(V + 3)
     torch.testing.assert_close(scored(model, ids), expected_of(model, ids))
 
@@ -123,12 +123,12 @@ def test_disabled_as_if_never_enabled(ids, times):
         for name, value in vars(module).items():
             if "hook" in name:
                 assert value == vars(other)[name], name
-    output = model(ids[0], token_ids=ids[1])  # what transformers makes of a keyword that it does not know
+    output = model(ids[0], token_ids=ids[1])  # transformers ignores an unknown keyword
     assert torch.equal(output.logits, untouched(ids[0]).logits)
 
 
 def test_an_interrupted_call_is_over(ids):
-    """KeyboardInterrupt passes by the hooks that torch always calls."""
+    """KeyboardInterrupt skips even the hooks registered with always_call."""
     model = enable_log_probs(make("qwen3"))
     before = scored(model, ids)
 

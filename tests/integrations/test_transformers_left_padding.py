@@ -1,4 +1,4 @@
-"""The scoring line of the docs behind padding on the left: positions are those that `generate` derives."""
+"""Scoring a batch padded on the left, as in the docs: position_ids are derived as `generate` does."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ NEW_TOKENS = 6
 
 @pytest.fixture
 def prompts():
-    """(prompts [4, 5], mask): of 5, 2, 4 and 1 tokens."""
+    """(prompts [4, 5], mask) with 5, 2, 4 and 1 tokens."""
     prompts = torch.randint(3, V, (4, 5), generator=torch.Generator().manual_seed(1))
     mask = (torch.arange(5) >= torch.tensor([[0], [3], [1], [4]])).long()
     return prompts * mask, mask
@@ -54,7 +54,7 @@ def test_a_sequence_scores_the_same_behind_padding(kind, prompts):
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
 def test_other_calls_get_the_positions_that_they_had(kind, prompts):
-    """No mask, a mask of ones, padding on the right, positions that are given, and calls without token_ids."""
+    """No mask, a mask of ones, padding on the right, given position_ids, and calls without token_ids."""
     input_ids, mask = prompts
     model = enable_log_probs(make(kind))
     seen = []

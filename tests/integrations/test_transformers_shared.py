@@ -1,4 +1,4 @@
-"""One enabled model of several threads, and its copies in files and other processes."""
+"""One enabled model in several threads, and its copies in files and other processes."""
 
 import copy
 import subprocess
@@ -43,7 +43,7 @@ def test_a_model_is_sent_to_a_spawned_process(ids, tmp_path):
 
 
 def test_threads_that_share_a_model_get_what_each_asked_for(ids):
-    """All are inside the same forward when the first reaches the head."""
+    """All threads are inside the forward when the first one reaches the head."""
     input_ids, token_ids = ids
     model = enable_log_probs(make("qwen3"))
     ways = {
@@ -81,7 +81,7 @@ def test_threads_that_share_a_model_get_what_each_asked_for(ids):
 
 @pytest.mark.parametrize("compiled", ["the whole model", "its forward", "its head"])
 def test_compiled_code_knows_which_call_it_is_in(ids, compiled):
-    """Whichever was traced first: a call with token_ids, or one without."""
+    """A call with token_ids and a call without work in both orders of tracing."""
     input_ids, token_ids = ids
     model = enable_log_probs(make("qwen3", num_hidden_layers=1))
     options = {"use_cache": False}

@@ -1,4 +1,4 @@
-"""Wrappers of torch and accelerate that rebuild, cast or copy what a model is given and returns: nothing is lost."""
+"""Wrappers of torch and accelerate rebuild, cast or copy inputs and outputs; no field may get lost."""
 
 import pytest
 import wrapped_model

@@ -22,7 +22,7 @@ def loss_and_gradients(model, ids):
 
 
 def choosing(experts):
-    """torch.topk that finds these experts the best: the one thing by which these routers choose."""
+    """Replaces torch.topk, through which these routers choose, so that it returns the given experts."""
     layers = iter(experts.long().unbind(1))
 
     def topk(scores, k, dim=-1, sorted=True):
@@ -49,7 +49,7 @@ def test_replay_of_a_record_under_the_same_weights_changes_no_bit(name, dtype):
     assert bool((replay.agreement == 1).all())
     with torch.no_grad(), record_routing(model):
         logits = model(ids).logits
-    if dtype == torch.float32:  # bfloat16 has ties, which transformers decides in its own way
+    if dtype == torch.float32:  # in bfloat16 transformers breaks ties differently
         assert (logits - plain).abs().max() <= 4 * SLACK * plain.abs().max()
     with torch.no_grad():
         assert torch.equal(model(ids).logits, plain)
@@ -72,7 +72,7 @@ def test_replay_is_what_the_model_computes_when_it_chooses_these_experts(name):
 
 
 def test_a_sparse_mixer_is_refused_by_name():
-    """Phi-MoE samples its experts while it trains, and weighs them by a rule of its own."""
+    """Phi-MoE samples its experts in training and has its own rule for weights, so it cannot be replayed."""
     config = transformers.PhimoeConfig(**COMMON, num_local_experts=8, num_experts_per_tok=2)
     model = transformers.PhimoeForCausalLM(config)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp .*router \(PhimoeTopKRouter\)"), record_routing(model):

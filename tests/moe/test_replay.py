@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minirl_kernels import RoutedExperts, record_routing, replay_routing
 
-# of gradient_checkpointing_enable, by the name that every transformers 5 has; of a forward without gradients
+# warnings of gradient_checkpointing_enable, and of a checkpointed forward without gradients
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),
@@ -21,7 +21,7 @@ CHECKPOINTING = {"not reentrant": False, "reentrant": True}
 
 
 def loss_of(model, ids):
-    """Something that every parameter has a gradient of."""
+    """A loss for which every parameter has a gradient."""
     return torch.log_softmax(model(ids).logits.float(), -1).gather(-1, ids.roll(-1, 1)[..., None]).mean()
 
 
@@ -32,7 +32,7 @@ def recorded(model, ids):
 
 
 def drift(model, amount=0.5):
-    """Other routers, as after updates."""
+    """Changes the routers, as updates do."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for gate in gates(model):
@@ -40,7 +40,7 @@ def drift(model, amount=0.5):
 
 
 def experts_used(model):
-    """(handles, list): what each layer's experts are called with."""
+    """(handles, arguments of each layer's experts)."""
     used = []
     blocks = [module for module in model.modules() if isinstance(getattr(module, "experts", None), torch.nn.Module)]
     hooks = [
@@ -71,10 +71,10 @@ def test_replay_of_a_record_under_the_same_weights_changes_no_bit(name, dtype):
     assert bool((replay.agreement == 1).all())
     with torch.no_grad(), record_routing(model):
         logits = model(ids).logits
-    if dtype == torch.float32:  # bfloat16 has ties, which transformers decides in its own way
+    if dtype == torch.float32:  # in bfloat16 transformers breaks ties differently
         assert (logits - plain).abs().max() <= 4 * SLACK * plain.abs().max()
     with torch.no_grad():
-        assert torch.equal(model(ids).logits, plain)  # nothing of it is left
+        assert torch.equal(model(ids).logits, plain)  # no hook is left
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -97,7 +97,7 @@ def test_replay_after_drift_follows_the_record_and_trains_the_gate(name):
 
 
 def test_weights_are_those_of_the_current_logits():
-    """By transformers' own formula, at the replayed experts."""
+    """The weights follow transformers' formula at the replayed experts."""
     model, ids = tiny("Qwen3Moe"), token_ids()
     routed = random_experts(model, ids.numel())
     with replay_routing(model, routed):
@@ -146,7 +146,7 @@ def test_replayed_experts_whose_probabilities_underflow():
 
 
 def test_tokens_that_are_not_valid_route_naturally():
-    """In that layer: as if it were recorded there."""
+    """A token that is not valid in a layer routes there as if its natural experts were recorded."""
     model, ids = tiny("Qwen3Moe"), token_ids()
     routed = random_experts(model, ids.numel())
     valid = torch.rand(routed.valid.shape, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -163,7 +163,7 @@ def test_tokens_that_are_not_valid_route_naturally():
 
 
 def test_rows_follow_the_flattened_batch():
-    """A padded mini-batch's rows; swapped sequences would be noticed."""
+    """Rows of a padded mini-batch keep their sequences; swapped sequences would change the experts."""
     model, ids = tiny("Qwen3Moe"), token_ids(3, 7)
     routed = RoutedExperts.pad([recorded(model, row[None]) for row in ids])
     drift(model)
@@ -206,10 +206,10 @@ def test_a_recompute_after_the_context_raises(context, reentrant):
     with record_routing(model) if context == "record" else replay_routing(model, routed):
         loss = loss_of(model, ids)
     with torch.no_grad():
-        model(ids)  # another forward in between does not hide it
+        model(ids)  # another forward in between must not hide the error
     with pytest.raises(RuntimeError, match=rf"mlp\.gate is computed again .* after its {context}_routing has ended"):
         loss.backward()
-    # and what comes later is not disturbed, neither natural nor replayed
+    # later forwards work, natural and replayed
     expected = gradients(model, loss_of(model, ids))
     assert all(grad.isfinite().all() for grad in expected.values())
     with replay_routing(model, routed):
@@ -223,7 +223,7 @@ def test_a_recompute_of_a_forward_from_before_the_context_raises(reentrant):
     model.enable_input_require_grads()
     loss = loss_of(model, ids)
     with (
-        pytest.raises(RuntimeError, match="inside a replay_routing that its forward was not in"),
+        pytest.raises(RuntimeError, match="inside a replay_routing, but its forward ran outside"),
         replay_routing(model, random_experts(model, ids.numel())),
     ):
         loss.backward()
@@ -242,7 +242,7 @@ def test_a_backward_without_checkpointing_may_come_after_the_context():
 
 
 def test_a_part_of_the_model_under_checkpointing():
-    """By torch's function around a layer, rather than transformers' switch."""
+    """torch's checkpoint function around one layer, instead of transformers' switch."""
     model, ids = tiny("Mixtral"), token_ids()
     routed = random_experts(model, ids.numel())
     with replay_routing(model, routed):
@@ -269,7 +269,7 @@ def test_a_recompute_is_not_recorded_again(reentrant):
 
 
 def test_two_passes_of_r2():
-    """The pass that makes old_log_probs records; the update replays, and log r is 0 to the bit before it."""
+    """The pass for old_log_probs records and the update replays; log r is exactly 0 before the update."""
     model, ids = tiny("Qwen3Moe"), token_ids()
     with torch.no_grad(), record_routing(model) as record:
         old = torch.log_softmax(model(ids).logits, -1)
@@ -279,7 +279,7 @@ def test_two_passes_of_r2():
 
 @pytest.mark.parametrize("name", ["Qwen3Moe", "GptOss"])
 def test_generation_is_recorded_token_by_token(name):
-    """A prompt's forward and one of each new token make T - 1 rows, as engines return them, for one replay."""
+    """The forward of a prompt and of each new token give T - 1 rows, as engines return, for one replay."""
     model, prompt = tiny(name).eval(), token_ids(3, 5)
     with torch.no_grad(), record_routing(model) as record:
         ids = model.generate(prompt, max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)

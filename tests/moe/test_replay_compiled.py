@@ -1,4 +1,4 @@
-"""record_routing and replay_routing on models that torch.compile has a hand in, before, within and after."""
+"""record_routing and replay_routing with torch.compile before, inside and after the context."""
 
 import copy
 
@@ -84,7 +84,7 @@ def gradients(model, loss):
     ("way", "before"), [*((way, True) for way in WAYS), (whole, False), (one_layer, False)], ids=name_of
 )
 def test_a_compiled_model_is_replayed_and_recorded(way, before):
-    """With the bits of the uncompiled model; and routes naturally again, by compiled code, after it."""
+    """The context gives the bits of the uncompiled model; after it, compiled code routes naturally again."""
     plain, model, ids = model_of_two_layers(), model_of_two_layers(), token_ids()
     routed = random_experts(ids.numel())
     graphs = []
@@ -140,7 +140,7 @@ def test_generation_by_a_compiled_model_is_recorded():
 
 @pytest.mark.parametrize("first", ["context", "mode"])
 def test_what_is_compiled_stays_aside_until_the_last_of_both_ends(first):
-    """batch_invariant_mode sets compiled functions aside too: neither ends it for the other."""
+    """batch_invariant_mode also stops compiled code; ending one context must not end this for the other."""
     model, calls = model_of_two_layers(), []
     compiled = torch.compile(lambda x: x + 1, backend=lambda graph, _: calls.append(1) or graph.forward)
     open_ones = [record_routing(model), batch_invariant_mode()]
@@ -176,7 +176,7 @@ def test_a_context_inside_a_compiled_function_is_refused():
 
 @pytest.mark.parametrize("context", ["record", "replay"])
 def test_a_model_whose_forward_is_a_captured_graph(context):
-    """Nobody can route its tokens otherwise: it raises at the end of the forward."""
+    """The hooks cannot change the routes of a captured graph, so the end of the forward raises an error."""
     model, ids = model_of_two_layers(), token_ids()
     with torch.no_grad():
         output = model(ids)
@@ -190,7 +190,7 @@ def test_a_model_whose_forward_is_a_captured_graph(context):
 
 
 def test_a_later_forward_that_leaves_a_router_out_is_noticed():
-    """The first, of the prompt say, had them all."""
+    """The first forward ran all routers, and a later forward leaves one out."""
     model, ids = model_of_two_layers(), token_ids()
     with torch.no_grad(), record_routing(model):
         output = model.model(ids)
@@ -210,11 +210,13 @@ def exported(model, ids):
 
 @pytest.mark.parametrize("other", [lambda model, _: copy.deepcopy(model), exported], ids=["copy", "exported program"])
 def test_a_replay_around_another_model_raises(other):
-    """A copy and an exported program of a model have none of its hooks, and would route naturally."""
+    """A copy and an exported program do not have the model's hooks, so they would route naturally."""
     model, ids = model_of_two_layers(), token_ids()
     runs = other(model, ids)
     with (
-        pytest.raises(RuntimeError, match=r"saw no forward through .* no copy or exported program of it"),
+        pytest.raises(
+            RuntimeError, match=r"saw no forward through .* a copy or an exported program of it does not count"
+        ),
         torch.no_grad(),
         replay_routing(model, random_experts(ids.numel())),
     ):
@@ -224,7 +226,7 @@ def test_a_replay_around_another_model_raises(other):
 @pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 @pytest.mark.parametrize("way", [one_layer, each_layer_in_place, one_block, in_place], ids=name_of)
 def test_checkpointing_of_compiled_layers(way, reentrant):
-    """Inside the context the recompute replays too; after it, it would be of compiled code that sees no replay."""
+    """Inside the context, a recompute replays. After it, a recompute of compiled code raises an error."""
     model, ids = model_of_two_layers(), token_ids()
     routed = random_experts(ids.numel())
     with replay_routing(model, routed):

@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def in_a_thread(function):
-    """Its result, or what it raised."""
+    """The result of the function, or its exception."""
     result = []
 
     def run():
@@ -75,7 +75,7 @@ def test_two_threads_replay_the_same_model():
 
 
 def test_a_forward_that_runs_in_another_thread_only():
-    """As with a streamer: the context is of this thread, and would do nothing without a word."""
+    """As with a streamer: the context belongs to this thread, and must not be ignored silently."""
     model, ids = tiny("Qwen3Moe"), token_ids()
     with (
         pytest.raises(RuntimeError, match="replay_routing: the model ran in another thread only"),
@@ -85,7 +85,7 @@ def test_a_forward_that_runs_in_another_thread_only():
 
 
 def test_the_backward_of_another_thread_replays_its_recompute():
-    """The contexts travel with autograd, to whatever thread computes a gradient."""
+    """Autograd passes the contexts to every thread that computes a gradient."""
     model, ids = tiny("Qwen3Moe"), token_ids()
     routed = random_experts(model, ids.numel())
 

@@ -1,4 +1,4 @@
-"""record_routing and replay_routing on routers that an adapter, a parametrization or FSDP2 puts something over."""
+"""record_routing and replay_routing on routers with an adapter, a parametrization or FSDP2."""
 
 import copy
 
@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from minirl_kernels import record_routing, replay_routing
 
-# how a gate is reached: model, options of LoraConfig, the last part of the names of its adapter
+# {case: (model, options of LoraConfig, last part of the adapter's names)}
 ADAPTERS = {
     "the gate's weight": ("Qwen3Moe", {"target_parameters": ["mlp.gate.weight"]}),
     "gate and experts": ("Qwen3Moe", {"target_parameters": ["mlp.gate.weight", "mlp.experts.gate_up_proj"]}),
@@ -39,7 +39,7 @@ def recorded(model, ids):
 
 @pytest.mark.parametrize("which", ADAPTERS)
 def test_a_gate_under_lora(which):
-    """It routes and weighs as the gate with the adapter merged, and sends the adapter its gradient."""
+    """Routes and weights equal a gate with the adapter merged, and the adapter gets its gradient."""
     name, options = ADAPTERS[which]
     model, ids = adapted(name, **options), token_ids()
     merged = copy.deepcopy(model).merge_and_unload().train()
@@ -82,7 +82,7 @@ def test_a_gate_that_is_trained_whole_beside_adapters():
     trained = [p for name, p in model.named_parameters() if "gate.modules_to_save" in name]
     assert len(trained) == 3
     assert all(bool((p.grad != 0).any()) for p in trained)
-    # the adapter set aside inside the context, as for a reference policy
+    # the adapter is disabled inside the context, as for a reference policy
     with torch.no_grad(), record_routing(model) as record, model.disable_adapter():
         model(ids)
     assert torch.equal(record.routed_experts.experts, recorded(tiny("Qwen3Moe"), ids))
@@ -115,7 +115,7 @@ def process_group():
 @pytest.mark.parametrize("shards_gates", [False, True], ids=["layers", "gates too"])
 @pytest.mark.usefixtures("process_group")
 def test_a_sharded_model(shards_gates):
-    """FSDP2 makes a class of its own of each module that it shards, the router among them."""
+    """FSDP2 replaces the class of each sharded module, also of the router."""
     plain, model, ids = tiny("Qwen3Moe"), tiny("Qwen3Moe"), token_ids()
     routed = random_experts(plain, ids.numel())
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
@@ -134,7 +134,7 @@ def test_a_sharded_model(shards_gates):
 @pytest.mark.parametrize("wrapper", [DistributedDataParallel, FullyShardedDataParallel])
 @pytest.mark.usefixtures("process_group")
 def test_a_model_in_a_wrapper(wrapper):
-    """Handed in with the wrapper and without it; FSDP1 around each layer too."""
+    """The context takes the wrapped model or the model inside; FSDP1 also wraps each layer."""
     plain, model, ids = tiny("Qwen3Moe"), tiny("Qwen3Moe"), token_ids()
     routed = random_experts(plain, ids.numel())
     expected = recorded(plain, ids)

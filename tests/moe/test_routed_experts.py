@@ -1,4 +1,4 @@
-"""RoutedExperts from what other projects write, its layouts, and what it refuses."""
+"""RoutedExperts from the formats of other projects, its layouts, and invalid input."""
 
 import base64
 import io
@@ -71,7 +71,7 @@ def test_validity_is_per_token_or_per_layer(per_layer):
     ids, valid = random_ids(), torch.tensor([True, False, True, True, False, True])
     if per_layer:
         valid = valid[:, None] & torch.tensor([True, True, False, True])
-    ids[1] = 77  # never looked at
+    ids[1] = 77  # ignored, since it is not valid
     assert_holds(
         RoutedExperts.from_ids(ids, num_experts=8, valid=valid),
         ids,
@@ -83,7 +83,7 @@ def test_validity_is_per_token_or_per_layer(per_layer):
 @pytest.mark.parametrize("encode", [lambda array: array, npy], ids=["array", "base64"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 def test_from_vllm(dtype, encode, first_token):
-    """A row short at the end, and as many at the start as the request skipped; the dense first layer left out."""
+    """The last token has no row, the skipped first tokens have none, and the dense first layer is left out."""
     ids = random_ids(9)
     payload = encode(ids[first_token:8].numpy().astype(dtype))
     routed = RoutedExperts.from_vllm(payload, num_experts=8, num_tokens=9, first_token=first_token, layers=[1, 2, 3])
@@ -118,7 +118,7 @@ def test_from_nemo_rl(dtype):
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_from_prime_rl(dtype):
     ids = random_ids()
-    ids[5] = 0  # its padding
+    ids[5] = 0  # prime-rl's padding
     array = ids.numpy().astype(dtype)
     for data in (array.tobytes(), raw(array)):
         routed = RoutedExperts.from_prime_rl(data, [6, 4, 3], dtype, num_experts=8, num_recorded=5)
@@ -140,7 +140,7 @@ def test_padded_and_packed(side):
         span = slice(0, len(one)) if side == "right" else slice(6 - len(one), 6)
         assert_holds(padded[row][span], one)
     assert RoutedExperts.pad(sequences).experts.shape[1] == 5
-    # a mini-batch of it, as the model sees it: rows follow the flattened [B * L]
+    # a mini-batch; its rows follow the flattened [B * L], as in the model
     part = padded[1:, 2:]
     experts, valid = part.layer(3)
     assert torch.equal(experts, padded.experts[1:, 2:, 3].reshape(8, 3))
@@ -169,8 +169,8 @@ def changed(place, value):
         ({"ids": changed((4, 2, 1), 2**32 + 1)}, ValueError, "has the expert 4294967297 at token 4, layer 2"),
         ({"ids": changed((4, 2), 3)}, ValueError, r"twice at token 4, layer 2: \[3, 3, 3\] must differ"),
         ({"first_token": 2, "num_tokens": 8, "ids": changed((4, 2, 1), 8)}, ValueError, "at token 6, layer 2"),
-        ({"num_tokens": 5}, ValueError, "has 6 rows from token 0 on: they must be of 5 tokens"),
-        ({"num_tokens": 7, "first_token": 2}, ValueError, "has 6 rows from token 2 on: they must be of 7 tokens"),
+        ({"num_tokens": 5}, ValueError, "has 6 rows from token 0 on: they must fit into 5 tokens"),
+        ({"num_tokens": 7, "first_token": 2}, ValueError, "has 6 rows from token 2 on: they must fit into 7 tokens"),
         ({"first_token": -1}, ValueError, "from token -1 on"),
         ({"layers": [1, 4]}, ValueError, "layers has 4: routed_experts has the layers 0 to 3"),
         ({"ids": GOOD[0]}, ValueError, r"shape \(4, 3\): it must be \[rows, layers, K\]"),
@@ -223,7 +223,7 @@ def test_sequences_that_do_not_go_together():
         RoutedExperts.pack([one, other])
     with pytest.raises(ValueError, match="sequences is empty"):
         RoutedExperts.pad([])
-    with pytest.raises(ValueError, match="length is 5: it must be at least that of the longest sequence, 6"):
+    with pytest.raises(ValueError, match="length is 5: it must be at least 6, the length of the longest sequence"):
         RoutedExperts.pad([one], 5)
     with pytest.raises(ValueError, match="side is 'top'"):
         RoutedExperts.pad([one], side="top")

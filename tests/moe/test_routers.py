@@ -1,4 +1,4 @@
-"""moe_routing computes what transformers' own routers do, class by class, and refuses those that it does not know."""
+"""moe_routing computes the same as each router class of transformers, and unknown classes are refused."""
 
 import importlib
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_every_class_of_the_table_is_in_transformers():
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("name", sorted(WHERE))
 def test_what_a_router_computes(name, norm, dtype):
-    """Its natural experts; at them its weights, as exact as it is itself; and the gradient of its parameters."""
+    """Compares natural experts, weights (as exact as the router's own), and gradients of the router's parameters."""
     if IS_OLDEST and name in OTHERWISE_IN_THE_OLDEST:
         pytest.skip("returns another form, which is refused")
     router = router_of(name, norm)
@@ -101,7 +101,7 @@ def test_what_a_router_computes(name, norm, dtype):
         else:
             assert torch.equal(mine, its)
     assert torch.equal(router.experts(ours).sort().values, experts.sort().values)
-    clear = exact[-1] > 1e-4  # transformers decides ties by its topk
+    clear = exact[-1] > 1e-4  # without ties, which transformers breaks differently
     assert clear.float().mean() > 0.5
     assert torch.equal(routing.agreement[clear], torch.ones(int(clear.sum())))
     if dtype == torch.float32:
@@ -123,7 +123,7 @@ def test_what_a_router_computes(name, norm, dtype):
     ids=["logits alone", "experts before weights", "reversed"],
 )
 def test_a_router_that_returns_another_form_is_named(change, returned):
-    """As releases of transformers before the supported ones have them."""
+    """Older releases of transformers return other forms."""
     router = router_of("Qwen3MoeTopKRouter")
     output = change(*router.modules[0](*inputs_of(router, torch.float32)))
     for read in (router.logits, router.experts):
@@ -132,7 +132,7 @@ def test_a_router_that_returns_another_form_is_named(change, returned):
 
 
 def test_a_transformers_whose_routers_return_probabilities(monkeypatch):
-    """They are softmaxes already, and a second one would change the model's logits."""
+    """Old routers return probabilities; a second softmax would change the model's logits."""
     model = tiny("Qwen3Moe")
     monkeypatch.setattr("transformers.__version__", "5.5.4")
     with (
@@ -157,7 +157,7 @@ def test_configurations_that_replay_would_weigh_otherwise():
 def test_routers_of_a_model(name):
     model = tiny(name)
     names = [router.name for router in routers(model)]
-    first = 1 if name in ("DeepseekV3", "Glm4Moe") else 0  # whose first layer is dense
+    first = 1 if name in ("DeepseekV3", "Glm4Moe") else 0  # the first layer of these is dense
     child = "router" if name == "GptOss" else "gate"
     assert names == [f"model.layers.{layer}.mlp.{child}" for layer in range(first, 3)]
     assert moe_layer_indices(model) == list(range(first, 3))

@@ -10,7 +10,14 @@ import torch
 import triton_cases
 from policy_batches import random_batch
 
-from minirl_kernels import Correction, PolicyLossConfig, fused_linear_policy_loss, fused_policy_loss, policy_loss
+from minirl_kernels import (
+    Correction,
+    PolicyLossConfig,
+    PolicyLossInputs,
+    fused_linear_policy_loss,
+    fused_policy_loss,
+    policy_loss,
+)
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "corrections.md"
 LENGTHS = [5, 1, 3, 8, 4]

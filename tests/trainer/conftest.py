@@ -1,4 +1,4 @@
-"""Runs that take no time, and the trainers of them."""
+"""Very small runs, and their trainers."""
 
 import shutil
 from dataclasses import replace
@@ -21,7 +21,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def make_trainer():
-    """Makes a trainer whose task pays for responses of odd length: sums would be beyond an untrained model."""
+    """Makes a trainer whose task rewards responses of odd length, since an untrained model cannot add."""
 
     def make(config, **changes) -> Trainer:
         config = replace(config, **changes)
@@ -35,7 +35,7 @@ def make_trainer():
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The folder of a run that has ended, which no test may change."""
+    """The folder of a finished run. Tests must not change it."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     train(tiny_run(folder), Console(quiet=True))
     return folder
@@ -43,13 +43,13 @@ def finished_run(tmp_path_factory):
 
 @pytest.fixture
 def run_folder(finished_run, tmp_path):
-    """A copy of it."""
+    """A copy of the finished run's folder."""
     return shutil.copytree(finished_run, tmp_path / "run")
 
 
 @pytest.fixture
 def config_file(tmp_path, config):
-    """Writes the configuration, with some changes, and gives the path of the file."""
+    """Writes the configuration with some changes, and returns the path of the file."""
 
     def write(**changes):
         path = tmp_path / "config.toml"

@@ -1,4 +1,4 @@
-"""A step whose rewards teach nothing is told once, with what to look at."""
+"""A step whose rewards give no gradient causes one warning, with advice."""
 
 import pytest
 from minirl.advice import RewardAdvice

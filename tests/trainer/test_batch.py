@@ -1,4 +1,4 @@
-"""Where the shift by one happens, and how responses are split."""
+"""The shift by one position, and the split of responses into mini-batches."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from minirl.rollout import Rollouts
 
 @pytest.fixture
 def rollouts():
-    """Three prompts of 1, 3 and 2 tokens, two responses each; token ids are their place in the whole."""
+    """Three prompts of 1, 3 and 2 tokens, two responses each; token ids count all tokens."""
     prompts = [[1], [2, 3, 4], [5, 6]]
     responses = [[10], [11, 12, 13], [14, 15], [16], [17, 18, 19, 20], [21]]
     log_probs = [[-token / 8 for token in response] for response in responses]

@@ -1,4 +1,4 @@
-"""Training in batch-invariant mode: no discrepancy in any step, the same run twice, and what it refuses."""
+"""Training in batch-invariant mode: no discrepancy in any step, repeatable runs, and refused settings."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 from minirl.config import ModelConfig
 from minirl.errors import MiniRLError
 from minirl.evaluate import evaluate
-from minirl.models import computing, make_model
+from minirl.models import make_model, run_mode
 from minirl.run import train
 from minirl.sampling import Sampler
 from rich.console import Console
@@ -34,18 +34,18 @@ WIDE = {
 
 @pytest.fixture
 def wide(config):
-    """Updates at another temperature than 1."""
+    """A configuration with updates at a temperature other than 1."""
     return replace(config, model=ModelConfig(config=WIDE), rollout=replace(config.rollout, temperature=0.8))
 
 
 @pytest.fixture
 def steps(make_trainer):
-    """(the metrics of some steps of two updates, the weights after them)."""
+    """(metrics of some steps with two updates each, weights at the end)."""
 
     def run(config, count, **changes):
         config = replace(config, batch_invariant=True, **changes)
         trainer = make_trainer(config)
-        with computing(config):
+        with run_mode(config):
             return [trainer.step(number) for number in range(1, count + 1)], trainer.model.state_dict()
 
     return run

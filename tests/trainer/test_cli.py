@@ -1,4 +1,4 @@
-"""The command, from a configuration to a folder that others can load, and what it says when it cannot."""
+"""The command makes a loadable folder from a configuration, and prints one message for an error."""
 
 import json
 import shutil
@@ -96,7 +96,7 @@ def test_options_have_the_last_word(config_file, tmp_path):
     )
     main(["train", str(config_file()), *options.split()])
     config = load_config(tmp_path / "run" / "config.toml")
-    assert config.policy_loss.objective == "minirl"  # the file names every field, and stands above the preset
+    assert config.policy_loss.objective == "minirl"  # the file gives every field, which overrides the preset
     assert config.policy_loss.clip_ratio_high == 0.3
     assert config.steps == 1
     assert config.model.config["num_experts"] == 2
@@ -122,7 +122,7 @@ def test_folders_that_a_run_must_not_touch(trained, config_file, capsys, tmp_pat
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("")
     said = fails(capsys, "train", path, "--run-dir", foreign, "--overwrite")
-    assert "holds no config.toml: --overwrite replaces nothing but a run" in said
+    assert "holds no config.toml: --overwrite replaces only a run" in said
     assert (foreign / "thesis.tex").exists()
 
     said = fails(capsys, "train", path, "--run-dir", path / "run")
@@ -163,7 +163,7 @@ def test_what_the_command_line_must_not_say(config_file, capsys, tmp_path):
     assert "--optimizer.learning-rate" in fails(capsys, "train", path, "--optimizer.learning-rate", "1")
     assert "--steps" in fails(capsys, "train", path, "--steps", "many")
     assert "steps is 0: it must be at least 1" in fails(capsys, "train", path, "--steps", "0")
-    assert "it must stand after it" in fails(capsys, "train", "--steps", "1", path)
+    assert "it must come after it" in fails(capsys, "train", "--steps", "1", path)
     assert "clip_ratio_low is 4.0: it must be in [0, 1]" in fails(
         capsys, "train", path, "--policy-loss.clip-ratio-low", 4
     )

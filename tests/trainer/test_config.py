@@ -1,4 +1,4 @@
-"""The configuration file: what it means, and one message that names the key for what it must not say."""
+"""The configuration file: its values, and one message with the key for an invalid value."""
 
 import typing
 
@@ -53,6 +53,7 @@ def test_policy_loss_changes_single_fields_of_the_preset(load):
     ("text", "message"),
     [
         ("stepz = 3", "unknown key stepz: did you mean steps?"),
+        ("[rollout]\ntop_p = 0.9", "rollout.top_p is not an option: it must be left out"),
         ("[optimizer]\nlearning_rate = 3", "unknown key optimizer.learning_rate: it must be one of lr,"),
         (
             "[policy_loss]\nclip_ratio = 0.2",

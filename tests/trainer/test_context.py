@@ -43,7 +43,7 @@ def nothing_is_sampled(monkeypatch):
 def test_a_response_beyond_the_context_is_refused_before_the_first_rollout(
     config_file, capsys, nothing_is_sampled, name
 ):
-    """Sums up to 29 have prompts of up to 6 tokens."""
+    """Sums of numbers up to 29 have prompts of up to 6 tokens."""
     path = config_file(model=ModelConfig(config=MODELS[name]))
     said = fails(capsys, "train", path)
     assert (
@@ -54,7 +54,7 @@ def test_a_response_beyond_the_context_is_refused_before_the_first_rollout(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_response_that_just_fits_is_sampled_and_learnt_from(config, make_trainer, name):
-    """Every response is as long as it may be, after the longest prompt: no token ends one."""
+    """Every response has the maximum length after the longest prompt, since no token ends it."""
     keys = {key: 12 if value == 11 else value for key, value in MODELS[name].items()}
     trainer = make_trainer(config, model=ModelConfig(config=keys))
     check_problems(trainer.config, trainer.model, trainer.sampler.tokenizer, trainer.sampler.task.train)
@@ -120,7 +120,7 @@ def test_vllm_is_told_less_than_the_model_has(config):
         ("mpt", {"max_seq_len": 64}, 64),
         ("bloom", {}, None),
         ("mamba", {}, None),
-        ("mistral", {"max_position_embeddings": 64, "sliding_window": 16}, 64),  # a window ends no sequence
+        ("mistral", {"max_position_embeddings": 64, "sliding_window": 16}, 64),  # a window is no limit
         ("llama", {"max_position_embeddings": 64, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 256),
         (
             "qwen3",
@@ -142,7 +142,7 @@ def test_vllm_is_told_less_than_the_model_has(config):
             512,
         ),
         (
-            "llama",  # its scaling changes frequencies, and max_position_embeddings is the length that it makes
+            "llama",  # llama3 scaling: max_position_embeddings is already the extended length
             {
                 "max_position_embeddings": 64,
                 "rope_parameters": {

@@ -1,4 +1,4 @@
-"""`minirl discrepancy` from the terminal, and that it says of rollouts what the trainer says."""
+"""`minirl discrepancy` as a command, and its agreement with the trainer's metrics."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ E4M3 = ["--mu.dtype", "bfloat16", "--mu.quantization", "e4m3", "--pi.dtype", "bf
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs the command in an empty folder; gives (what it wrote to JSON, what it said)."""
+    """Runs the command in an empty folder; returns (its JSON report, its output)."""
     monkeypatch.chdir(tmp_path)
 
     def call(target, *options, status=0):
@@ -33,7 +33,7 @@ def run(tmp_path, monkeypatch, capsys):
             assert stopped.value.code == status
         else:
             main(arguments)
-        # the names of files may be broken over lines
+        # long file names may be wrapped over lines
         return json.loads((tmp_path / "discrepancy.json").read_text()), capsys.readouterr().out
 
     return call
@@ -234,7 +234,7 @@ def test_batch_invariant_engines_agree_to_the_last_bit(dtype, config_file, run):
     assert found["abs_log_d_max"] == found["kl_full_max"] == 0.0
     assert found["bit_equal_fraction"] == 1.0
     assert table["modules"]["first_difference"] is None
-    if dtype == "bfloat16":  # float32 engines agree on sizes as small as these, on some processors
+    if dtype == "bfloat16":  # on some processors, float32 engines agree for such small sizes
         run(config_file(), *dtypes, *at_all, status=1)
 
 
@@ -262,13 +262,13 @@ def test_options_of_a_run_with_vllm(config):
     model = replace(config.model, experts_implementation="minirl")
     options = default_options(replace(config, rollout=rollout, model=model))
     options.check()
-    assert options.mu == InferenceSettings(engine="vllm", vllm=vllm)  # its experts are its own
+    assert options.mu == InferenceSettings(engine="vllm", vllm=vllm)  # vLLM has its own experts
     assert options.pi.experts_implementation == "minirl"
 
 
 def test_what_vllm_cannot_be(config_file, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "vllm", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if vLLM were not installed
     path = config_file()
 
     def said(*options):
@@ -290,7 +290,7 @@ def test_what_cannot_be(config_file, capsys, tmp_path, monkeypatch):
 
     assert "cannot read the config file" in fails(capsys, "discrepancy", tmp_path / "no.toml")
     assert "cannot load a model from" in fails(capsys, "discrepancy", tmp_path / "nowhere")
-    assert "it must stand after it" in fails(capsys, "discrepancy", "--seed", "1", path)
+    assert "it must come after it" in fails(capsys, "discrepancy", "--seed", "1", path)
     assert "--responses is 0: it must be at least 1" in said("--responses", 0)
     assert "--temperature is -1.0: it must be above 0" in said("--temperature", -1)
     assert "--fail-above is -1.0: it must be at least 0" in said("--fail-above", -1)
@@ -323,7 +323,7 @@ def test_a_run_that_has_not_ended(config_file, capsys, tmp_path):
 def test_experts_that_cannot_be(config_file, capsys):
     path = config_file(model=ModelConfig(config={**GPT_OSS}))
     said = fails(capsys, "discrepancy", path, "--mu.experts-implementation", "minirl")
-    assert "mu cannot compute as its options say: experts_implementation is 'minirl'" in said
+    assert "mu cannot compute with its options: experts_implementation is 'minirl'" in said
 
 
 GPT_OSS = {
@@ -399,7 +399,7 @@ def test_training_on_quantized_rollouts(config, make_trainer):
     trainer.sampler.engine.update_weights(trainer.model)
     quantized.append(trainer.step(2))
     assert plain["discrepancy_kl_k3"] < 1e-9
-    assert all(1e-5 < metrics["discrepancy_kl_k3"] < 0.1 for metrics in quantized)  # refreshed: it does not grow
+    assert all(1e-5 < metrics["discrepancy_kl_k3"] < 0.1 for metrics in quantized)  # refreshed: no growth
 
 
 def test_a_task_of_a_file(config_file, run, tmp_path, config):

@@ -1,4 +1,4 @@
-"""What `minirl discrepancy` says of models that differ by nothing but roundings, and where it puts it."""
+"""The report of `minirl discrepancy` for models that differ by rounding only, and its files."""
 
 import json
 
@@ -21,7 +21,7 @@ SHORT = ("--max-new-tokens", 6)
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs the command in an empty folder; gives (what it wrote to JSON, what it said)."""
+    """Runs the command in an empty folder; returns (its JSON report, its output)."""
     monkeypatch.chdir(tmp_path)
 
     def call(target, *options):
@@ -70,7 +70,7 @@ def test_an_engine_that_ran_nothing_of_its_own_says_so(config_file, run):
     _, said = run(config_file(), "--responses", 4, "--mu.quantization", "e4m3")
     mu, pi = (line for line in said.splitlines() if line.startswith(("  μ ran", "  π ran")))
     assert "aten._to_copy.default float8_e4m3fn" in mu
-    assert pi == "  π ran no operation that makes values"
+    assert pi == "  π ran no operation that computes values"
 
 
 def test_long_lists_of_operations_are_cut():

@@ -1,4 +1,4 @@
-"""docs/trainer.md lists every key of the configuration, with the default and the words that the code has."""
+"""docs/trainer.md lists every configuration key, with the default and the description in the code."""
 
 import ast
 import dataclasses
@@ -15,7 +15,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "trainer.md"
 
 
 def words_of(cls) -> dict[str, str]:
-    """The string that stands below each field."""
+    """{field: the string below it}."""
     body = ast.parse(inspect.getsource(cls)).body[0].body
     return {
         field.target.id: text.value.value

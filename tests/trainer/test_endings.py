@@ -1,4 +1,4 @@
-"""However a run ends, the weights of its finished updates are kept, and the terminal gets one message."""
+"""For every way to end a run, the weights of finished updates are kept and the terminal shows one message."""
 
 import json
 import os
@@ -23,7 +23,7 @@ KEPT = "model has the weights that the last finished update made"
 
 @pytest.fixture
 def ends_in_step_2(monkeypatch):
-    """Makes the second step do something else than a step; gives the weights that the first one made."""
+    """Replaces the second step by another function; returns the weights after the first step."""
     weights = {}
     step = Trainer.step
 
@@ -93,7 +93,7 @@ def full(*arguments, **options):
 
 
 def test_a_full_disk_at_the_last_save_loses_no_weights(config_file, tmp_path, capsys, monkeypatch):
-    """The folder for temporary files may be on another disk."""
+    """The weights are saved in the folder for temporary files, which may be on another disk."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     write = run_module._write
@@ -120,7 +120,7 @@ def test_full_disks_everywhere(config_file, tmp_path, capsys, monkeypatch):
 
 
 def test_a_file_that_may_not_grow_leaves_the_model_of_before(finished_run, tmp_path):
-    """The kernel's own refusal to write, in the middle of the file with the weights."""
+    """The kernel refuses to write in the middle of the weights file; the earlier model must survive."""
     code = """if True:
         import resource, signal, sys
         from pathlib import Path
@@ -151,7 +151,7 @@ def test_a_disk_without_room_for_the_weights_is_told_before_any_work(config_file
 
 
 class StopsImport:
-    """Ctrl-C as a module is imported."""
+    """Raises KeyboardInterrupt while a module is imported."""
 
     def find_spec(self, name, *_):
         if name == "minirl.commands":
@@ -171,7 +171,7 @@ def test_the_command_imports_nothing_slow_before_it_can_be_stopped():
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"]])
 def test_a_pipe_that_nobody_reads(arguments):
-    """minirl --help | head"""
+    """`minirl --help | head` closes the pipe early."""
     process = subprocess.Popen(
         [sys.executable, "-m", "minirl", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -1,4 +1,4 @@
-"""model.experts_implementation: the same updates with our experts, with and without routing replay; what is refused."""
+"""model.experts_implementation: the same updates with minirl's experts, with and without replay, and refused values."""
 
 from dataclasses import replace
 
@@ -22,13 +22,13 @@ def ours(config):
 
 @pytest.fixture
 def calls(cpu, monkeypatch):
-    """The number of tokens of each call of moe_experts that models make."""
+    """The number of tokens in each call of moe_experts."""
     return count_calls(monkeypatch)
 
 
 @pytest.mark.parametrize("setting", ["disabled", "R2", "R3"])
 def test_the_first_update(config, ours, make_trainer, calls, setting):
-    """That of transformers' experts, by rounding, on the batch that they sampled."""
+    """The first update equals the update with transformers' experts up to rounding, on the same batch."""
     stock, trainer = (make_trainer(config, routing_replay=setting, model=model) for model in (config.model, ours))
     sampled, _ = stock.collect(1)
     calls.clear()

@@ -1,4 +1,4 @@
-"""A checkpoint is used whole, or refused in one message: nothing is drawn at random in its place."""
+"""A checkpoint is used completely or refused with one message; missing weights are never random."""
 
 import json
 import shutil
@@ -19,13 +19,13 @@ EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
 
 @pytest.fixture
 def folder(finished_run, tmp_path):
-    """A model's folder, to be damaged."""
+    """The folder of a model, which the test damages."""
     return shutil.copytree(finished_run / "model", tmp_path / "model")
 
 
 @pytest.fixture
 def change_weights(folder):
-    """Changes the tensors of the folder's file by a function of the dict of them."""
+    """Applies a function to the dict of tensors in the folder's file."""
 
     def change(function) -> str:
         tensors = load_file(folder / "model.safetensors")
@@ -58,7 +58,7 @@ def change_json(path, **keys) -> None:
         (lambda tensors: tensors.update({QUERY: torch.ones(3, 32)}), f"has {QUERY} [3, 32] instead of [32, 32]"),
         (
             lambda tensors: tensors.update({EXPERT: torch.ones(5)}),
-            "model.layers.1.mlp.experts.down_proj cannot be made of the weights that are there",
+            "model.layers.1.mlp.experts.down_proj cannot be made from the weights in the file",
         ),
         (lambda tensors: tensors[QUERY][3, 4].fill_(torch.nan), f"{QUERY} of"),
         (lambda tensors: tensors[QUERY][3, 4].fill_(torch.inf), "is not finite: weights must be numbers"),
@@ -87,7 +87,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_used_by_no_command(run_folder, conf
 
 
 def split(folder) -> None:
-    """Into two files, of which one is gone."""
+    """Splits the weights into two files and deletes one."""
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     index = {"metadata": {}, "weight_map": {QUERY: "model-00002-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -133,7 +133,7 @@ def cut(path, length) -> None:
 
 @pytest.mark.parametrize("names", [["tokenizer.json"], ["tokenizer.json", "tokenizer_config.json"]])
 def test_a_folder_without_a_tokenizer(folder, names):
-    """Without either, transformers makes one that knows no text."""
+    """Without tokenizer files, transformers would make an empty tokenizer."""
     for name in names:
         (folder / name).unlink()
     with pytest.raises(MiniRLError, match=r"model has no tokenizer: it must hold tokenizer\.json"):
@@ -200,6 +200,24 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, n
     with pytest.raises(MiniRLError) as error:
         load_model(name)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nope", "nobody/nope"])
+def test_a_name_without_a_folder_is_told_before_the_hub_is_asked(tmp_path, monkeypatch, capsys, name):
+    told = []
+
+    def unreachable(*_, **__):
+        told.append(capsys.readouterr().err)
+        raise OSError("no network")
+
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MiniRLError) as error:
+        load_model(name)
+    assert str(error.value) == (
+        f"cannot load a model from {name}: there is no such folder here, and the hub fails: no network"
+    )
+    assert told == [f"minirl: {name} is not the folder of a model or a run: looking for it on the hub\n"]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen3-0.6B"])

@@ -1,4 +1,4 @@
-"""The picture of a run shows every value that the run has: any reward, spikes, exact zeros, a single step."""
+"""The picture of a run shows every value: any reward, spikes, exact zeros, a single step."""
 
 import json
 import math
@@ -15,7 +15,7 @@ DISCREPANCY = "discrepancy_kl_k3"
 
 
 def lines(count: int, **metrics) -> list[dict]:
-    """Steps 0 to count; a metric is a function of the step, and step 0 is an evaluation."""
+    """Lines for steps 0 to count, where step 0 is an evaluation. A metric is a function of the step."""
     return [{"step": 0, "reward_held_out": 0.0}] + [
         {"step": step, **{name: value(step) for name, value in metrics.items()}} for step in range(1, count + 1)
     ]
@@ -28,7 +28,7 @@ def panel_of(figure, metric: str):
 
 
 def shown(axes) -> list[float]:
-    """The values of the axes' curves that lie inside its limits."""
+    """The values of all curves that are inside the limits of the axes."""
     low, high = axes.get_ylim()
     values = [value for line in axes.lines if line.get_transform() == axes.transData for value in line.get_ydata()]
     return [value for value in values if low <= value <= high]
@@ -44,7 +44,7 @@ def test_rewards_of_any_range_are_shown(rewards):
     figure = draw_runs({"run": lines(20, reward_train=lambda step: low + (high - low) * step / 20)})
     axes = panel_of(figure, "reward_train")
     assert {low + (high - low) / 20, high} <= set(shown(axes))
-    if (low, high) == (0.2, 0.8):  # a reward of the usual kind keeps the whole range in view
+    if (low, high) == (0.2, 0.8):  # the axis shows 0 to 1 for rewards in this range
         assert axes.get_ylim() == pytest.approx((-0.03, 1.03))
 
 
@@ -56,7 +56,7 @@ def test_a_spike_does_not_squash_the_discrepancy():
     assert heights[1] - heights[0] > 0.03
     assert 0 < heights[0] < heights[2] < 1
     bold = axes.lines[-1].get_ydata()
-    assert max(bold) == 2e-4  # the curve of what is usual passes below the spike
+    assert max(bold) == 2e-4  # the median is below the spike
 
 
 def test_a_discrepancy_of_exactly_zero_is_visible():

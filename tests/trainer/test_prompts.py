@@ -1,4 +1,4 @@
-"""Prompts as token ids: what a tokenizer must not add to them."""
+"""Prompts as token ids: tokens that a tokenizer must not add."""
 
 import pytest
 from minirl.errors import MiniRLError
@@ -28,7 +28,7 @@ def adding(tokenizer, single: str):
 
 @pytest.mark.parametrize("token", ["<eos>", "<pad>"])
 def test_a_tokenizer_that_appends_a_token_to_text_is_refused(tokenizer, token):
-    """Every response would begin after the end of its prompt."""
+    """Such a tokenizer would end every prompt before its response."""
     adding(tokenizer, f"<bos> $A {token}").name_or_path = "models/embedding"
     with pytest.raises(MiniRLError, match=f"the tokenizer models/embedding appends '{token}' to a text, .* post_proc"):
         encode_prompt(tokenizer, "ab")

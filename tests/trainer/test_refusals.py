@@ -1,4 +1,4 @@
-"""Whatever cannot be is told in one message, before any work, with status 2."""
+"""Invalid settings end with one message and status 2, before any work."""
 
 import importlib.metadata
 import json
@@ -54,6 +54,8 @@ def test_sizes_that_make_no_model(config_file, capsys, keys, message):
         ("--run-dir ''", "run_dir is '': it must be a path"),
         ("--run-dir config.toml", "run_dir config.toml cannot be written to: File exists"),
         ("--model.path ./nowhere", "cannot load a model from ./nowhere: there is no such folder"),
+        ("--rollout.top_p 0.9", "rollout.top_p is not an option: it must be left out, since rollouts are sampled from"),
+        ("--rollout.top-k=50", "rollout.top-k is not an option: it must be left out"),
         ("--steps many", "--steps"),
         ("--optimizer.betas 1", "--optimizer.betas"),
     ],
@@ -100,7 +102,7 @@ def test_a_run_whose_configuration_was_changed_to_nonsense(run_folder, capsys):
 
 
 def test_a_run_that_has_been_moved_is_evaluated_where_it_is(run_folder, capsys, monkeypatch, tmp_path):
-    """The log of an engine belongs beside it, not where the run was before."""
+    """The engine's log must go to the new folder, not to the old place."""
     seen = []
     make_sampler = evaluate_module.make_sampler
     monkeypatch.setattr(

@@ -1,9 +1,9 @@
-"""How responses are graded: mathematics by math-verify, text as it stands, and what can be graded by neither."""
+"""Grading of responses: mathematics by math-verify, text by comparison, and refused reference answers."""
 
 import pytest
 from minirl.rewards import final_answer, read_answer
 
-# answer, right responses, wrong ones
+# (answer, right responses, wrong responses)
 GRADED = [
     ("20", ["20", "The answer is 20.", "so \\boxed{20}", "$20.0$"], ["", "21", "\\boxed{2}", "The answer is B."]),
     ("\\frac{1}{2}", ["1/2", "\\boxed{0.5}", "It is $\\frac12$."], ["1", "\\boxed{2}", "half"]),

@@ -1,4 +1,4 @@
-"""The embedded engine: what it says that it sampled with is what the model gives to those tokens."""
+"""The embedded engine: its log-probabilities equal the model's log-probabilities of the sampled tokens."""
 
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ def model(config):
 @pytest.fixture
 def make_engine(config, model):
     def make(**changes) -> TransformersEngine:
-        # an end that is likely, so that responses end early and at different places
+        # makes the end token likely, so that responses end early and at different places
         engine = TransformersEngine(
             replace(config.rollout, **changes), dtype=config.dtype, pad_token_id=0, eos_token_ids=[1, 7, 8]
         )
@@ -34,7 +34,7 @@ def make_engine(config, model):
 
 @torch.no_grad()
 def teacher_forced(model, rollouts: Rollouts, temperature: float) -> torch.Tensor:
-    """Log-probability of each response token, each row on its own and unpadded; 0 elsewhere."""
+    """Log-probability of each response token, from each row alone and without padding; 0 for other tokens."""
     values = torch.zeros(rollouts.token_ids.shape)
     for row in range(len(values)):
         ids = rollouts.token_ids[row][rollouts.attention_mask[row]]
@@ -89,7 +89,7 @@ def test_filters_of_the_models_own_are_not_used(make_engine, model):
     model.generation_config.update(top_k=1, repetition_penalty=3.0, temperature=0.1, min_new_tokens=5)
     filtered = make_engine().generate(PROMPTS, 4, seed=0)
     assert filtered.responses() == expected.responses()
-    assert model.generation_config.top_k == 1  # what is exported is what was loaded
+    assert model.generation_config.top_k == 1  # the training model keeps its generation config
 
 
 def test_new_weights_are_sampled_from(make_engine, model):
@@ -166,5 +166,5 @@ def test_a_model_that_cannot_be_quantized(config):
     engine = TransformersEngine(
         replace(config.rollout, quantization="e4m3"), dtype="float32", pad_token_id=0, eos_token_ids=[1]
     )
-    with pytest.raises(MiniRLError, match=r"rollout.quantization is 'e4m3', and cannot be: a GPT2LMHeadModel"):
+    with pytest.raises(MiniRLError, match=r"rollout.quantization is 'e4m3': it must be none, as a GPT2LMHeadModel"):
         engine.update_weights(GPT2LMHeadModel(GPT2Config(vocab_size=16, n_embd=8, n_layer=1, n_head=1)))

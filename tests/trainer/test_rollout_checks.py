@@ -1,4 +1,4 @@
-"""An engine that hands over what cannot be is told at once, by response, prompt and token; and so is a reward."""
+"""Invalid rollouts and rewards raise an error at once, which names the response, the prompt and the token."""
 
 import json
 import re
@@ -23,21 +23,21 @@ NAN, INFINITY = float("nan"), float("inf")
 
 @pytest.fixture
 def sampler(config):
-    """Of a run with R3, whose rollouts have experts."""
+    """The sampler of a run with R3, whose rollouts have experts."""
     config = replace(config, routing_replay="R3")
     model, tokenizer = make_model(config)
     return make_sampler(config, model, tokenizer, make_task(config.task))
 
 
 def sample(sampler, spoil):
-    """Rewards of two responses to each of three prompts, whose rollouts `spoil` changes first."""
+    """Rewards of two responses to each of three prompts; `spoil` first changes the rollouts."""
     generate = type(sampler.engine).generate
     sampler.engine.generate = lambda prompts, n, seed: spoil(generate(sampler.engine, prompts, n, seed=seed))
     return sampler.sample(sampler.task.train[:3], 2, seed=0)
 
 
 def with_value(name: str, value, row: int = 3, token: int | None = None):
-    """Puts a value into a tensor of the rollouts, by default at the first token of the response."""
+    """Writes a value into a tensor of the rollouts, by default at the first token of the response."""
 
     def spoil(rollouts: Rollouts) -> Rollouts:
         tensor = getattr(rollouts, name).clone()
@@ -56,14 +56,14 @@ def with_reason(reason):
 
 
 def ending_otherwise(rollouts):
-    """The last response says that it stopped, and does not end in the token that ends a sequence."""
+    """The last response has the finish reason 'stop' without an end-of-sequence token."""
     ids = rollouts.token_ids.clone()
     ids[5, int(rollouts.attention_mask[5].sum()) - 1] = 5
     return with_reason("stop")(replace(rollouts, token_ids=ids))
 
 
 def emptied(rollouts):
-    """The fourth response has no token."""
+    """The fourth response has no tokens."""
     mask, sampled = rollouts.attention_mask.clone(), rollouts.response_mask.clone()
     mask[3], sampled[3] = mask[3] & ~sampled[3], False
     return replace(rollouts, attention_mask=mask, response_mask=sampled)
@@ -158,7 +158,7 @@ def test_more_tokens_than_were_asked_for(sampler):
 
 
 def test_log_probs_that_do_not_fit_their_tokens_are_not_padded():
-    """A log-probability that is missing would be 0, which says that the token was certain."""
+    """A missing log-probability must not become 0, which would mean a probability of 1."""
     with pytest.raises(MiniRLError, match="has 1 log-probabilities for response 1 to prompt 0: it must have 2"):
         Rollouts.collate([[3]], [[4, 1], [4, 1]], [[-1.0, -2.0], [-1.0]], ["stop", "stop"], pad_token_id=0)
     with pytest.raises(MiniRLError, match="has 3 responses to 2 prompts: it must have as many to each"):

@@ -1,4 +1,4 @@
-"""Routing replay in the trainer: Table 1 of the paper, and what is told of it."""
+"""Routing replay in the trainer: Table 1 of the paper, and its metrics."""
 
 from dataclasses import replace
 
@@ -12,14 +12,14 @@ from minirl_kernels import RoutedExperts, record_routing
 
 
 def collected(trainer):
-    """(batch of step 1 as sampled, the same with its old_log_probs)."""
+    """(sampled batch of step 1, the same batch with old_log_probs)."""
     batch, _ = trainer.collect(1)
     return batch, trainer.with_old_log_probs(batch)[0]
 
 
 @torch.no_grad()
 def natural_log_probs(trainer, batch):
-    """Of the first mini-batch, whose weights are still those of old_log_probs."""
+    """Log-probabilities of the first mini-batch with natural routing; the weights are the same as for old_log_probs."""
     minibatch = next(batch.split(trainer.config.minibatch_size))
     parts = []
     for micro in minibatch.micro_batches(trainer.config.micro_batch_size, trainer.model.device):
@@ -29,7 +29,7 @@ def natural_log_probs(trainer, batch):
 
 
 def as_sampled_elsewhere(batch):
-    """An inference engine that chose the next expert in the list: no id is what the training engine would choose."""
+    """Shifts each recorded expert id by one, so that no id equals the training engine's choice."""
     routed = batch.routed_experts
     other = ((routed.experts.int() + 1) % routed.num_experts).to(routed.experts.dtype)
     return replace(batch, routed_experts=RoutedExperts(other, routed.valid, routed.num_experts))
@@ -58,7 +58,7 @@ def test_r3_changes_the_target_policy_from_the_first_minibatch_on(config, make_t
     assert (first.old_log_probs[first.loss_mask] - natural).abs().max() > 0.01
     assert metrics["routing_agreement_old_layer_0"] < 1.0
     update = trainer.update(first)
-    assert update.metrics.compute()["log_r_abs_max"] == 0.0  # the update replays what the pass before it did
+    assert update.metrics.compute()["log_r_abs_max"] == 0.0  # the update replays the experts of the pass before it
     assert update.routing_agreement.compute("routing_agreement_old") == {
         name: pytest.approx(value, abs=0.2) for name, value in metrics.items() if name.startswith("routing_agreement")
     }
@@ -74,7 +74,7 @@ def test_an_engine_of_another_dtype_makes_a_discrepancy(config, make_trainer, dt
 
 @pytest.mark.parametrize("setting", ["R2", "R3"])
 def test_ties_are_broken_alike_in_rollouts_and_training(config, make_trainer, setting):
-    """In 16 bits routers tie every few tokens, and a token sent elsewhere for that is discrepancy that nobody has."""
+    """In 16 bits, router scores often tie. Different tie-breaking would show a discrepancy that does not exist."""
     trainer = make_trainer(config, routing_replay=setting)
     with torch.no_grad():
         for name, weight in trainer.model.named_parameters():
@@ -90,12 +90,12 @@ def test_r3_takes_the_experts_of_the_rollouts(config, make_trainer):
     trainer = make_trainer(config, routing_replay="R3")
     batch, _ = trainer.collect(1)
     length = batch.attention_mask.sum(1)
-    # all tokens but the last, which was sampled and never decoded
+    # all tokens except the last, which was sampled but never decoded
     known = torch.arange(batch.input_ids.shape[1]) < length[:, None] - 1
     assert torch.equal(batch.routed_experts.valid, known[..., None].expand_as(batch.routed_experts.valid))
     _, metrics = trainer.with_old_log_probs(batch)
     assert metrics.pop("routing_missing_tokens") == 0
-    # the same weights: token by token with a cache and all at once differ by rounding alone
+    # with the same weights, a decode with a cache and a whole forward differ only by rounding
     assert metrics.keys() == {"routing_agreement_old_layer_0", "routing_agreement_old_layer_1"}
     assert min(metrics.values()) > 0.99
 
@@ -114,5 +114,7 @@ def test_replay_that_means_nothing_is_refused(config):
         replace(config, routing_replay="R2", num_minibatches=1).check()
     dense = ModelConfig(config={"model_type": "qwen3", "hidden_size": 32, "num_attention_heads": 2, "head_dim": 16,
                                 "num_key_value_heads": 1, "num_hidden_layers": 1, "intermediate_size": 32})  # fmt: skip
-    with pytest.raises(MiniRLError, match="routing_replay is 'R3', and cannot be: model is a Qwen3ForCausalLM without"):
+    with pytest.raises(
+        MiniRLError, match="routing_replay is 'R3': it must be disabled, as model is a Qwen3ForCausalLM without"
+    ):
         make_model(replace(config, routing_replay="R3", model=dense))

@@ -1,4 +1,4 @@
-"""The folder of a run, and pictures: nothing is removed that a run has not written."""
+"""The folder of a run, and pictures: only files that a run has written are removed."""
 
 import os
 import subprocess
@@ -16,7 +16,7 @@ from minirl.run_dir import RunDir, replacing, replacing_folder
 
 @pytest.fixture
 def thesis(tmp_path):
-    """Makes a folder of somebody's, and gives the one file in it."""
+    """Makes a folder of the user, and returns the single file in it."""
 
     def make(name) -> Path:
         folder = tmp_path / name
@@ -130,15 +130,15 @@ def test_overwrite_refuses_folders_for_its_files(run_folder, config_file, capsys
 def test_overwrite_refuses_a_config_that_is_not_a_runs(run_folder, config_file, capsys, content):
     (run_folder / "config.toml").write_text(content)
     said = fails(capsys, "train", config_file(), "--overwrite")
-    assert f"run_dir {run_folder} holds no run, which --overwrite could replace" in said
+    assert f"run_dir {run_folder} holds no run for --overwrite to replace" in said
     assert (run_folder / "config.toml").read_text() == content
 
 
 def test_overwrite_refuses_a_folder_with_a_config_and_no_run(config_file, tmp_path, capsys):
-    """It may be the user's own file, with comments."""
+    """The config may be the user's own file, with comments."""
     path = config_file()
     said = fails(capsys, "train", path, "--run-dir", tmp_path, "--overwrite")
-    assert f"run_dir {tmp_path} holds no metrics.jsonl: --overwrite replaces nothing but a run" in said
+    assert f"run_dir {tmp_path} holds no metrics.jsonl: --overwrite replaces only a run" in said
     assert path.is_file()
 
 

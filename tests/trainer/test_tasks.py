@@ -1,4 +1,4 @@
-"""Problems, their split, their rewards, and what a file of them must look like."""
+"""Problems, their split, their rewards, and the format of their file."""
 
 import json
 
@@ -123,7 +123,7 @@ def test_answers_that_are_numbers_are_read_as_they_stand(tmp_path):
 
 
 def test_text_answers_are_graded_as_text(tmp_path):
-    """math-verify reads a word as a product of letters, so that no sentence that has the word is equal to it."""
+    """math-verify reads a word as a product of letters, so a sentence with the word would never be equal."""
     records = [{"prompt": f"Capital {n}?", "answer": ["Paris", "yes", "A"][n % 3]} for n in range(30)]
     task = make_task(write_lines(tmp_path / "problems.jsonl", *records))
     for problem in [*task.train, *task.held_out]:
@@ -170,10 +170,12 @@ def test_model_that_is_not_there(tmp_path):
 
 
 def test_a_tokenizer_that_is_not_its_models(tmp_path):
-    """The first prompt with a token beyond the embedding would end in an index error, or in vLLM's process."""
+    """Otherwise the first token beyond the embedding would cause an index error, or end vLLM's process."""
     config = Qwen3Config(vocab_size=6, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer = character_tokenizer("abcdefg")
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(MiniRLError, match=rf"tokenizer of .* has {len(tokenizer)} tokens and its model 6: .* no token"):
+    with pytest.raises(
+        MiniRLError, match=rf"tokenizer of .* has {len(tokenizer)} tokens and its model 6: the model must have"
+    ):
         load_model(str(tmp_path))

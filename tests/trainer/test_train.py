@@ -1,4 +1,4 @@
-"""The global step: what is exact in it, and what must not change it."""
+"""The global step: exact results, and settings that must not change the update."""
 
 import copy
 import typing
@@ -81,7 +81,7 @@ def test_step(config, make_trainer):
     trainer = make_trainer(config)
     before = copy.deepcopy(trainer.model.state_dict())
     metrics = trainer.step(1)
-    assert metrics["num_responses"] == 24  # 2 mini-batches of 3 prompts, 4 responses each: every one once
+    assert metrics["num_responses"] == 24  # 2 mini-batches of 3 prompts, 4 responses each: each used once
     assert metrics["num_tokens"] == pytest.approx(24 * metrics["response_length"])
     assert 0 <= metrics["reward_train"] <= 1
     assert metrics["discrepancy_kl_k3"] < 1e-9
@@ -152,7 +152,7 @@ def test_divergence_is_told(config, make_trainer):
 
 @pytest.mark.parametrize("name", ["old_log_probs", "ref_log_probs"])
 def test_log_probs_that_are_not_finite_are_told(config, make_trainer, name):
-    """A comparison with NaN is false, so that a NaN in old_log_probs would switch the clipping off without a word."""
+    """A comparison with NaN is false, so a NaN in old_log_probs would silently disable clipping."""
     trainer = make_trainer(config, policy_loss=PolicyLossConfig(kl_coef=0.1))
     batch, _ = trainer.collect(1)
     with torch.no_grad():
@@ -175,7 +175,7 @@ def test_a_loss_that_overflows_is_told(config, make_trainer):
 def test_supervised_loss_is_the_cross_entropy_of_the_answers(config):
     model, tokenizer = make_model(config)
     input_ids, is_answer = answered([Problem("1+2=", "3"), Problem("12+25=", "37")], tokenizer)
-    assert is_answer.sum(1).tolist() == [2, 3]  # the end of the sequence is learnt too
+    assert is_answer.sum(1).tolist() == [2, 3]  # the end-of-sequence token is trained too
     assert (input_ids[is_answer] == tokenizer.eos_token_id).sum() == 2
     loss = supervised_loss(model, input_ids, is_answer, "float32")
     targets = input_ids.where(is_answer, -100)[:, 1:]

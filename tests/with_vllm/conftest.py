@@ -1,6 +1,6 @@
-"""Tests that need a real vLLM, which docs/vllm.md says how to install; elsewhere they are skipped.
+"""Fixtures of tests that need a real vLLM (see docs/vllm.md). Without vLLM the tests are skipped.
 
-Tiny models; engines of the trainer, and vLLM alone in a process of its own, whose environment the plugin follows.
+They make tiny models, engines of the trainer, and vLLM in a separate process with its own environment variables.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from minirl_kernels.integrations.transformers import enable_log_probs
 
 SIZES = {
     "vocab_size": 301,
-    "hidden_size": 136,  # whole vectors, and not
+    "hidden_size": 136,  # a multiple of some vector widths only
     "intermediate_size": 200,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -47,7 +47,7 @@ CONFIGS = {
     ),
 }
 
-# vLLM's own kernels want whole vectors
+# vLLM's own kernels need multiples of the vector width
 STOCK_SIZES = SIZES | {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
 STOCK_SIZES |= {"initializer_range": 0.02, "tie_word_embeddings": False}
 STOCK_EXPERTS = {"moe_intermediate_size": 32, "num_experts": 16, "num_experts_per_tok": 4, "mlp_only_layers": [1]}
@@ -66,7 +66,7 @@ def vllm_is_installed():
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """The folder of a model's weights, by its name and a seed."""
+    """Makes the folder of a model's weights, from its name and a seed."""
     folder = tmp_path_factory.mktemp("checkpoints")
 
     def make(name, seed=0) -> str:
@@ -81,16 +81,16 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def call_elsewhere():
-    """Calls a function in a process with variables: one for each set of them, since vLLM looks when it is imported."""
+    """Calls a function in a process per set of environment variables, since vLLM reads them when it is imported."""
     processes = {}
 
     def call(function, *arguments, **variables):
-        # this process's settings of vLLM and of the mode are not the other's
+        # the new process must not inherit this process's settings of vLLM and of the mode
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "MINIRL_BATCH"))}
-        # one thread: two that share a core wait for each other
+        # one thread, since two threads on one core wait for each other
         environment = {**kept, "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", **variables}
         key = frozenset(variables.items())
-        with mock.patch.dict(os.environ, environment, clear=True):  # which the process is born with
+        with mock.patch.dict(os.environ, environment, clear=True):  # inherited by the new process
             if key not in processes:
                 processes[key] = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
             return processes[key].submit(function, *arguments).result()
@@ -102,7 +102,7 @@ def call_elsewhere():
 
 @pytest.fixture
 def train(tmp_path):
-    """Trains by `minirl train` with vLLM's rollouts: the lines of metrics.jsonl that the steps wrote, step 0 first."""
+    """Runs `minirl train` with vLLM's rollouts; returns the training lines of metrics.jsonl, from step 0 on."""
 
     def run(config):
         path = tmp_path / "config.toml"
@@ -132,7 +132,7 @@ def make_model():
 
 @pytest.fixture
 def make_engine(tmp_path):
-    """An engine in this process, which is ended with the test."""
+    """Makes an engine in this process, and closes it after the test."""
     from minirl.rollout.vllm.engine import VLLMEngine
 
     engines = []

@@ -39,12 +39,12 @@ MOE = {
     "mlp_only_layers": [0],
 }
 ENDS = [1]
-BLOCK = 32  # tokens in a block of the cache, the fewest that vLLM's kernels take
+BLOCK = 32  # tokens in a cache block, the minimum of vLLM's kernels
 ARGS = {"kv_cache_memory_bytes": 64 << 20}
 
 
 def prompts():
-    """40 of mixed lengths; most begin like others."""
+    """40 prompts of mixed lengths; most share a prefix with others."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda count: torch.randint(2, 64, (count,), generator=generator).tolist()  # noqa: E731
     prefixes = [draw(length) for length in (0, 10, BLOCK, 2 * BLOCK + 1)]
@@ -81,7 +81,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def mu(model, tmp_path_factory):
-    """vLLM with the model's weights. A process has room for one engine: tests with others come before or elsewhere."""
+    """vLLM with the model's weights. A process holds one engine; tests with other engines run before or elsewhere."""
     with vllm_of(model, tmp_path_factory.mktemp("mu") / "vllm.log") as engine:
         yield engine
 
@@ -93,13 +93,13 @@ def test_a_dense_model_in_bfloat16(tmp_path):
     assert 1e-6 < report.metrics["discrepancy_kl_k3"] < 1e-2
     assert report.routing is None
     assert "without experts" in report.routing_missing
-    # vLLM rounds its weights, and autocast leaves the embedding in float32
+    # vLLM rounds all weights, but autocast keeps the embedding in float32
     assert report.modules.first.module == "model.embed_tokens"
     assert all(event.difference.relative < 0.05 for event in report.modules.modules)
 
 
 def test_chunks_cache_hits_and_preemptions(model, tmp_path):
-    """Every token is found under its own request and place, wherever vLLM computes it."""
+    """Every token is assigned to its request and place, also for chunks, cache hits and preemptions."""
     args = {
         "max_num_batched_tokens": 64,
         "block_size": BLOCK,
@@ -144,7 +144,7 @@ def test_the_report_is_whole(model, mu):
     expected = {name for name in leaves | blocks if not name.endswith(without)}
     assert expected <= {event.module for event in report.modules.modules}
     assert [layer for layer, _ in report.modules.layers] == [0, 1, 2]
-    assert report.modules.first.operation_missing == "the operations of another process are not recorded"
+    assert report.modules.first.operation_missing == "operations in another process are not recorded"
 
 
 def nudged(tensor):
@@ -196,7 +196,7 @@ def test_routers_that_part(model, mu):
 
 @pytest.fixture
 def target(tmp_path):
-    """Writes a config file for a model's config and dtype; gives its path."""
+    """Writes a config file for a model's config and dtype; returns its path."""
 
     def write(model, dtype, separate_process=True):
         config = TrainConfig(
@@ -228,7 +228,7 @@ def test_the_command_takes_the_runs_engine(target, tmp_path, capsys):
 
 @pytest.mark.parametrize(("model", "dtype"), [(DENSE, "bfloat16"), (MOE, "float32")], ids=["dense", "moe"])
 def test_batch_invariant_on_both_sides_is_zero(target, tmp_path, call_elsewhere, model, dtype):
-    """In another process: what the mode replaces in one stays replaced."""
+    """Runs in another process, since the mode's replacements in a process are permanent."""
     command = ["discrepancy", str(target(model, dtype, separate_process=False)), "--responses", "64"]
     on_both = ["--mu.batch-invariant", "--pi.batch-invariant", "--fail-metric", "abs_log_d_max", "--fail-above", "0"]
     call_elsewhere(main, [*command, "--output", str(tmp_path), *on_both])

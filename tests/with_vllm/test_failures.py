@@ -1,4 +1,4 @@
-"""What goes wrong with vLLM ends in one message, and what was done before is there."""
+"""Each failure of vLLM ends with one message, and finished steps are kept."""
 
 import json
 import socket
@@ -15,7 +15,7 @@ from minirl.train import Trainer
 from tiny_run import tiny_run
 from transformers import AutoModelForCausalLM
 
-# vLLM's kernels want whole vectors
+# vLLM's kernels need multiples of the vector width
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32, "head_dim": 32}
 
 
@@ -32,7 +32,7 @@ def config(tmp_path):
 
 
 def run(config, tmp_path, capfd):
-    """`minirl train`, which ends with status 2: the one line that it leaves."""
+    """Runs `minirl train`, which must end with status 2; returns its message."""
     path = tmp_path / "config.toml"
     path.write_text(dump_config(config))
     with pytest.raises(SystemExit) as ended:
@@ -51,7 +51,7 @@ def kill_vllm():
 
 @pytest.mark.parametrize("moment", ["sampling", "hand-over"])
 def test_a_killed_engine(config, tmp_path, capfd, monkeypatch, moment):
-    """In step 3, or after its update: the steps before it, or it too, are in the metrics, and in the model."""
+    """vLLM is killed in step 3 or after its update. Metrics and model must include all finished steps."""
     weights = {}
     step = Trainer.step
 
@@ -90,7 +90,7 @@ def test_too_little_memory(config, tmp_path, capfd):
 
 
 def test_a_port_in_use(config, tmp_path, capfd, monkeypatch):
-    """Engines of one device meet by a file, and need no port: here they are told to meet where somebody listens."""
+    """vLLM normally needs no port for one device; here it is configured to use a port that is in use."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         place = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         monkeypatch.setattr("vllm.v1.executor.uniproc_executor.get_file_store_init_method", lambda: place)
@@ -100,7 +100,7 @@ def test_a_port_in_use(config, tmp_path, capfd, monkeypatch):
 
 
 def test_an_architecture_that_vllm_does_not_have(config, tmp_path, capfd):
-    """Nothing is left in the way of the next run in the same folder."""
+    """The failed run leaves nothing that prevents the next run in the same folder."""
     codegen = {"model_type": "codegen", "n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "n_positions": 64}
     unknown = replace(config, model=ModelConfig(config=codegen))
     assert "CodeGenForCausalLM" in run(in_this_process(unknown), tmp_path, capfd)

@@ -1,4 +1,4 @@
-"""Weights that vLLM is given after each step are those that it computes with."""
+"""vLLM computes with the weights that it received after each step."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ PROMPTS = [[2 + (7 * row + place) % 60 for place in range(3 + row % 9)] for row 
 
 
 def perturb(model, seed):
-    """Other weights of the same size: the discrepancy of bfloat16 stays what it was."""
+    """Changes weights but keeps their size, so that the discrepancy of bfloat16 stays the same."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():
@@ -40,7 +40,7 @@ def test_twenty_in_a_row(make_model, make_engine, kind):
         engine.update_weights(model)
         after = discrepancy(number)
         assert stale.mean() > 10 * before.mean()  # old weights would not pass
-        # of other weights and samples: not to the digit
+        # other weights and samples, so only approximately equal
         assert after.mean() < 1.5 * before.mean()
         assert after.quantile(0.99) < 1.5 * before.quantile(0.99)
 
@@ -59,7 +59,7 @@ def test_weights_that_did_not_arrive(make_model, make_engine, monkeypatch):
 
 
 def test_experts_that_reloading_leaves_unpacked(make_model, make_engine, monkeypatch):
-    """vLLM's own way on a CPU: the engine goes on, and computes something else."""
+    """vLLM's own reload on a CPU does not pack experts; the engine then computes wrong values."""
     monkeypatch.setattr(f"{WEIGHTS}.pack_experts", lambda model: None)
     with pytest.raises(MiniRLError, match="cannot take new weights for a Qwen3MoeForCausalLM"):
         make_engine(make_model("Qwen3-MoE"))

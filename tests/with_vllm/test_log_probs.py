@@ -1,4 +1,4 @@
-"""vLLM's log-probabilities on a CPU are those of training: in mixed, chunked, cached and preempted batches."""
+"""vLLM's log-probabilities on a CPU equal training's, in mixed, chunked, cached and preempted batches."""
 
 import itertools
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from minirl_kernels.integrations.transformers import enable_log_probs
 pytestmark = pytest.mark.usefixtures("cpu")
 REQUESTS, NEW_TOKENS, TEMPERATURE, TOP_K = 64, 40, 0.7, 5
 MODELS = ("Qwen3", "Qwen3-MoE")
-# of the weights in vLLM, of the weights in training, of autocast in both
+# dtypes: weights in vLLM, weights in training, autocast in both
 SETTINGS = {
     "float32": ("float32", torch.float32, None),
     "bfloat16": ("bfloat16", torch.bfloat16, None),
@@ -23,19 +23,19 @@ SETTINGS = {
 }
 IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 MODE = {"MINIRL_BATCH_INVARIANT": "1", **IN_PROCESS}
-BUDGET = 96  # tokens of a step
+BUDGET = 96  # tokens per step of vLLM
 ENGINE = {
     "max_model_len": 192,
     "max_num_seqs": 24,
     "max_num_batched_tokens": BUDGET,
     "block_size": 16,
-    "num_gpu_blocks_override": 120,  # for about half of the sequences that may run
+    "num_gpu_blocks_override": 120,  # enough for about half of the running sequences
     "logprobs_mode": "processed_logprobs",
 }
 
 
 def make_prompts():
-    """Every other one begins as the others do; some are longer than a step."""
+    """Half of the prompts share a prefix; some are longer than a step of vLLM."""
     gen = torch.Generator().manual_seed(1)
 
     def draw(length):
@@ -50,7 +50,7 @@ PROMPTS = make_prompts()
 
 
 def sampling(**changes):
-    """Of each request: its own seed."""
+    """Sampling parameters with a different seed for each request."""
     return [
         {"max_tokens": NEW_TOKENS, "temperature": TEMPERATURE, "logprobs": 0, "seed": seed, **changes}
         for seed in range(REQUESTS)
@@ -64,7 +64,7 @@ def engine_of(path, setting, **changes):
 
 
 def trained(path, setting, prompts, responses, temperature, **options):
-    """The scores that the trainer has, in one padded batch."""
+    """The trainer's scores, from one padded batch."""
     _, weights, autocast = SETTINGS[setting]
     model = enable_log_probs(AutoModelForCausalLM.from_pretrained(path, dtype=weights).eval())
     settings = EngineSettings(dtype=autocast or "float32", batch_invariant=True)
@@ -82,7 +82,7 @@ def tokens(answers):
 
 @pytest.fixture(scope="module")
 def answers(call_elsewhere):
-    """Those of vllm_answers, in tensors."""
+    """The results of vllm_answers as tensors."""
 
     def ask(engine, rounds, audited=False, **variables):
         from vllm_answers import answers
@@ -107,7 +107,7 @@ def run(request, checkpoint, answers):
         "other weights": {"prompts": PROMPTS, "sampling": sampling(), "reload_weights": paths[1]},
         "backwards": {"prompts": PROMPTS[::-1], "sampling": sampling()[::-1], "load_weights": paths[0]},
     }
-    # below an audit vLLM's own operations, which call ours, see no autocast
+    # an audit hides autocast from vLLM's operations that call this library
     found = answers(engine_of(paths[0], setting), rounds, setting != "autocast", **MODE)
     return SimpleNamespace(paths=paths, setting=setting, answers=found)
 
@@ -117,14 +117,14 @@ def test_sampled_tokens(run, threads):
     assert max(map(len, PROMPTS)) > BUDGET
     assert sum(answer["cached"] > 0 for answer in answers) > REQUESTS // 4
     assert run.answers["preemptions"] > 0
-    threads(2)  # vLLM had one
+    threads(2)  # vLLM used one thread
     scores = trained(run.paths[0], run.setting, PROMPTS, tokens(answers), TEMPERATURE)
     assert torch.cat(scores.log_probs).unique().numel() > REQUESTS
     assert_equal(answers, scores)
 
 
 def test_seeds_draw_the_same_tokens_in_other_batches(run):
-    """And with the first weights again, loaded in place."""
+    """The tokens are also the same after the first weights are loaded again in place."""
     first, again = run.answers["sampled"], run.answers["backwards"][::-1]
     assert tokens(again) == tokens(first)
     for one, other in zip(first, again, strict=True):
@@ -132,7 +132,7 @@ def test_seeds_draw_the_same_tokens_in_other_batches(run):
 
 
 def test_prompts(run):
-    """At a temperature of 1."""
+    """Log-probabilities of prompt tokens, at a temperature of 1."""
     beginnings, rest = [prompt[:1] for prompt in PROMPTS], [prompt[1:] for prompt in PROMPTS]
     scores = trained(run.paths[0], run.setting, beginnings, rest, 1.0)
     found = torch.cat([answer["prompt_log_probs"] for answer in run.answers["prompts"]])
@@ -140,7 +140,7 @@ def test_prompts(run):
 
 
 def test_top_k_is_renormalised(run):
-    """As training would do it, from its own logits."""
+    """Log-probabilities are renormalised over the kept tokens, as training computes them."""
     answers = run.answers["top-k"]
     scores = trained(run.paths[0], run.setting, PROMPTS, tokens(answers), 1.0, with_logits=True)
     for answer, logits in zip(answers, scores.logits, strict=True):
@@ -156,7 +156,7 @@ def test_other_weights(run):
 
 
 def test_nothing_uncovered_runs(run):
-    """But for what draws tokens, other shapes of the same memory, and vLLM's names for parts that are ours."""
+    """Nothing uncovered runs, except sampling, views, and vLLM's names of replaced parts."""
     if run.setting == "autocast":
         pytest.skip("an audit changes what autocast reaches")
     shapes = {f"aten::{name}" for name in ("chunk", "flatten", "numpy_T", "resolve_conj", "resolve_neg")}
@@ -166,7 +166,7 @@ def test_nothing_uncovered_runs(run):
 
 @pytest.mark.parametrize(("model", "setting"), [("Qwen3", "autocast"), ("Qwen3-MoE", "float32")])
 def test_raw_log_probs_are_before_top_p(model, setting, checkpoint, answers):
-    """And before the temperature."""
+    """Raw log-probabilities are also computed before the temperature."""
     path = checkpoint(model)
     rounds = {"sampled": {"prompts": PROMPTS, "sampling": sampling(top_p=0.8, top_k=20)}}
     found = answers(engine_of(path, setting, logprobs_mode="raw_logprobs"), rounds, **MODE)["sampled"]
@@ -175,7 +175,7 @@ def test_raw_log_probs_are_before_top_p(model, setting, checkpoint, answers):
 
 @pytest.mark.parametrize("setting", ["float32", "bfloat16"])
 def test_without_the_mode_they_differ(setting, checkpoint, answers):
-    """Else the tests above prove nothing here. Without seeds: vLLM's own worker fails with them where it chunks."""
+    """Control for the tests above. It uses no seeds, since vLLM's own worker fails with seeds and chunked prompts."""
     path = checkpoint("Qwen3")
     rounds = {"sampled": {"prompts": PROMPTS, "sampling": sampling(seed=None)}}
     sampled = answers(engine_of(path, setting, block_size=32), rounds, **IN_PROCESS)["sampled"]

@@ -1,4 +1,4 @@
-"""The sampler by itself, and what the parts refuse of models and processors that no setting names."""
+"""The sampler alone, and unsupported models and processors that no setting names."""
 
 from types import SimpleNamespace
 
@@ -9,18 +9,18 @@ from minirl_kernels import token_logprobs
 
 pytestmark = pytest.mark.usefixtures("cpu")
 ROWS, VOCABULARY = 6, 301
-TEMPERATURES = [0.7, 0.0, 1.3, 0.0, 0.2, 1.0]  # 0: the likeliest
+TEMPERATURES = [0.7, 0.0, 1.3, 0.0, 0.2, 1.0]  # 0 means greedy sampling
 
 
 @pytest.fixture
 def logits():
-    """A view, as vLLM cuts the padding of its vocabulary off."""
+    """Logits as a view, as vLLM makes them by removing the padding of its vocabulary."""
     return torch.randn(ROWS, 320, generator=torch.Generator().manual_seed(0))[:, :VOCABULARY] * 5
 
 
 @pytest.fixture
 def answer(logits):
-    """What the sampler returns for the logits, and the ids that were drawn."""
+    """The sampler's output for the logits, and the drawn ids."""
     from vllm.v1.sample.logits_processor import LogitsProcessors
     from vllm.v1.sample.metadata import SamplingMetadata
 
@@ -53,7 +53,7 @@ def answer(logits):
 
 
 def wanted(logits, ids, temperatures):
-    """[B, K], one id at a time."""
+    """Expected log-probabilities [B, K], computed one id at a time."""
     temperatures = torch.tensor(temperatures)
     return torch.stack([token_logprobs(logits, column, temperature=temperatures) for column in ids.long().T], 1)
 
@@ -107,5 +107,5 @@ def test_an_attention_that_is_not_plain():
     from minirl_kernels.integrations.vllm.attention import PagedAttentionImpl
 
     attention = object.__new__(PagedAttentionImpl)
-    with pytest.raises(ValueError, match="sliding_window of an attention is 8: it must be none"):
+    with pytest.raises(ValueError, match="sliding_window of an attention is 8: it must be None"):
         attention.__init__(4, 32, 0.2, 2, None, 8, "auto", None, "decoder", None)

@@ -1,4 +1,4 @@
-"""Rollouts keep what the interface promises, and the page's own code runs."""
+"""Rollouts follow the interface, and the code in docs/vllm.md runs."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def engine(model, make_engine):
 
 
 def test_rollouts(model, engine):
-    """In the order of the prompts, with the end that ends them, and the log-probabilities of what was drawn from."""
+    """Responses are in the order of the prompts, with finish reasons and log-probabilities of the sampled tokens."""
     rollouts = engine.generate(PROMPTS, N, seed=0)
     assert rollouts.group_ids.tolist() == [group for group in range(3) for _ in range(N)]
     responses = rollouts.responses()
@@ -37,7 +37,7 @@ def test_rollouts(model, engine):
         assert len(response) == LONGEST or response[-1] == END
     assert set(rollouts.finish_reasons) == {"stop", "length"}
     for group in range(3):
-        assert len(set(map(tuple, responses[group * N : group * N + N]))) > N // 2  # no two share their draws
+        assert len(set(map(tuple, responses[group * N : group * N + N]))) > N // 2  # different draws
     scores = training_engine(model, EngineSettings(), TEMPERATURE, "pi").score(prompts, responses, with_logits=False)
     found = rollouts.rollout_log_probs[rollouts.response_mask]
     torch.testing.assert_close(found, torch.cat(scores.log_probs), rtol=0, atol=1e-4)
@@ -52,7 +52,7 @@ def test_a_seed_fixes_the_samples_and_leaves_other_randomness_alone(engine):
 
 
 def test_the_example_of_the_page(make_model, tmp_path, monkeypatch):
-    """Of a model whose weights have moved since vLLM read them."""
+    """The example of the page, with weights that changed after vLLM loaded them."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     model = make_model("Qwen3-MoE")

@@ -1,4 +1,4 @@
-"""The experts that vLLM chose are those that the training engine would choose."""
+"""The experts chosen by vLLM are the experts that the training engine would choose."""
 
 import pytest
 import torch
@@ -6,12 +6,12 @@ import torch
 from minirl_kernels import RoutedExperts, record_routing
 from minirl_kernels.moe.routers import routers
 
-BLOCK = 32  # tokens in a block of the cache, the fewest that vLLM's kernels take
-NEAR_TIE = 1e-4  # between the logits at the boundary: 100 times what the engines' float32 differ by
+BLOCK = 32  # tokens in a cache block, the minimum of vLLM's kernels
+NEAR_TIE = 1e-4  # gap between the K-th and the next logit; 100 times the float32 difference of the engines
 
 
 def prompts():
-    """200 of mixed lengths; most begin like others, over whole blocks and over parts of them."""
+    """200 prompts of mixed lengths; most share a prefix of whole blocks and of parts of blocks."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda count: torch.randint(2, 64, (count,), generator=generator).tolist()  # noqa: E731
     prefixes = [draw(length) for length in (0, 10, BLOCK, BLOCK + 9, 2 * BLOCK, 3 * BLOCK + 1)]
@@ -39,7 +39,7 @@ def assert_as_trained(model, rollouts):
     own, clear = natural(model, rollouts)
     replayed = rollouts.routed_experts
     computed = rollouts.attention_mask.clone()
-    computed[torch.arange(len(computed)), computed.sum(1) - 1] = False  # the last token was sampled, and never read
+    computed[torch.arange(len(computed)), computed.sum(1) - 1] = False  # the last token was sampled but never computed
     assert torch.equal(replayed.valid, computed[..., None].expand_as(replayed.valid))
     compared = clear & replayed.valid
     assert compared.sum() > 0.99 * replayed.valid.sum()
@@ -49,7 +49,7 @@ def assert_as_trained(model, rollouts):
 
 @pytest.mark.parametrize("tokens", [200, 8192])
 def test_two_hundred_requests(make_model, make_engine, tokens):
-    """In chunks of 200 tokens, with hits in the cache, and so few blocks that requests are preempted; and in one go."""
+    """With chunks of 200 tokens, cache hits, and preemptions (few blocks); and with all prompts in one step."""
     model = make_model("Qwen3-MoE")
     args = {
         "max_num_batched_tokens": tokens,
@@ -66,7 +66,7 @@ def test_two_hundred_requests(make_model, make_engine, tokens):
 
 
 def test_new_weights_and_old_requests(make_model, make_engine):
-    """Nothing of what the cache held under other weights is taken for the experts of these."""
+    """Experts in the cache from earlier weights are not returned for new requests."""
     model = make_model("Qwen3-MoE")
     engine = make_engine(model, records_routing=True, max_new_tokens=4, args={"block_size": BLOCK})
     shared = prompts()[4::6]
@@ -83,7 +83,7 @@ def test_what_was_never_computed_is_missing(make_model, make_engine):
     model = make_model("Qwen3-MoE")
     engine = make_engine(model, records_routing=True, max_new_tokens=4, args={"block_size": BLOCK})
     engine.generate([[5] * 2 * BLOCK], 1, seed=0)
-    engine._client._llm.collective_rpc("forget_routing")  # as if it had begun to look after that request
+    engine._client._llm.collective_rpc("forget_routing")  # as if recording had begun after this request
     rollouts = engine.generate([[5] * 2 * BLOCK + [6]], 1, seed=0)
     found: RoutedExperts = rollouts.routed_experts
     assert not found.valid[0, : 2 * BLOCK].any()

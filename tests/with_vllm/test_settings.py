@@ -1,4 +1,4 @@
-"""How vLLM finds the plugin, when it is on, and which settings it refuses."""
+"""vLLM finds the plugin, the variables switch it on, and unsupported settings are refused."""
 
 from importlib.metadata import entry_points
 from types import SimpleNamespace
@@ -43,7 +43,7 @@ REFUSED = [
 
 @pytest.fixture
 def configure(checkpoint, call_elsewhere):
-    """What vllm_answers says of each change of the settings."""
+    """The result of vllm_answers for each change of the settings."""
 
     def ask(changes, **variables):
         from vllm_answers import configured
@@ -55,7 +55,7 @@ def configure(checkpoint, call_elsewhere):
 
 @pytest.fixture
 def platform(monkeypatch):
-    """Makes vLLM believe in a GPU."""
+    """Makes vLLM act as if there were a GPU."""
     import vllm.platforms
 
     gpu = SimpleNamespace(is_cpu=lambda: False, device_name="cuda")
@@ -74,7 +74,7 @@ def test_without_the_variable_nothing_is_refused_or_replaced(configure):
 
 @pytest.mark.usefixtures("cpu")
 def test_processes_of_vllms_own(checkpoint, call_elsewhere):
-    """As vLLM runs unless told otherwise: each of them must have found the plugin."""
+    """By default vLLM runs in separate processes; each of them must find the plugin."""
     from vllm_answers import answers
 
     path = checkpoint("Qwen3-MoE")

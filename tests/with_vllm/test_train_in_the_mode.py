@@ -12,7 +12,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "arithmetic.toml"
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_discrepancy_in_the_mode(train, dtype):
-    """In float32 weights under autocast too, with replayed experts, and after weights were handed over."""
+    """Also for float32 weights under autocast, with replayed experts, and after new weights."""
     config = load_config(EXAMPLE)
     small = ModelConfig(config=config.model.config | {"num_hidden_layers": 2})
     config = replace(

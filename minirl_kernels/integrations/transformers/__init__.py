@@ -1,5 +1,7 @@
-"""Models of transformers, given our calls. Importing it registers `experts_implementation="minirl"` and
-`attn_implementation="minirl"`."""
+"""Connects models of transformers to this library's kernels.
+
+Importing it registers `experts_implementation="minirl"` and `attn_implementation="minirl"`.
+"""
 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface
@@ -18,5 +20,5 @@ require_transformers()
 
 ALL_EXPERTS_FUNCTIONS.register("minirl", experts_forward)
 AttentionInterface.register("minirl", attention_forward)
-# an implementation that has none here is given no mask, whatever is padding
+# Without a registered mask function, transformers would pass no mask, even for a padded batch.
 AttentionMaskInterface.register("minirl", attention_mask)

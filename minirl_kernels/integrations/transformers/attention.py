@@ -1,14 +1,16 @@
-"""The attention of causal models of transformers by our attention: `attn_implementation="minirl"`.
+"""`attn_implementation="minirl"`: computes the attention of causal models of transformers by attention_over_spans.
 
-transformers asks an implementation twice: once in a forward for a mask, from a padding mask and a function of indices,
-and then in every layer for the attention, with what it returned. Ours returns the spans of attention_over_spans: where
-the queries and the keys of each sequence lie. A block of keys then begins at a sequence's first token, whatever padding
-is before it, and a token has the same bits in every layout. They are int64 [1, 1, N, 5], since transformers hands on a
-mask of four dimensions as it is (`generate` makes that of a static cache beforehand).
+transformers calls an implementation twice. First, once per forward, it asks for a mask; it passes a padding mask and a
+mask function of indices. Then every layer passes this mask to the attention function.
 
-What a function of indices masks is found by asking it of each token: whether it sees the next, the one before, the
-first of its sequence and the last of the sequence before. So sequences that position_ids pack are found, and a window
-that is shorter than a sequence is refused: by the layer that has it, as models also make masks that no layer uses.
+Here the mask is the spans of attention_over_spans: the positions of the queries and keys of each sequence. A block of
+keys begins at the first token of a sequence, after its padding. So a token has the same bits in every layout. The spans
+have the shape [1, 1, N, 5], since transformers passes a mask of four dimensions through unchanged.
+
+The mask function is evaluated for four keys per token: the next token, the previous token, the first token of the
+sequence, and the last token of the previous sequence. This finds the sequences that position_ids pack. It also finds a
+window that is shorter than a sequence. The layer with this window raises the error, since transformers also makes masks
+that no layer uses.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ...common.library import register
 from ...ops.attention import attention_over_spans, packed_spans
 from .packing import refuse_packed_kinds
 
-# keyword: what it asks for
+# {keyword: the unsupported feature that it requests}
 _REFUSED = {
     "softcap": "a softcap of the scores",
     "s_aux": "attention sinks",
@@ -33,7 +35,7 @@ _REFUSED = {
     "cache": "a paged cache",
 }
 
-_SEES_OTHERS = "a token sees others than those before it in its sequence (a window, a chunk, an image)"
+_NOT_CAUSAL = "a token does not see exactly the tokens before it in its sequence (a window, a chunk, an image)"
 
 
 def attention_forward(
@@ -48,30 +50,31 @@ def attention_forward(
     sliding_window: int | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """attention_over_spans for an attention module of transformers, in the signature that its implementations share.
+    """attention_over_spans for an attention module of transformers, with the signature of attention implementations.
 
-    query: [B, Hq, L, D]; key, value: [B, Hkv, S, ...]; as attention_over_spans takes them.
-    attention_mask: what attention_mask below made of the forward's; None where no token is padding and S is L.
-    cu_seq_lens_q, cu_seq_lens_k: of packed sequences in a batch of one, as for flash attention; they come first.
-    Returns ([B, L, Hq, Dv], None). A query that is padding gives 0.
-    Raises ValueError that names what the module asks for and the attention does not compute.
+    query: [B, Hq, L, D]; key, value: [B, Hkv, S, ...]; as in attention_over_spans.
+    attention_mask: the result of the function attention_mask below; None if there is no padding and S = L.
+    cu_seq_lens_q, cu_seq_lens_k: offsets of packed sequences in a batch of one, as for flash attention. If given, they
+        take the place of attention_mask.
+    Returns ([B, L, Hq, Dv], None). A padding query gives 0.
+    Raises ValueError that names a feature of the module that this attention does not support.
     """
     if attention_mask is not None and attention_mask.dtype == torch.int64 and attention_mask.shape[-1] == 0:
-        _refuse(_SEES_OTHERS)
-    asked = [said for name, said in _REFUSED.items() if kwargs.get(name) is not None]
+        _refuse(_NOT_CAUSAL)
+    unsupported = [feature for name, feature in _REFUSED.items() if kwargs.get(name) is not None]
     if dropout:
-        asked.append(f"dropout, of {dropout}")
+        unsupported.append(f"dropout, of {dropout}")
     if kwargs.get("output_attentions"):
-        asked.append("the weights themselves (output_attentions)")
+        unsupported.append("the attention weights (output_attentions)")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        asked.append("attention that is not causal")
-    if asked:
-        _refuse(f"{type(module).__name__} asks for {', '.join(asked)}")
+        unsupported.append("attention that is not causal")
+    if unsupported:
+        _refuse(f"{type(module).__name__} asks for {', '.join(unsupported)}")
     if kwargs.get("cu_seq_lens_q") is not None:
         refuse_packed_kinds(getattr(module, "config", None))
         spans = packed_spans(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], query.shape[2], key.shape[2])
     else:
-        spans = _spans_of(attention_mask, query, key)
+        spans = _spans_from_mask(attention_mask, query, key)
     if sliding_window is not None and key.shape[2] > sliding_window:
         spans = _within_window(spans, sliding_window)
     return attention_over_spans(query, key, value, spans, scale=scaling), None
@@ -89,11 +92,11 @@ def attention_mask(
     device: torch.device | str = "cpu",
     **kwargs,
 ) -> Tensor:
-    """The spans of a forward, in the signature that the mask functions of transformers share.
+    """The spans of a forward, with the signature of mask functions in transformers.
 
-    attention_mask: [B, columns seen so far], True for tokens; those of a row lie beside each other.
-    Returns int64 [1, 1, N, 5], or what attention_forward refuses where a token sees others than those before it.
-    Raises ValueError that names what else is masked.
+    attention_mask: [B, columns so far], True for tokens. The tokens of a row must be contiguous.
+    Returns int64 [1, 1, N, 5]. If a token does not see exactly the tokens before it, returns an empty tensor, which
+    attention_forward refuses. Raises ValueError that names any other unsupported mask.
     """
     if kv_offset:
         _refuse("a cache has dropped the keys before a sliding window")
@@ -118,25 +121,24 @@ def attention_mask(
     return spans[None, None]
 
 
-def _refuse(what: str):
-    raise ValueError(f"attn_implementation is 'minirl': it must be another where {what}")
+def _refuse(reason: str):
+    raise ValueError(f"attn_implementation is 'minirl': it must be another where {reason}")
 
 
-def _spans_of(mask, query, key) -> Tensor:
+def _spans_from_mask(mask, query, key) -> Tensor:
     if mask is None:
         if query.shape[2] != key.shape[2]:
             _refuse(f"attention_mask is None with {query.shape[2]} queries and {key.shape[2]} keys")
         return _whole_batch(query.shape[0], query.shape[2], 0, query.device)[0, 0]
     if mask.dtype != torch.int64 or mask.dim() != 4 or mask.shape[3] != 5:
         _refuse(
-            f"attention_mask is a mask of your own, {mask.dtype} {tuple(mask.shape)}, rather than [B, L] of what is "
-            "padding"
+            f"attention_mask is a mask of your own, {mask.dtype} {tuple(mask.shape)}, rather than a padding mask [B, L]"
         )
     return mask[0, 0]
 
 
 def _is_whole(mask: Tensor | None, seen: int) -> bool:
-    """Whether it masks nothing, where that is cheaply known: a GPU would have to be waited for."""
+    """Whether the mask has no padding. False for a mask on a GPU, since reading it would block the host."""
     if mask is None or torch.compiler.is_compiling() or mask.device.type != "cpu":
         return mask is None
     return mask.shape[1] >= seen and bool(mask.all())
@@ -144,8 +146,8 @@ def _is_whole(mask: Tensor | None, seen: int) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _whole_batch(batch_size: int, q_length: int, q_offset: int, device: torch.device) -> Tensor:
-    """Without padding: every layer of every forward of these sizes has the same."""
-    # a tensor of inference mode could not be saved for a backward later
+    """The spans of a batch without padding. Cached, since all layers and forwards of these sizes share them."""
+    # A tensor made in inference mode cannot be saved for a later backward.
     with torch.inference_mode(False):
         span = torch.tensor([0, 0, q_length, 0, q_offset + q_length], device=device)
         spans = span.repeat(batch_size, 1)
@@ -154,7 +156,7 @@ def _whole_batch(batch_size: int, q_length: int, q_offset: int, device: torch.de
 
 
 def _tokens(mask: Tensor | None, batch_size: int, seen: int | Tensor, device) -> tuple[Tensor, Tensor]:
-    """(first column that is a token, end of them among those seen so far), of each batch entry."""
+    """(first column, end column) of the tokens of each batch entry, among the columns so far."""
     if mask is None:
         first = torch.zeros(batch_size, dtype=torch.int64, device=device)
         return first, first + seen
@@ -166,14 +168,14 @@ def _tokens(mask: Tensor | None, batch_size: int, seen: int | Tensor, device) ->
 
 
 def _sequences(mask_function, first: Tensor, end: Tensor, q_offset, q_length: int) -> Tensor:
-    """Of tokens that see the ones before them in their own sequence, as the function of indices has these."""
+    """The spans of the sequences that the mask function separates; an empty tensor for an unsupported mask."""
     batch_size, device = len(first), first.device
     batch = torch.arange(batch_size, device=device)[:, None].expand(-1, q_length)
     column = (torch.arange(q_length, device=device) + q_offset).expand(batch_size, -1)
     is_token = (column >= first[:, None]) & (column < end[:, None])
 
     def sees(keys, where):
-        """Of each query, asked of itself where the key that is meant is none."""
+        """Whether each query sees its key. Where `where` is False, the query itself is the key."""
         seen = mask_function(batch, torch.zeros_like(batch), column, keys.where(where, column))
         return seen.expand(batch_size, q_length)
 
@@ -186,24 +188,24 @@ def _sequences(mask_function, first: Tensor, end: Tensor, q_offset, q_length: in
     has_other = is_token & (begin > first[:, None])
     good &= ~has_other | ~sees(begin - 1, has_other)
     if torch.compiler.is_compiling():
-        begin = _checked(good.flatten(), begin, _SEES_OTHERS)
+        begin = _checked(good.flatten(), begin, _NOT_CAUSAL)
     elif not bool(good.all()):
         return good.new_empty(0, 0, dtype=torch.int64)
-    # a span begins with a sequence, or with what this forward has of it
+    # A span begins at the start of a sequence, or at the first token of it in this forward.
     place = torch.arange(q_length, device=device).expand(batch_size, -1)
     starts = is_token & (begins | (place == 0) | ~is_token.roll(1, 1))
     after = torch.where(starts, place, q_length).flip(1).cummin(1).values.flip(1).roll(-1, 1)
     after[:, -1] = q_length
     last = torch.minimum(after, (end - q_offset)[:, None])
     spans = torch.stack([batch, place, last - place, begin, last + q_offset - begin], -1)
-    if torch.compiler.is_compiling():  # how many there are must not depend on what they are: the others are empty
+    if torch.compiler.is_compiling():  # a fixed number of spans, of which some are empty, keeps shapes static
         return torch.where(starts[..., None], spans, 0).flatten(0, 1)
     return spans[starts]
 
 
-def _check(good: Tensor, values: Tensor, what: str) -> Tensor:
+def _check(good: Tensor, values: Tensor, reason: str) -> Tensor:
     if not bool(good.all()):
-        _refuse(what)
+        _refuse(reason)
     return values.clone()
 
 
@@ -214,7 +216,7 @@ def _check_window(spans: Tensor, sliding_window: int) -> Tensor:
     return spans.clone()
 
 
-# ops that return a copy, for the reasons that checked_token_ids has
+# Ops that return a copy: torch.compile would drop a check without a result (see checked_token_ids).
 _checked = register(
     "checked_mask(Tensor good, Tensor values, str what) -> Tensor",
     _check,

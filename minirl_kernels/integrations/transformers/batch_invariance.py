@@ -1,8 +1,9 @@
-"""Whether a model is batch-invariant in the mode: it computes a few tokens in several ways, and is watched.
+"""check_batch_invariant: runs a model on a few tokens in several ways, and compares the bits.
 
-The mode covers operations, not models. Each covered operation has bits that depend on the size of what it sums over.
-So a module that sums over tokens by itself (an attention that asks for no implementation, a linear attention) has other
-bits in a decode than in a prefill, though all that it runs is covered. No list of models or names decides.
+The mode covers operations, not models. The bits of a covered sum depend on the number of summed elements. So a module
+that sums over tokens itself gives different bits in a decode and in a prefill, though all its operations are covered.
+Examples are a linear attention, and an attention that ignores attn_implementation. There is no list of models: each
+model is tested by running it.
 """
 
 from __future__ import annotations
@@ -21,19 +22,25 @@ from transformers import GenerationConfig, PreTrainedModel
 from ...batch_invariant import audit, batch_invariant_mode
 from .traces import in_words, over_tokens, running, traced
 
-_LENGTHS = (3, 14, 29, 35)  # of prompts
+_LENGTHS = (3, 14, 29, 35)  # tokens of the prompts
 _NEW_TOKENS = 4
 
 
 def check_batch_invariant(model: PreTrainedModel) -> None:
-    """Raises ValueError unless `model`, in the mode, gives a few tokens the same bits in each way of computing them.
+    """Raises ValueError unless `model`, in the mode, gives a few tokens the same bits in all tested layouts.
 
-    model: a causal language model of transformers with its weights, on any device; with the implementations "minirl",
-        which the mode does not reach. Four short prompts are decoded, padded on the left; then the sequences are
-        computed in one batch, and each alone: some nine forwards of up to 39 tokens a row, without gradients.
-    The error names the first module that cannot compute, that runs an operation over tokens which is not covered, that
-    sums over tokens by itself, or whose output differs though its input does not. A window that is longer than these
-    sequences is not tried: `attn_implementation="minirl"` refuses it in the forward that fills it.
+    model: a causal language model of transformers with its weights, on any device. Set its attention and experts
+        implementations to "minirl" first; the mode does not cover torch's own.
+    Four short prompts, padded on the left, are decoded. Then the sequences are computed in one batch, and each alone.
+    This takes about nine forwards of up to 39 tokens per row, without gradients.
+
+    The error names the first module with one of these problems:
+        it cannot compute;
+        it runs an operation over tokens that the mode does not cover;
+        it sums over tokens itself;
+        its output differs, but its input does not.
+    A sliding window longer than these sequences is not tested. `attn_implementation="minirl"` refuses it in the first
+    forward whose sequences are longer than the window.
     """
     name = type(model).__name__
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -46,16 +53,16 @@ def check_batch_invariant(model: PreTrainedModel) -> None:
 
 @dataclass
 class _Run:
-    """Of one way of computing: what ran in each module. Shapes tell whether it has to do with tokens."""
+    """The operations of each module in one layout."""
 
     uncovered: dict[tuple, None] = field(default_factory=dict)
-    """(module, operation, shapes of its tensors), in their order."""
+    """(module, operation, shapes of its tensors) of uncovered calls, in order."""
     sums: dict[tuple[str, str], set[int]] = field(default_factory=dict)
-    """By module and operation: over how many elements it sums."""
+    """{(module, operation): numbers of summed elements} of covered calls."""
 
 
 def _difference(model: PreTrainedModel) -> str | None:
-    """The first module that is not batch-invariant, and why it is not."""
+    """The first module that is not batch-invariant, with the reason; None if there is none."""
     prompts, mask = _prompts(model)
     runs = [_Run(), _Run()]
     with _watched(model, runs[0]):
@@ -78,12 +85,12 @@ def _difference(model: PreTrainedModel) -> str | None:
         elif not torch.equal(steps[row : row + 1], logits[:, -new - 1 : -1]):
             found = partial(_decode, model, prompts, mask), "in a decode and in a prefill"
         if found is not None:
-            found = f"{_first_difference(model, found[0], alone, row, real)} has other bits {found[1]}"
+            found = f"{_first_difference(model, found[0], alone, row, real)} gives different bits {found[1]}"
     return _uncovered(model, runs) or _sum_over_tokens(model, runs[2:], whole_mask.sum(1).tolist()) or found
 
 
 def _uncovered(model: PreTrainedModel, runs: list[_Run]) -> str | None:
-    """What has the same shapes in every run is the same computation each time, such as that of frequencies."""
+    """The first uncovered operation whose shapes depend on the tokens. Equal shapes in all runs mean equal work."""
     for key in (key for run in runs for key in run.uncovered):
         if any(key not in run.uncovered for run in runs):
             return f"{in_words(model, key[0])} runs {key[1]}, which batch_invariant_mode does not cover"
@@ -95,16 +102,16 @@ def _sum_over_tokens(model: PreTrainedModel, runs: list[_Run], lengths: list[int
         sizes = [run.sums.get((module, operation), set()) for run in runs]
         everywhere = set.intersection(*sizes)
         if all(length in found - everywhere for length, found in zip(lengths, sizes, strict=True)):
-            return f"{in_words(model, module)} sums over tokens by itself ({operation}), in an order by their number"
+            return f"{in_words(model, module)} sums over tokens itself ({operation}); the order depends on their number"
     return None
 
 
 @contextmanager
 def _watched(model: PreTrainedModel, run: _Run) -> Iterator[None]:
-    """Fills `run`; what is raised becomes a ValueError that names the module in which it was."""
+    """Fill `run` with the operations inside the block. An exception becomes a ValueError that names the module."""
 
     def note(func, args, is_covered):
-        if not modules:  # outside the model: generate's own
+        if not modules:  # outside the model, in generate
             return
         name = func._schema.name
         if is_covered:
@@ -119,11 +126,11 @@ def _watched(model: PreTrainedModel, run: _Run) -> Iterator[None]:
             yield
         except Exception as error:
             where = in_words(model, modules[-1]) if modules else type(model).__name__
-            raise ValueError(f"{where} cannot compute as the model's implementations are: {error}") from error
+            raise ValueError(f"{where} cannot compute with the model's implementations: {error}") from error
 
 
 def _size_of_sum(name: str, args: tuple) -> int:
-    """Over how many elements a covered operation sums; 1 for an elementwise one."""
+    """Number of elements in a sum of a covered operation; 1 for an elementwise operation."""
     if name in ("mm", "bmm", "mv", "dot", "_grouped_mm"):
         return args[0].shape[-1]
     if name in ("addmm", "baddbmm", "addmv"):
@@ -160,7 +167,7 @@ def _decode(model: PreTrainedModel, prompts: Tensor, mask: Tensor) -> tuple[Tens
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Logits [B, L, V] float32 of whole sequences, at the positions that `generate` gives them."""
+    """Logits [B, L, V] float32 of whole sequences, with the position_ids of `generate`."""
     positions = {}
     if "position_ids" in inspect.signature(type(model).forward).parameters:
         positions["position_ids"] = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
@@ -176,11 +183,11 @@ def _first_difference(model: PreTrainedModel, together: Callable, alone: Callabl
         others = first.calls.get(name, ([], []))
         if _same_bits(others[0], inputs, row, real) and _same_bits(others[1], outputs, row, real) is False:
             return in_words(model, name)
-    return "something in it"
+    return "a part of the model"
 
 
 def _same_bits(together: list[Tensor], alone: list[Tensor], row: int, real: Tensor) -> bool | None:
-    """Whether the row `alone` has those of its tokens in the batch; None where the tensors are not of tokens."""
+    """Whether a row has the same bits alone and in the batch; None if the tensors have no row per token."""
     expected = over_tokens(alone, 1, int(real.sum()))
     for length in (len(real), len(real) - 1):  # a decode does not compute its last token
         found = over_tokens(together, len(_LENGTHS), length)

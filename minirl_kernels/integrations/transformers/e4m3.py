@@ -1,14 +1,15 @@
-"""A copy of a model that rounds as an FP8 inference engine does: its matmuls see e4m3 numbers, on any hardware.
+"""A copy of a model that rounds like an FP8 inference engine, on any hardware (fake quantisation to e4m3).
 
-Weights have one scale per output channel and are rounded once per refresh; activations have one scale per token, found
-as they come (vLLM calls both so for `quantization="fp8"`). The products are then those of the dequantised numbers, in
-the dtype that the model computes in, where FP8 hardware multiplies first and scales afterwards: bfloat16 rounds the
-dequantised numbers once more, by 2**-9 of their size against the 2**-4 of e4m3.
+Weights have one scale per output channel and are rounded at each refresh. Activations have one scale per token,
+computed on the fly. vLLM does the same for `quantization="fp8"`. FP8 hardware multiplies e4m3 numbers and scales the
+product. Here the scaled numbers are multiplied, in the model's dtype. bfloat16 rounds them once more, by a relative
+2**-9; the error of e4m3 is 2**-4.
 
-Linear layers and experts are rounded. Left as they are, as engines leave them: embeddings and norms, which are no
-matmuls; the head, whose error would go into every logit undamped; routers and gates, whose error would send tokens to
-other experts, and which are small. Between the two matmuls of experts nothing is rounded: an experts function gets
-and returns hidden states, and what it holds between them is its own.
+Linear layers and experts are rounded. As in FP8 engines, some parts are not:
+    embeddings and norms, which have no matmul;
+    the head, since its error would enter every logit;
+    routers and gates, since their errors would send tokens to other experts, and they are small.
+Nothing is rounded between the two matmuls of experts, since an experts function has no hook there.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max  # 448
 
 
 def round_to_e4m3(values: Tensor, dim: int) -> Tensor:
-    """`values` as the nearest e4m3 numbers times a scale for each slice along `dim`, max |slice| / 448.
+    """Round `values` to the nearest e4m3 numbers times a scale per slice along `dim`: max |slice| / 448, float32.
 
-    Any shape and float dtype, which the result has too; scales are float32. A slice with an inf or a NaN becomes NaN.
+    values: any shape and float dtype; the result has the same. A slice with an inf or a NaN becomes NaN.
     """
     wide = values.float()
     scale = wide.abs().amax(dim, keepdim=True) / E4M3_MAX
@@ -34,9 +35,9 @@ def round_to_e4m3(values: Tensor, dim: int) -> Tensor:
 
 
 class E4M3Copy:
-    """`model` is the copy; `refresh()` gives it the weights that the source has now.
+    """`model` is the rounded copy; `refresh()` rounds the current weights of the source again.
 
-    source: a causal language model of transformers, which stays as it is. What is not rounded, the copy shares with it.
+    source: a causal language model of transformers. It is not changed. The copy shares all parts that are not rounded.
     Raises ValueError if there is nothing to round.
     """
 
@@ -59,13 +60,13 @@ class E4M3Copy:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Round the source's weights again, as they are now."""
+        """Round the current weights of the source into the copy."""
         for weight, twin, dim in self._weights:
             twin.copy_(round_to_e4m3(weight, dim))
 
 
 def _rounded_weights(model: PreTrainedModel) -> dict[str, dict[str, int]]:
-    """{module: {weight: its dimension of inputs}} of what is rounded."""
+    """{module: {weight: its input dimension}} of all weights to round."""
     gates = {
         id(child)
         for module in model.modules()
@@ -86,7 +87,7 @@ def _rounded_weights(model: PreTrainedModel) -> dict[str, dict[str, int]]:
 
 
 def _round_input(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The hidden states come first, by place or by name."""
+    """Round the hidden states, the first positional or keyword argument of a module."""
     if args:
         return (round_to_e4m3(args[0], -1), *args[1:]), kwargs
     first = next(iter(kwargs))

@@ -1,8 +1,9 @@
-"""The experts of mixture-of-experts models of transformers by moe_experts: `experts_implementation="minirl"`.
+"""`experts_implementation="minirl"`: computes the experts of transformers' models by moe_experts.
 
-transformers has one function per implementation, for the experts of all models. What its decorator says of their class,
-their gate and their weights decide whether moe_experts computes what these experts do. Others are refused in their
-first forward, the first that an implementation sees of them; of experts without that decorator none sees anything.
+transformers has one function per implementation, for the experts of all models. The attributes set by its class
+decorator, the gate and the weights decide whether moe_experts computes the same result. Other experts are refused in
+their first forward, since transformers calls the function no earlier. It never calls the function for experts without
+the decorator.
 """
 
 from __future__ import annotations
@@ -16,28 +17,27 @@ from transformers.integrations.moe import _default_apply_gate
 from ...common.checks import FLOAT_DTYPES
 from ...ops.moe_experts import moe_experts
 
-# attribute of experts: (its value where moe_experts computes the same, what they do where it is the other)
+# {attribute of experts: (value that moe_experts supports, description of the other value)}
 _LAYOUT = {
     "has_gate": (True, "have no gate (has_gate)"),
     "is_concatenated": (True, "interleave the rows of gate and up (is_concatenated)"),
     "is_transposed": (False, "store their weights transposed (is_transposed)"),
     "has_bias": (False, "have biases (has_bias)"),
-    "has_post_expert_norm": (False, "have a norm behind each of them (has_post_expert_norm)"),
+    "has_post_expert_norm": (False, "have a norm after each expert (has_post_expert_norm)"),
     "_is_expert_parallel": (False, "are spread over ranks (expert parallelism)"),
 }
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """moe_experts for an experts module of transformers, in the signature that its implementations share.
+    """moe_experts for an experts module of transformers, with the signature of experts implementations.
 
     self: SiLU-gated experts in transformers' default layout: gate_up_proj [E, 2 I, H], gate first, and down_proj
         [E, H, I], float32, bfloat16 or float16. hidden_states: [T, H], cast to the dtype of gate_up_proj (autocast
         casts both). top_k_index, top_k_weights: [T, K], as the routing of moe_experts.
-    Returns [T, H] of the dtype of hidden_states, differentiable by it, top_k_weights and the weights.
-    Raises TypeError that names the module's class and what it has that moe_experts does not compute; what moe_experts
-    raises.
+    Returns [T, H] of the dtype of hidden_states. It is differentiable by hidden_states, top_k_weights and the weights.
+    Raises TypeError that names the module's class and its unsupported features. Raises what moe_experts raises.
     """
-    # once: a parametrised weight is computed at every access
+    # Read once, since a parametrised weight is computed at every access.
     gate_up_proj, down_proj = (getattr(self, name, None) for name in ("gate_up_proj", "down_proj"))
     unsupported = _unsupported(self, gate_up_proj, down_proj)
     if unsupported:
@@ -51,9 +51,11 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
 
 def _unsupported(experts: nn.Module, gate_up_proj, down_proj) -> list[str]:
-    """What the experts do that moe_experts does not."""
-    # an attribute that this transformers does not know says nothing new of them
-    found = [said for name, (ours, said) in _LAYOUT.items() if getattr(experts, name, ours) != ours]
+    """Features of the experts that moe_experts does not support."""
+    # An older transformers lacks some attributes; the supported value is then the only one.
+    found = [
+        feature for name, (supported, feature) in _LAYOUT.items() if getattr(experts, name, supported) != supported
+    ]
     if type(experts)._apply_gate is not _default_apply_gate or "_apply_gate" in experts.__dict__:
         found.append("gate in a way of their own (_apply_gate)")
     elif experts.act_fn is not F.silu and type(experts.act_fn) not in (nn.SiLU, SiLUActivation):

@@ -1,7 +1,7 @@
-"""Whether a model keeps packed sequences apart: attention is told of them, a convolution or a recurrence is not.
+"""Finds out whether a model keeps packed sequences apart. Attention can; convolutions and recurrences often do not.
 
-No list of names decides: the model is asked once, with two short sequences in one row. Where the gradient of the second
-one's outputs by the embeddings of the first one is not exactly 0, something went from one into the other.
+There is no list of models: each model is tested once, with two short sequences packed in one row. The sequences mix if
+the gradient of the second sequence's logits by the first sequence's embeddings is not exactly 0.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from .traces import Trace, in_words, over_tokens, traced
 
 _LENGTHS = (6, 7)
 _KNOWN = "_minirl_packing"
-# kinds of layers, in the words of transformers' configs, that leave it to the mask where a sequence begins
+# Layer kinds (`layer_types` of a config) that separate packed sequences if the attention mask does.
 _APART = {"full_attention", "sliding_attention", "chunked_attention", "indexed_attention", "mlp", "moe"}
 
 
 def refuse_packed(
     model: PreTrainedModel, position_ids: Tensor | None, cu_seq_lens: Tensor | None = None
 ) -> Tensor | None:
-    """Raises ValueError that names the module where the input is packed and `model` would let sequences mix.
+    """Raises ValueError if the input is packed and `model` would let sequences mix; the message names the module.
 
-    position_ids: [B, L], which pack where they go down; cu_seq_lens: those of flash attention, which always pack.
-    Returns position_ids, to be used from there on: torch.compile drops a check whose result nobody uses.
-    The model is asked in the first call, and once for each attention implementation: `packing_leak` says how.
+    position_ids: [B, L]; a decreasing value means that the row is packed. cu_seq_lens: offsets of flash attention,
+        which always mean packed input.
+    Returns position_ids. The caller must use the result, since torch.compile drops a check whose result is unused.
+    The model is tested in the first call, and once per attention implementation; see `packing_leak`.
     """
     if position_ids is None and cu_seq_lens is None:
         return None
@@ -41,9 +42,9 @@ def refuse_packed(
 
 
 def refuse_packed_kinds(config: PreTrainedConfig | None) -> None:
-    """Raises ValueError where a config says that some layers are no attention over sequences.
+    """Raises ValueError if the config has kinds of layers that do not separate packed sequences.
 
-    For an attention that is given packed sequences, and sees nothing of the model but its config.
+    For an attention function that gets packed sequences and knows the model's config, but not the model.
     """
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _APART)
     if others:
@@ -51,10 +52,10 @@ def refuse_packed_kinds(config: PreTrainedConfig | None) -> None:
 
 
 def packing_leak(model: PreTrainedModel) -> str | None:
-    """The first module that lets a packed sequence change the one behind it, such as "layers.0.mixer (Mixer)"; or None.
+    """The first module that lets a packed sequence change the next one, such as "layers.0.mixer (Mixer)"; or None.
 
-    model: a causal language model of transformers with its weights, on any device; it runs forward and backward on 13
-        tokens, with no gradient of its weights. The answer is kept on it.
+    model: a causal language model of transformers with its weights, on any device. It runs forward and backward on 13
+        tokens, without gradients of its weights. The result is stored on the model.
     Raises ValueError for weights on the meta device.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -67,7 +68,7 @@ def packing_leak(model: PreTrainedModel) -> str | None:
 
 
 def forget_packing(model: nn.Module) -> None:
-    """Drop the answer that `packing_leak` has left on a model."""
+    """Delete the result that `packing_leak` stored on a model."""
     model.__dict__.pop(_KNOWN, None)
 
 
@@ -114,7 +115,7 @@ def _first(model: nn.Module, trace: Trace, leaves: list[Tensor]) -> str:
 def _message(reason: str) -> str:
     return (
         f"the input is packed (position_ids that restart, or cu_seq_lens): it must be one sequence per row, padded, as "
-        f"{reason} lets a sequence change the one behind it"
+        f"{reason} lets a sequence change the next one"
     )
 
 
@@ -124,7 +125,7 @@ def _check(position_ids: Tensor, reason: str) -> Tensor:
     return position_ids.clone()
 
 
-# an op, so that torch.compile need not trace its branch
+# An op, since torch.compile cannot trace a branch on tensor values.
 _refuse_restarts = register(
     "refuse_restarts(Tensor position_ids, str reason) -> Tensor",
     _check,

@@ -1,4 +1,4 @@
-"""Which modules of a model run, and their inputs and outputs: to name the module that does a thing first."""
+"""Records which modules of a model run, with their inputs and outputs, so that an error can name a module."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass
 class Trace:
-    """Of forwards over tokens [B, L]: by a module's name its inputs and its outputs [B, L, ...], of each call of it.
+    """calls: {module name: (inputs, outputs)} of forwards over tokens [B, L], one tensor [B, L, ...] per call.
 
-    In the order in which modules first return. The tensors stay in their graphs.
+    Modules are in the order in which they first return. The tensors stay in their autograd graphs.
     """
 
     calls: dict[str, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
@@ -24,13 +24,13 @@ class Trace:
 
 @contextmanager
 def traced(model: nn.Module) -> Iterator[Trace]:
-    """Yields a Trace of the forwards within."""
+    """Yields a Trace of the forwards inside the block."""
     trace = Trace()
 
     def note(name, module, args, kwargs, output):
         inputs, outputs = trace.calls.setdefault(name, ([], []))
-        inputs.extend(_of_tokens((args, kwargs))[:1])
-        outputs.extend(_of_tokens(output)[:1])
+        inputs.extend(_token_tensors((args, kwargs))[:1])
+        outputs.extend(_token_tensors(output)[:1])
 
     handles = [
         module.register_forward_hook(partial(note, name), with_kwargs=True) for name, module in model.named_modules()
@@ -44,7 +44,7 @@ def traced(model: nn.Module) -> Iterator[Trace]:
 
 @contextmanager
 def running(model: nn.Module) -> Iterator[list[str]]:
-    """Yields the names of the modules that were called and have not returned: an error is raised in the last one."""
+    """Yields the names of the running modules, outermost first. An exception comes from the last one."""
     names, handles = [], []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: names.append(name)))
@@ -57,17 +57,17 @@ def running(model: nn.Module) -> Iterator[list[str]]:
 
 
 def in_words(model: nn.Module, name: str) -> str:
-    """A module by its name and its class."""
+    """Name and class of a module, for messages."""
     return f"{name or 'the model'} ({type(model.get_submodule(name)).__name__})"
 
 
 def over_tokens(parts: list[Tensor], batch: int, length: int) -> Tensor | None:
-    """The tensors of one module's calls as one, [batch, length, ...]; None where they are not of that many tokens."""
+    """The tensors of one module's calls, joined to [batch, length, ...]; None if they do not have these sizes."""
     if not parts or any(part.shape[0] != batch or part.shape[2:] != parts[0].shape[2:] for part in parts):
         return None
     return torch.cat(parts, 1) if sum(part.shape[1] for part in parts) == length else None
 
 
-def _of_tokens(values) -> list[Tensor]:
+def _token_tensors(values) -> list[Tensor]:
     leaves = tree_leaves(values)
     return [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 2]

@@ -1,23 +1,23 @@
-"""vLLM as a rollout engine: what its processes load, what a trainer asks of it, and its parts in our mode.
+"""vLLM as a rollout engine: the plugin that vLLM's processes load, the trainer's client, and batch-invariant mode.
 
-MINIRL_BATCH_INVARIANT=1 switches the mode on. On a CPU our operators then take the place of vLLM's own under Qwen3 and
-Qwen3-MoE, in the order in which transformers runs them, so that vLLM's log-probabilities are those of training to the
-last bit. On a GPU vLLM has a mode of its own.
+MINIRL_BATCH_INVARIANT=1 switches the mode on. On a CPU, this library's kernels then replace vLLM's for Qwen3 and
+Qwen3-MoE, in the order in which transformers runs them. So vLLM and the training engine compute the same
+log-probabilities, bit for bit. On a GPU, vLLM has its own batch-invariant mode.
 """
 
 from __future__ import annotations
 
 import os
 
-FILE_TRANSFER = "minirl_file"  # our backend of vLLM's weight transfer
+FILE_TRANSFER = "minirl_file"  # name of the backend in weights.py for vLLM's weight transfer
 _installed = False
 
 
 def register() -> None:
-    """What vLLM calls in each of its processes (entry point vllm.general_plugins).
+    """The plugin function that vLLM calls in each of its processes (entry point vllm.general_plugins).
 
-    It makes our backend for weights known to vLLM; nothing else changes without the variable. Raises ValueError on a
-    GPU where VLLM_BATCH_INVARIANT is not 1 too, and for another vLLM than was looked at.
+    Registers the backend "minirl_file" for weight transfer. If MINIRL_BATCH_INVARIANT is 1, it also switches the mode
+    on. Raises ValueError on a GPU if VLLM_BATCH_INVARIANT is not 1 too, and on a CPU for an untested version of vLLM.
     """
     from vllm.distributed.weight_transfer import factory
 
@@ -38,10 +38,10 @@ def register() -> None:
     elif os.environ.get("VLLM_BATCH_INVARIANT") != "1":
         raise ValueError(
             f"MINIRL_BATCH_INVARIANT is 1 and VLLM_BATCH_INVARIANT is {os.environ.get('VLLM_BATCH_INVARIANT')!r}: on "
-            f"{current_platform.device_name} it must be 1 too, the mode is vLLM's own there"
+            f"{current_platform.device_name} it must be 1 too, since vLLM has its own mode there"
         )
 
 
 def is_installed() -> bool:
-    """Whether our operators have taken the place of vLLM's in this process, for good."""
+    """Whether this library's kernels have replaced vLLM's in this process. This cannot be undone."""
     return _installed

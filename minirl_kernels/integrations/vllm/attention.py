@@ -1,7 +1,7 @@
 """Attention over vLLM's paged cache by attention_over_spans.
 
-The cache is [blocks, tokens of a block, heads, keys and values beside each other]. In each forward the tokens of all
-sequences are gathered from their blocks, one sequence after the other, and attended to where they then lie.
+The cache is [blocks, tokens of a block, heads, keys and then values]. Each forward gathers the keys and values of all
+sequences from their blocks into one tensor, one sequence after the other. The attention then reads this tensor.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from ...ops.attention import attention_over_spans
 
 
 class PagedAttention(AttentionBackend):
-    """What vLLM asks of a backend."""
+    """The attention backend that vLLM loads."""
 
     @staticmethod
     def get_name() -> str:
-        return "CPU_ATTN"  # the name that it takes the place of
+        return "CPU_ATTN"  # replaces vLLM's backend of this name
 
     @staticmethod
     def get_impl_cls() -> type[AttentionImpl]:
@@ -39,21 +39,21 @@ class PagedAttention(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # the tokens of a head are then equally far apart, within a block and from one to the next
+        # the tokens of a head then have one stride, within a block and across blocks
         return (KVCacheLayout.LBNHC,)
 
 
 @dataclass
 class Step:
-    """What all layers of a forward share: T tokens of N sequences, which have S keys by now."""
+    """The inputs that all layers of a forward share: T new tokens of N sequences with S keys in all."""
 
     num_tokens: int
     written: Tensor
-    """[T] int64: where in the cache each token goes, as block times block size plus place in it."""
+    """[T] int64: cache slot of each new token, block * block size + place in the block."""
     read: Tensor
-    """[S] int64: where the keys of the first sequence are, then those of the next."""
+    """[S] int64: cache slots of all keys, one sequence after the other."""
     spans: Tensor
-    """[N, 5] int64, of attention_over_spans."""
+    """[N, 5] int64, for attention_over_spans."""
 
 
 class StepBuilder(AttentionMetadataBuilder[Step]):
@@ -92,18 +92,18 @@ class PagedAttentionImpl(AttentionImpl[Step]):
         attn_type: str,
         kv_sharing_target_layer_name: str | None,
     ):
-        """Raises ValueError for what it does not compute; TypeError for the arguments of other models."""
-        asked = {
+        """Raises ValueError for an unsupported setting, TypeError for an unknown argument."""
+        unsupported = {
             "alibi_slopes": alibi_slopes,
             "sliding_window": sliding_window,
             "logits_soft_cap": logits_soft_cap,
             "attn_type": None if attn_type == AttentionType.DECODER else attn_type,
             "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
         }
-        for name, value in asked.items():
+        for name, value in unsupported.items():
             if value is not None:
                 raise ValueError(
-                    f"MINIRL_BATCH_INVARIANT is 1, and {name} of an attention is {value!r}: it must be none"
+                    f"MINIRL_BATCH_INVARIANT is 1, and {name} of an attention is {value!r}: it must be None"
                 )
         self.num_heads, self.num_kv_heads, self.head_size = num_heads, num_kv_heads, head_size
         self.scale, self.kv_cache_dtype = scale, kv_cache_dtype
@@ -113,7 +113,7 @@ class PagedAttentionImpl(AttentionImpl[Step]):
         output: Tensor, output_scale: Tensor | None = None, output_block_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """query [T, Hq, D], key and value [T, Hkv, D], kv_cache [blocks, Hkv, block size, 2 D]; output [T, Hq, D]."""
-        if attn_metadata is None:  # a run for vLLM to see how much memory it takes
+        if attn_metadata is None:  # vLLM's run to measure memory
             return output.zero_()
         step, tokens = attn_metadata, slice(attn_metadata.num_tokens)
         cache = kv_cache.transpose(1, 2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""What a trainer asks of a vLLM engine: to take its weights, and to say which experts it chose."""
+"""LLMClient: sends weights from a trainer to a vLLM engine, and reads experts, logits and module outputs from it."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from .weights import CheckpointSource, FileTrainerInfo
 
 
 def llm_arguments(device: str, *, records_routing: bool = False) -> dict[str, Any]:
-    """What `LLM` must be made with for an `LLMClient`. device: "cpu" or "cuda", of both vLLM and the trainer."""
+    """Keyword arguments of `LLM` that an `LLMClient` needs. device: "cpu" or "cuda", for both vLLM and the trainer."""
     arguments = {
         "worker_extension_cls": "minirl_kernels.integrations.vllm.extension.WorkerExtension",
         "weight_transfer_config": {"backend": "ipc" if device == "cuda" else FILE_TRANSFER},
-        # vLLM's own answer to a new request must not come from the old weights, nor from another configuration
+        # no sampling defaults from the model's folder
         "generation_config": "vllm",
     }
     if device == "cpu":
-        arguments["enforce_eager"] = True  # compiled code runs no hooks
+        arguments["enforce_eager"] = True  # compiled code does not run hooks
     elif records_routing:
         arguments["enable_return_routed_experts"] = True
     return arguments
 
 
 class LLMClient:
-    """The trainer's end of an `LLM` made with `llm_arguments`, in this process or in one of its own."""
+    """The trainer's interface to an `LLM` made with `llm_arguments`, in this process or in a separate one."""
 
     def __init__(self, llm: LLM, device: str, *, records_routing: bool = False):
-        """Raises ValueError for an engine on a CPU that is compiled, and so cannot be watched."""
+        """Raises ValueError for a compiled engine on a CPU, since its modules cannot be watched."""
         if device == "cpu" and not llm.llm_engine.model_config.enforce_eager:
-            raise ValueError("enforce_eager is False: on a CPU it must be True, compiled code runs no hooks")
+            raise ValueError("enforce_eager is False: on a CPU it must be True, since compiled code does not run hooks")
         self._llm, self._device, self._records_routing = llm, device, records_routing
         llm.collective_rpc("watch_weights")
         if device == "cpu":
@@ -53,10 +53,10 @@ class LLMClient:
                 llm.collective_rpc("capture_routing")
 
     def send_weights(self, model: PreTrainedModel) -> None:
-        """Hand over the weights that `model` has now.
+        """Send the current weights of `model` to vLLM.
 
-        Raises ValueError, naming the first, where vLLM's loader was not given exactly these. The engine is not to be
-        used then.
+        Raises ValueError if vLLM's loader did not receive exactly these weights; the message names the first that
+        differs. The engine must not be used after this error.
         """
         source = CheckpointSource(model)
         info = (IPCTrainerInitInfo if self._device == "cuda" else FileTrainerInfo)(rank=0)
@@ -73,13 +73,13 @@ class LLMClient:
             self._llm.collective_rpc("forget_routing")
 
     def weight_checksums(self) -> list[dict[str, str]]:
-        """vLLM's digests of the weights as its kernels have them, of each worker."""
+        """vLLM's digests of the loaded weights, one dict per worker."""
         return self._llm.collective_rpc("compute_weight_checksums")
 
     def routed_experts(self, outputs: Sequence[RequestOutput], model: PreTrainedModel) -> list[RoutedExperts]:
-        """Of finished requests with one response each: [tokens of prompt and response, layers, K].
+        """The experts of finished requests with one response each: [tokens of prompt and response, layers, K].
 
-        model: the training model. The last token was sampled and never computed, so its experts are missing.
+        model: the training model. The last token was sampled but never computed, so its experts are missing.
         """
         num_experts = routers(model)[0].num_experts
         layers = moe_layer_indices(model)
@@ -96,13 +96,13 @@ class LLMClient:
         return found
 
     def note_logits(self) -> None:
-        """Of the requests that come next, until `logits` asks for them. On a CPU alone."""
+        """Start recording the logits of later requests, until `logits` is called. CPU only."""
         self._llm.collective_rpc("note_logits")
 
     def logits(self, outputs: Sequence[RequestOutput]) -> list[Tensor]:
-        """[R, V] float32 each: what each token was drawn from, not divided by the temperature.
+        """The recorded logits of each output, [R, V] float32, not divided by the temperature. Ends the recording.
 
-        outputs: all requests since `note_logits`, in the order in which they were made.
+        outputs: all requests since `note_logits`, in the order of their creation.
         """
         keys, logits = self._fetched("save_logits")
         row_of = {key: row for row, key in enumerate(keys.tolist())}
@@ -113,22 +113,22 @@ class LLMClient:
         return found
 
     def trace_modules(self, rows: int) -> None:
-        """Of the first `rows` requests that come next, until `modules` asks for them. On a CPU alone."""
+        """Start recording module values of the next `rows` requests, until `modules` is called. CPU only."""
         self._llm.collective_rpc("trace_modules", args=(rows,))
 
     def modules(self) -> dict[PlaceName, Place]:
-        """What modules made of them, under the names of transformers' modules."""
+        """The recorded inputs and outputs, under the names of transformers' modules. Ends the recording."""
         return {name: Place(*parts) for name, parts in self._fetched("save_modules").items()}
 
     def _fetched(self, method: str) -> Any:
-        """What a worker writes to a file: too much for an answer."""
+        """A record that a worker writes to a file, since it is too large for an RPC result."""
         with tempfile.TemporaryDirectory(prefix="minirl-record-") as folder:
             path = str(Path(folder) / "record.pt")
             self._llm.collective_rpc(method, args=(path,))
             return torch.load(path)
 
     def _captured(self) -> dict[str, np.ndarray]:
-        """By the id that the request was given; within vLLM it goes on with a random part."""
+        """{request id: experts}. vLLM's internal ids have a random suffix, which is removed."""
         return {
             request.rpartition("-")[0]: np.frombuffer(data, np.int16).reshape(shape)
             for request, (shape, data) in self._llm.collective_rpc("take_routing")[0].items()
@@ -136,7 +136,7 @@ class LLMClient:
 
 
 class _Transfer:
-    """vLLM's VLLMWeightSyncClient over an LLM, whose own methods want their arguments wrapped."""
+    """vLLM's VLLMWeightSyncClient for an LLM object, whose methods take their arguments inside a dict."""
 
     def __init__(self, llm: LLM):
         self._llm = llm

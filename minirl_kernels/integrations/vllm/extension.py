@@ -1,4 +1,4 @@
-"""What a trainer asks of vLLM's workers beyond what they offer: `worker_extension_cls` of the engine."""
+"""WorkerExtension: methods that a trainer calls in vLLM's workers (the engine's `worker_extension_cls`)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .weights import noting
 
 
 class WorkerExtension:
-    """Methods for `LLM.collective_rpc`; names and arguments need no unsafe serialization."""
+    """Methods for `LLM.collective_rpc`. Their arguments are plain values, so no unsafe serialization is needed."""
 
     def mend_seeds(self) -> None:
-        """Once, on a CPU, before any seeded request."""
+        """Install the fix of seeds.py. Call it once, on a CPU, before the first seeded request."""
         runner, sample_tokens = self.model_runner, self.model_runner.sample_tokens
 
         def sampled(*args, **kwargs):
@@ -28,7 +28,7 @@ class WorkerExtension:
         runner.sample_tokens = sampled
 
     def watch_weights(self) -> None:
-        """Note a digest of each tensor that the model is given to load from now on, whichever way it comes."""
+        """From now on, record a digest of each tensor that is passed to the model's load_weights."""
         model = self.model_runner.get_model()
         load_weights = model.load_weights
         self._received: dict[str, str] = {}
@@ -39,39 +39,39 @@ class WorkerExtension:
         model.load_weights = watched
 
     def received_weights(self) -> dict[str, str]:
-        """The digests of all weights received since the last call, by their names in a checkpoint."""
+        """{name in the checkpoint: digest} of all weights received since the last call."""
         received, self._received = self._received, {}
         return received
 
     def capture_routing(self) -> None:
-        """Note the experts of all requests from now on."""
+        """From now on, record the experts of all requests."""
         self._routing = RoutingCapture(self.model_runner)
 
     def forget_routing(self) -> None:
-        """Drop what was noted with earlier weights."""
+        """Delete experts that were recorded with earlier weights."""
         self._routing.forget()
 
     def take_routing(self) -> dict[str, tuple[list[int], bytes]]:
-        """(shape, bytes of int16) of each request that ended, as RoutingCapture.take has them."""
+        """{request: (shape, bytes of int16)} of all ended requests; see RoutingCapture.take."""
         return {request: (list(ids.shape), ids.tobytes()) for request, ids in self._routing.take().items()}
 
     def note_logits(self) -> None:
-        """Of the sampled tokens, from now on."""
+        """From now on, record the logits of the sampled tokens."""
         self._logits = LogitsRecord(self.model_runner)
 
     def save_logits(self, path: str) -> None:
-        """Write what LogitsRecord.take has to a file, and note no more."""
+        """Write the result of LogitsRecord.take to a file, and end the recording."""
         self._save(self._logits.take(), path)
 
     def trace_modules(self, rows: int) -> None:
-        """Note what the modules make of the first `rows` requests from now on."""
+        """From now on, record inputs and outputs of modules for the first `rows` requests."""
         self._modules = ModuleRecord(self.model_runner, rows)
 
     def save_modules(self, path: str) -> None:
-        """Write keys, values and numbers of each place to a file, and note no more."""
+        """Write keys, values and numbers of each place to a file, and end the recording."""
         places = self._modules.take()
         self._save({name: (place.keys, place.values, place.numbers) for name, place in places.items()}, path)
 
     def _save(self, record: object, path: str) -> None:
-        if self.rank == 0:  # the others have parts of the same
+        if self.rank == 0:  # other ranks hold parts of the same record
             torch.save(record, path)

@@ -1,4 +1,4 @@
-"""Where our parts take the place of vLLM's on a CPU: all of it, by vLLM's own registries where they reach."""
+"""install: replaces vLLM's kernels on a CPU, through vLLM's registries where it has one."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _KNOWN = "0.32."
 
 @functools.cache
 def install() -> None:
-    """Once in a process. Raises ValueError for another version of vLLM."""
+    """Replace vLLM's kernels, once per process. Raises ValueError for an untested version of vLLM."""
     if not vllm.__version__.startswith(_KNOWN):
         raise ValueError(
-            f"MINIRL_BATCH_INVARIANT is 1 with vLLM {vllm.__version__}: on a CPU it must be {_KNOWN}*, in others what "
-            "was replaced may no longer be all that computes"
+            f"MINIRL_BATCH_INVARIANT is 1 with vLLM {vllm.__version__}: on a CPU it must be {_KNOWN}*, since other "
+            "versions may compute with kernels that are not replaced"
         )
     RMSNorm.register_oot(layers.TransformersRMSNorm)
     RotaryEmbedding.register_oot(layers.TransformersRotaryEmbedding)
     UnquantizedFusedMoEMethod.register_oot(layers.Experts)
-    # on a CPU no other name is looked up
+    # on a CPU, vLLM looks up this name only
     register_backend(AttentionBackendEnum.CPU_ATTN, f"{__package__}.attention.PagedAttention")
-    # No registry reaches these. The activation needs none: vLLM calls torch's silu, which is ours in the mode.
+    # vLLM has no registry for these two. The activation is torch's silu, which the mode covers.
     gemms.dispatch_cpu_unquantized_gemm = layers.set_linear
     _after(CpuPlatform, prepare)
 
 
 def _after(platform: type, then) -> None:
-    """Let `then` see each configuration after the platform did: in the user's own process, before anything starts."""
+    """Call `then(config)` after the platform's own check, in the user's process and before the engine starts."""
     check_and_update_config = platform.check_and_update_config.__func__
 
     def checked(cls, vllm_config) -> None:

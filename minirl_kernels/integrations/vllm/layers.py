@@ -1,7 +1,7 @@
-"""The layers of vLLM's Qwen3 and Qwen3-MoE by the operations that transformers runs, with the same roundings.
+"""Layers for vLLM's Qwen3 and Qwen3-MoE that run the same operations as transformers, with the same rounding.
 
-They call torch, whose operations are ours in batch-invariant mode, and moe_experts. Products are of the weights as they
-were loaded: nothing is packed, so that whatever loads weights again is seen.
+They call moe_experts and torch, whose operations the batch-invariant mode replaces. Weights are used as loaded, without
+packing, so reloaded weights take effect at once.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from ...ops.moe_routing import moe_routing
 
 
 def set_linear(layer: nn.Module, remove_weight: bool) -> None:
-    """dispatch_cpu_unquantized_gemm: what `layer` calls as cpu_linear(x, weight, bias). The weight always stays."""
+    """Replacement for dispatch_cpu_unquantized_gemm: sets layer.cpu_linear(x, weight, bias), and keeps the weight."""
     layer.cpu_linear = float32_linear if isinstance(layer, ParallelLMHead) else F.linear
 
 
 class TransformersRMSNorm(RMSNorm):
-    """The sum with the residual is rounded before it is normed, and the normed before its product with the weight."""
+    """RMSNorm with transformers' rounding: after the residual sum, and before the product with the weight."""
 
     def forward_native(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        """x [..., H], residual [..., H]: the norm of x, or (the norm of their sum, the sum)."""
+        """x, residual: [..., H]. Returns norm(x), or (norm(x + residual), x + residual)."""
         if residual is not None:
             x = residual + x
         floats = x.float()
@@ -39,7 +39,7 @@ class TransformersRMSNorm(RMSNorm):
 
 
 class TransformersRotaryEmbedding(RotaryEmbedding):
-    """Each product is rounded, then the sum."""
+    """Rotary embedding that rounds each product and then the sum, as transformers does."""
 
     def forward_native(self, positions: Tensor, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """positions [T]; query, key [T, heads D]."""
@@ -54,7 +54,7 @@ class TransformersRotaryEmbedding(RotaryEmbedding):
 
 
 def softmax_topk(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """Weights [T, K], of the dtype of router_logits [T, E], and ids of experts [T, K] int32, the likeliest first."""
+    """(weights [T, K] in the dtype of router_logits [T, E], expert ids [T, K] int32), in descending order."""
     weights, ids = F.softmax(router_logits, dim=-1, dtype=torch.float32).topk(top_k, -1)
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -62,16 +62,16 @@ def softmax_topk(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[
 
 
 def recorded_topk(router_logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """The same by moe_routing, as training computes it while it records or replays."""
+    """As softmax_topk, by moe_routing: the training engine computes so while it records or replays experts."""
     routing = moe_routing(router_logits, top_k, norm_topk_prob=renormalize)
     return routing.weights.to(router_logits.dtype), routing.experts.int()
 
 
 class Experts(UnquantizedFusedMoEMethod):
-    """moe_experts, on w13_weight [E, 2 I, H] and w2_weight [E, H, I] as they were loaded."""
+    """moe_experts with w13_weight [E, 2 I, H] and w2_weight [E, H, I] as loaded."""
 
     def __init__(self, moe):
-        # not its own, which picks kernels that have demands on the sizes
+        # skips the parent's __init__, which picks kernels that require certain sizes
         super(UnquantizedFusedMoEMethod, self).__init__(moe)
         self.unquantized_backend = UnquantizedMoeBackend.OOT
 

@@ -1,4 +1,4 @@
-"""The logits of vLLM's sampled tokens, over the whole vocabulary: tensors, where vLLM itself makes objects."""
+"""Records the logits of vLLM's sampled tokens over the whole vocabulary, as tensors instead of vLLM's objects."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .tokens import Tokens
 
 
 class LogitsRecord:
-    """Notes what a model runner's model makes of the last token of each request, from the next forward on."""
+    """Records the logits of the last token of each request, from the next forward of a model runner on."""
 
     def __init__(self, runner):
         self._model = runner.get_model()
@@ -19,7 +19,7 @@ class LogitsRecord:
         self._model.compute_logits = self._noting
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """(keys [n] of the tokens that they come after, in Tokens' terms, logits [n, V] float32); ends the record."""
+        """(keys [n] of the tokens before the sampled ones, see Tokens; logits [n, V] float32). Ends the recording."""
         self._model.compute_logits = self._compute
         self._tokens.close()
         keys, logits = zip(*self._noted, strict=True)
@@ -27,6 +27,6 @@ class LogitsRecord:
 
     def _noting(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         logits = self._compute(hidden_states, *args, **kwargs)
-        # a copy: the sampler goes on to change them where they are
+        # a copy, since the sampler changes the logits in place
         self._noted.append((self._tokens.keys[self._tokens.last], logits.detach().to("cpu", torch.float32, copy=True)))
         return logits

@@ -1,4 +1,4 @@
-"""The experts that vLLM's routers choose, where vLLM does not return them itself (on a CPU, in 0.32)."""
+"""Records the experts that vLLM's routers choose. On a CPU, vLLM 0.32 does not return them itself."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vllm.model_executor.layers.fused_moe.layer import MoERunner
 
 
 class RoutingCapture:
-    """Notes the experts of every token that a model runner computes, by the slot of the KV cache that the token fills.
+    """Records the experts of every computed token, under the KV cache slot of the token.
 
-    What a request has read from the prefix cache was computed for another one, in the same slots; what a preempted
-    request computes again, and each chunk of a long prompt, has slots of its own. So a request's experts are those of
-    its slots, and need no book-keeping of batches.
+    A prefix that a request reads from the cache was computed for another request, in the same slots. Chunks of a long
+    prompt and recomputed tokens of a preempted request also have their slots. So the experts of a request are the
+    entries of its slots, without any bookkeeping of batches.
     """
 
     def __init__(self, runner):
@@ -32,18 +32,18 @@ class RoutingCapture:
         runner.execute_model = partial(self._execute, runner.execute_model)
 
     def forget(self) -> None:
-        """Of other weights: nothing that is in the cache counts any more."""
+        """Delete all records, after a change of weights."""
         self._finished.clear()
         if self._ids is not None:
             self._ids.fill(-1)
 
     def take(self) -> dict[str, np.ndarray]:
-        """The experts of all requests that ended since the last call, by vLLM's request id.
+        """{vLLM's request id: experts} of all requests that ended since the last call.
 
-        [tokens, layers, K] int16 each: the MoE layers in order, -1 where nothing was recorded. There may be rows beyond
-        the tokens that were computed, whose content means nothing.
+        Experts are [tokens, layers, K] int16: the MoE layers in order, -1 where nothing was recorded. Rows after the
+        computed tokens are undefined.
         """
-        finished = {request: self._of(request) for request in self._runner.requests} | self._finished
+        finished = {request: self._experts_of(request) for request in self._runner.requests} | self._finished
         self._finished = {}
         return finished
 
@@ -51,10 +51,10 @@ class RoutingCapture:
         self._chosen[place] = ids
 
     def _execute(self, execute_model, scheduler_output, *args, **kwargs):
-        # their slots are free from now on, and still hold what was computed in them
+        # before this step, since it may reuse the slots of finished requests
         for request in scheduler_output.finished_req_ids:
             if request in self._runner.requests:
-                self._finished[request] = self._of(request)
+                self._finished[request] = self._experts_of(request)
         output = execute_model(scheduler_output, *args, **kwargs)
         if scheduler_output.total_num_scheduled_tokens:
             self._store(scheduler_output.total_num_scheduled_tokens)
@@ -68,9 +68,9 @@ class RoutingCapture:
             self._ids = np.full((slots, *ids.shape[1:]), -1, np.int16)
         self._ids[table.slot_mapping.gpu[:tokens].cpu().numpy()] = ids
 
-    def _of(self, request: str) -> np.ndarray:
+    def _experts_of(self, request: str) -> np.ndarray:
         size = self._runner.input_batch.block_table[0].block_size
         blocks = np.asarray(self._runner.requests[request].block_ids[0])
         rows = self._ids[(blocks[:, None] * size + np.arange(size)).ravel()]
-        rows[np.repeat(blocks == 0, size)] = -1  # vLLM's stand-in for a block that was given up
+        rows[np.repeat(blocks == 0, size)] = -1  # block 0 is vLLM's placeholder for a freed block
         return rows

@@ -1,7 +1,7 @@
-"""vLLM's sampler, whose log-probabilities are token_logprobs: in training they are made of differences of logits.
+"""vLLM's sampler with log-probabilities by token_logprobs, so that they have the same bits as in training.
 
-vLLM makes log-probabilities of a whole vocabulary, and then looks some up. Here it hands on logits and the temperature,
-and those that are looked up are computed.
+vLLM computes log-probabilities of the whole vocabulary and then selects some. This sampler passes on the logits and the
+temperature instead, and computes only the selected log-probabilities.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ...ops.token_logprobs import token_logprobs
 
 
 class Scores(NamedTuple):
-    """Stands for log-probabilities [B, V]."""
+    """Takes the place of a tensor of log-probabilities [B, V]."""
 
     logits: Tensor
-    """[B, V] float32, not divided by the temperature; -inf where a token was not to be drawn."""
+    """[B, V] float32, not divided by the temperature; -inf for a token that top-k or top-p excluded."""
     temperature: Tensor
     """[B] float32"""
 
     def of(self, token_ids: Tensor) -> Tensor:
-        """[B, K] float32, nats, of ids [B, K]."""
+        """Log-probabilities [B, K] float32, nats, of ids [B, K]."""
         rows = self.logits[:, None].expand(-1, token_ids.shape[1], -1)
         return token_logprobs(rows, token_ids, temperature=self.temperature[:, None].expand(token_ids.shape))
 
@@ -35,12 +35,12 @@ class Scores(NamedTuple):
 class TokenSampler(Sampler):
     def __init__(self, logprobs_mode: str, use_fp64_gumbel: bool):
         super().__init__(logprobs_mode, use_fp64_gumbel)
-        if logprobs_mode == "processed_logprobs":  # to see which tokens top-k and top-p leave
+        if logprobs_mode == "processed_logprobs":  # the processed logits show which tokens top-k and top-p keep
             self.topk_topp_sampler = TopKTopPSampler("processed_logits", use_fp64_gumbel)
 
     @staticmethod
     def compute_logprobs(logits: Tensor) -> Scores:
-        # a copy: vLLM goes on to change the logits where they are
+        # a copy, since vLLM changes the logits in place
         return Scores(logits.float().clone(), logits.new_ones(len(logits), dtype=torch.float32))
 
     def sample(
@@ -50,7 +50,7 @@ class TokenSampler(Sampler):
             return super().sample(logits, sampling_metadata, logprobs_mode_override)
         undivided = logits.clone()
         sampled, processed = super().sample(logits, sampling_metadata, logprobs_mode_override)
-        # as vLLM has it for those that take the likeliest token
+        # a temperature near 0 means greedy sampling; vLLM then divides by 1
         temperature = sampling_metadata.temperature
         temperature = torch.where(temperature < _SAMPLING_EPS, 1.0, temperature)
         return sampled, Scores(undivided.masked_fill_(processed == -torch.inf, -torch.inf), temperature)

@@ -1,4 +1,4 @@
-"""Seeded requests whose prompts are read in parts: vLLM 0.32 cannot sample them on a CPU."""
+"""A fix for seeded requests with chunked prompts, which vLLM 0.32 cannot sample on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def unread_prompts_draw_nothing(runner) -> Iterator[None]:
-    """While a model runner samples. vLLM draws a token after each part of a prompt, and rewinds, which no CPU can."""
+    """Removes the generators of requests whose prompts are not read completely, while the model runner samples.
+
+    vLLM draws a token after each chunk of a prompt, and then rewinds the generator. Rewinding fails on a CPU.
+    """
     batch = runner.input_batch
     unread = runner.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
     kept = {index: batch.generators.pop(index) for index in unread if index in batch.generators}

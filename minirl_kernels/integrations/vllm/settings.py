@@ -1,4 +1,4 @@
-"""The settings of vLLM that the mode takes on a CPU."""
+"""Checks that vLLM's settings are supported by the mode on a CPU."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ RECORDS_ROUTING = "minirl_records_routing"
 
 
 def prepare(config: VllmConfig) -> None:
-    """Refuse what the mode does not cover, and have our worker run.
+    """Check the settings, and select BatchInvariantWorker.
 
-    Raises ValueError that names each setting, what it was and what it must be.
+    Raises ValueError that names each unsupported setting, its value, and the supported values.
     """
-    # a trainer may have switched it on for one engine, and start another; a tool may run no model
+    # A trainer may start another engine without the mode in this process; a tool may run without a model.
     if os.environ.get("MINIRL_BATCH_INVARIANT") != "1" or config.model_config is None:
         return
     refused = [
@@ -32,32 +32,32 @@ def prepare(config: VllmConfig) -> None:
         raise ValueError(f"MINIRL_BATCH_INVARIANT is 1, and on a CPU {'; '.join(refused)}")
     config.parallel_config.worker_cls = WORKER
     if autocast_dtype(config) is not None:
-        # rounded when it is written, rather than whenever it is read
+        # rounds the cache when it is written, instead of at every read
         config.cache_config.cache_dtype = _autocast(config)
 
 
 def autocast_dtype(config: VllmConfig) -> torch.dtype | None:
-    """What float32 weights compute in, as in a trainer with autocast; None: the model's own dtype."""
+    """The autocast dtype for float32 weights, as in the trainer; None: compute in the model's dtype."""
     name = _autocast(config)
     return None if name is None else getattr(torch, name)
 
 
 def records_routing(config: VllmConfig) -> bool:
-    """Whether training records or replays experts, and computes their weights as it does then."""
-    return _more(config).get(RECORDS_ROUTING, False)
+    """Whether training records or replays experts. vLLM then computes expert weights by moe_routing too."""
+    return _extra(config).get(RECORDS_ROUTING, False)
 
 
 def _autocast(config: VllmConfig) -> str | None:
-    return _more(config).get(AUTOCAST)
+    return _extra(config).get(AUTOCAST)
 
 
-def _more(config: VllmConfig) -> dict:
-    """additional_config, which may be an object of another plugin's own."""
+def _extra(config: VllmConfig) -> dict:
+    """additional_config; empty if it is an object of another plugin."""
     return config.additional_config if isinstance(config.additional_config, dict) else {}
 
 
 def _expected(config: VllmConfig) -> Iterator[tuple[str, object, tuple]]:
-    """(what a user calls it, its value, the values that the mode takes)"""
+    """(name of a setting, its value, the supported values)"""
     model, parallel, autocast = config.model_config, config.parallel_config, _autocast(config)
     rope = getattr(model.hf_text_config, "rope_parameters", None) or {}
     yield "the architecture", model.architecture, ARCHITECTURES

@@ -1,4 +1,4 @@
-"""Which token of which request each row of a forward of vLLM is."""
+"""Assigns each row of vLLM's forwards to a token of a request."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from ...discrepancy.forwards import STRIDE
 
 
 class Tokens:
-    """Follows a model runner's forwards, from the next one on. Requests are counted as they come.
+    """Follows a model runner's forwards, from the next one on. Requests are numbered in the order of arrival.
 
-    keys: [tokens] int64 of the forward that runs: number of the request * STRIDE + place of the token in it.
-    last: [requests], the row of the last token of each request. forward: the number of the forward.
+    keys: [tokens] int64, for the running forward: number of the request * STRIDE + place of the token in it.
+    last: [requests], the row of the last token of each request. forward: number of the forward.
     """
 
     def __init__(self, runner):
@@ -27,7 +27,7 @@ class Tokens:
 
     def _begin(self, model, args: tuple, kwargs: dict[str, Tensor]) -> None:
         batch = self._runner.input_batch
-        # in the order in which they came, whichever way the batch puts them
+        # numbered in the order of arrival, which the batch does not keep
         for request in self._runner.requests:
             self._numbers.setdefault(request, len(self._numbers))
         starts = self._runner.query_start_loc.np[: batch.num_reqs + 1]

@@ -1,6 +1,7 @@
-"""Weights from a trainer to vLLM, through vLLM's weight-transfer interface, and what shows that they arrived.
+"""Sends weights from a trainer to vLLM through vLLM's weight-transfer interface, with digests to check the arrival.
 
-vLLM's own backends move them between GPUs. "minirl_file" needs a folder that both processes see, and works anywhere.
+vLLM's own backends transfer weights between GPUs. The backend "minirl_file" works on every device; it needs a folder
+that both processes can access.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ from . import FILE_TRANSFER
 
 
 class CheckpointSource(WeightSource):
-    """The weights that a transformers model has now, under the names of its checkpoints, which vLLM loads.
+    """The current weights of a transformers model, under their names in a checkpoint, as vLLM loads them.
 
-    A tensor with two names (tied embeddings) has the first alone, as in a checkpoint. digests: of what it has given.
+    A tensor with two names (tied embeddings) appears under the first name only, as in a checkpoint.
+    digests: {name: digest} of the weights that were read.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -57,7 +59,7 @@ class CheckpointSource(WeightSource):
 
 
 def noting(weights: Iterable[tuple[str, Tensor]], digests: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """`weights`, with the SHA-256 of each tensor's bytes put into `digests` by its name."""
+    """Yields `weights`, and stores the SHA-256 of each tensor's bytes in `digests` under its name."""
     for name, tensor in weights:
         data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
         digests[name] = hashlib.sha256(data).hexdigest()
@@ -66,12 +68,12 @@ def noting(weights: Iterable[tuple[str, Tensor]], digests: dict[str, str]) -> It
 
 @dataclass
 class FileInitInfo(WeightTransferInitInfo):
-    """Nothing has to be agreed on."""
+    """Empty: the two sides need no parameters."""
 
 
 @dataclass
 class FileUpdateInfo(WeightTransferUpdateInfo):
-    """path: a safetensors file with all weights of a checkpoint."""
+    """path: a safetensors file with all weights of the checkpoint."""
 
     path: str
 
@@ -102,21 +104,21 @@ class FileWeightTransfer(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
 
 
 def pack_experts(model: nn.Module) -> None:
-    """Bring reloaded experts into the layout of vLLM's CPU kernels, which its reloading leaves out (in 0.32)."""
+    """Convert reloaded experts to the layout of vLLM's CPU kernels. vLLM 0.32 does not do so when it reloads."""
     for module in model.modules():
-        if isinstance(module, MoERunner) and module._quant_method.moe_kernel is not None:  # ours packs nothing
+        if isinstance(module, MoERunner) and module._quant_method.moe_kernel is not None:  # None for layers.Experts
             module._quant_method.moe_kernel.fused_experts.process_weights_after_loading(module.routed_experts)
 
 
 @dataclass
 class FileTrainerInfo(TrainerInitInfo):
-    """The trainer's choice of "minirl_file"."""
+    """Selects the backend "minirl_file" on the trainer's side."""
 
     backend: ClassVar[str] = FILE_TRANSFER
 
 
 class FileTrainer(TrainerWeightTransferEngine[FileTrainerInfo]):
-    """The trainer's side of "minirl_file": each hand-over is a file, which is gone when it ends."""
+    """The trainer's side of "minirl_file". Each transfer writes a temporary file."""
 
     init_info_cls = FileTrainerInfo
 

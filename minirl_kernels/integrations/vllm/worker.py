@@ -1,4 +1,4 @@
-"""vLLM's worker on a CPU, in batch-invariant mode."""
+"""vLLM's CPU worker in batch-invariant mode."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .settings import autocast_dtype, records_routing
 
 
 class BatchInvariantWorker(CPUWorker):
-    """Runs the model and its sampler in the mode, and in autocast where the settings say so."""
+    """Runs the model and the sampler in batch-invariant mode, with autocast if the settings request it."""
 
     def init_device(self) -> None:
-        """Raises ValueError for logits processors that change what is drawn from other than by leaving tokens out."""
+        """Raises ValueError for a logits processor that changes logits, other than by excluding tokens."""
         super().init_device()
         runner = self.model_runner
         for processor in runner.input_batch.logitsprocs.argmax_invariant:
@@ -33,17 +33,17 @@ class BatchInvariantWorker(CPUWorker):
         runner.sampler = TokenSampler(runner.sampler.logprobs_mode, runner.sampler.use_fp64_gumbel)
 
     def execute_model(self, scheduler_output):
-        with self._computing():
+        with self._in_mode():
             return super().execute_model(scheduler_output)
 
     def sample_tokens(self, grammar_output):
-        with self._computing(), unread_prompts_draw_nothing(self.model_runner):
+        with self._in_mode(), unread_prompts_draw_nothing(self.model_runner):
             return super().sample_tokens(grammar_output)
 
     @contextmanager
-    def _computing(self) -> Iterator[None]:
+    def _in_mode(self) -> Iterator[None]:
         dtype = autocast_dtype(self.vllm_config)
-        # no registry reaches it, and another engine of this process may want the other one
+        # set at every step: vLLM has no registry for it, and engines of one process may need different functions
         recorded = records_routing(self.vllm_config)
         cpu_router._softmax_topk = layers.recorded_topk if recorded else layers.softmax_topk
         with batch_invariant_mode(), torch.autocast("cpu", dtype, enabled=dtype is not None):

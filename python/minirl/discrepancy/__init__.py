@@ -1,1 +1,1 @@
-"""`minirl discrepancy`: two engines that transformers can be, compared."""
+"""`minirl discrepancy`: compares the rollout engine of a run with its training engine."""

@@ -1,4 +1,4 @@
-"""`minirl discrepancy`: from a target and options to a report."""
+"""The command `minirl discrepancy`: makes the engines, compares them, and writes the report."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from .show import number, show
 from .target import Target
 from .vllm import vllm_engine
 
-FORMAT = 1  # of the JSON file: another where a key goes or changes its meaning
+FORMAT = 1  # version of the JSON file; increase it if a key is removed or changes its meaning
 
 
 def discrepancy(name: str, target: Target, options: DiscrepancyOptions, console: Console) -> bool:
-    """Compare, print, and write discrepancy.json and discrepancy.png; whether the report is within the limit.
+    """Compare the engines, print the report, and write discrepancy.json and discrepancy.png.
 
-    name: of the target, as it was given. Raises MiniRLError.
+    name: the target as the user gave it. Returns whether the report is within --fail-above. Raises MiniRLError.
     """
     options.check()
     disable_progress_bar()
@@ -75,7 +75,7 @@ def discrepancy(name: str, target: Target, options: DiscrepancyOptions, console:
             log=RunDir(folder).vllm_log,
         )
     else:
-        # as in training: for R2 too, mu records, and routes by the rule of what records
+        # mu records for R2 too, as in training, since a recording router breaks ties by moe_routing's rule
         engine = nullcontext(inference_engine(model, options.mu, sampling, ends, records_routing=replay != "disabled"))
     with engine as mu, progress(console, "comparing", len(prompts)) as done:
         report = compare_engines(
@@ -104,9 +104,9 @@ def discrepancy(name: str, target: Target, options: DiscrepancyOptions, console:
 
 
 def keep_earlier(paths: Sequence[Path]) -> list[Path]:
-    """Give files of an earlier comparison the first number that is free for all of them, as in discrepancy-1.json.
+    """Rename the files of an earlier comparison, such as discrepancy-1.json, with one unused number for all.
 
-    Returns their new names. Raises MiniRLError if a file cannot be renamed.
+    Returns the new names. Raises MiniRLError if a file cannot be renamed.
     """
     count = 1
     while any(_numbered(path, count).exists() for path in paths):
@@ -125,7 +125,7 @@ def _numbered(path: Path, count: int) -> Path:
 
 
 def _made(folder: Path) -> Path:
-    """The folder, there before the comparison begins. Raises MiniRLError if it is unwritable."""
+    """Create the folder before the comparison begins. Raises MiniRLError if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -136,7 +136,7 @@ def _made(folder: Path) -> Path:
 
 
 def write_json(path: Path, table: dict[str, Any]) -> None:
-    """Numbers that JSON has no word for (infinity, NaN) are null. Raises MiniRLError if path is unwritable."""
+    """Write JSON, with null for infinity and NaN. Raises MiniRLError if path is not writable."""
     try:
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(_finite(table), indent=2, default=str) + "\n", encoding="utf-8")
@@ -153,7 +153,7 @@ def _finite(value: Any) -> Any:
 
 
 def _updated(options: DiscrepancyOptions, vocab_size: int) -> TrainingEngine:
-    """pi_theta, which computes as pi does."""
+    """The engine pi_theta, with the settings of pi."""
     model, tokenizer = load_model(options.updated_model, options.pi.experts_implementation)
     if len(tokenizer) != vocab_size:
         raise MiniRLError(
@@ -168,7 +168,7 @@ def _updated(options: DiscrepancyOptions, vocab_size: int) -> TrainingEngine:
 
 
 def _bounds(config: PolicyLossConfig) -> PolicyLossConfig:
-    """MiniRL's bounds and threshold as the run has them, if it is one of MiniRL."""
+    """The run's clip bounds and truncation threshold if its objective is MiniRL; otherwise MiniRL's defaults."""
     if config.objective != "minirl":
         return PolicyLossConfig()
     return PolicyLossConfig(
@@ -182,7 +182,7 @@ def _is_within(report: DiscrepancyReport, options: DiscrepancyOptions, console: 
     if options.fail_above is None:
         return True
     value = report.headline[options.fail_metric]
-    within = value <= options.fail_above  # not so for NaN
+    within = value <= options.fail_above  # False for NaN
     relation = "within" if within else "not within"
     console.print(f"{options.fail_metric} is {number(value)}: {relation} --fail-above {options.fail_above:g}")
     return within

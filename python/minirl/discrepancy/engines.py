@@ -1,4 +1,4 @@
-"""The two engines that transformers can be: the trainer's rollout engine, and the trainer's forward."""
+"""The two engines by transformers: the trainer's rollout engine (mu), and the trainer's forward (pi)."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def inference_engine(
     *,
     records_routing: bool = False,
 ) -> GeneratingEngine:
-    """mu. sampling: temperature, max_new_tokens and batch_size. Raises MiniRLError for settings that cannot be."""
-    generator = _Generator(_computing_as(model, settings, "mu"), settings, sampling, end_token_ids, records_routing)
+    """The engine mu. sampling: temperature, max_new_tokens and batch_size. Raises MiniRLError for invalid settings."""
+    generator = _Generator(_configured_copy(model, settings, "mu"), settings, sampling, end_token_ids, records_routing)
     if settings.decode:
         return generator
     scorer = training_engine(model, settings, sampling.temperature, "mu", records_routing=records_routing)
@@ -46,18 +46,20 @@ def inference_engine(
 def training_engine(
     model: PreTrainedModel, settings: EngineSettings, temperature: float, name: str, *, records_routing: bool = False
 ) -> TrainingEngine:
-    """pi, or another by the name that its options have. Raises MiniRLError for settings that cannot be."""
-    model = _computing_as(model, settings, name)
+    """A training engine. name: prefix of its options, "pi" or "mu". Raises MiniRLError for invalid settings."""
+    model = _configured_copy(model, settings, name)
     if settings.quantization is not None:
         try:
             model = E4M3Copy(model).model
         except ValueError as error:
-            raise MiniRLError(f"--{name}.quantization is {settings.quantization!r}, and cannot be: {error}") from None
+            raise MiniRLError(
+                f"--{name}.quantization is {settings.quantization!r}: it must be None, as {error}"
+            ) from None
     return TrainingEngine(model, settings, temperature, records_routing)
 
 
 class _Generator:
-    """The trainer's rollout engine, with its logits."""
+    """The trainer's rollout engine, which also keeps its logits."""
 
     def __init__(self, model, settings: EngineSettings, sampling: RolloutConfig, end_token_ids, records_routing: bool):
         self._mode = _mode(settings)
@@ -82,7 +84,7 @@ class _Generator:
 
 
 def scores_of(rollouts: Rollouts) -> Scores:
-    """What a rollout engine says of its own samples."""
+    """The scores in the rollouts of an engine."""
     rows = zip(rollouts.rollout_log_probs, rollouts.response_mask, strict=True)
     return Scores([values[mask] for values, mask in rows], rollouts.logits, rollouts.routed_experts)
 
@@ -130,8 +132,8 @@ class TrainingEngine:
         return record_routing(self.model) if self._records_routing else nullcontext()
 
     def _logits(self, head: torch.nn.Linear, hidden: Tensor) -> Tensor:
-        """[R, V] float32 of hidden states [R, H]: what linear_token_logprobs makes its log-probabilities of."""
-        if self._dtype != "float32":  # autocast rounds both, and float32 sums follow
+        """Logits [R, V] float32 of hidden states [R, H], as linear_token_logprobs computes them."""
+        if self._dtype != "float32":  # as autocast: round both factors, then sum in float32
             hidden, weight = (tensor.to(getattr(torch, self._dtype)) for tensor in (hidden, head.weight))
         else:
             weight = head.weight
@@ -142,8 +144,8 @@ class TrainingEngine:
         return (logits / self._temperature).cpu()
 
 
-def _computing_as(model: PreTrainedModel, settings: EngineSettings, name: str) -> PreTrainedModel:
-    """A twin of `model` with its weights, which computes as the settings say."""
+def _configured_copy(model: PreTrainedModel, settings: EngineSettings, name: str) -> PreTrainedModel:
+    """A copy of `model` that shares its weights and has the implementations of the settings."""
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
     if settings.batch_invariant:
         make_batch_invariant(twin)
@@ -162,10 +164,10 @@ def _computing_as(model: PreTrainedModel, settings: EngineSettings, name: str) -
             token = torch.zeros(1, 1, dtype=torch.long, device=twin.device)
             twin(token, attention_mask=torch.ones_like(token), use_cache=False)
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
-        raise MiniRLError(f"{name} cannot compute as its options say: {error}") from error
+        raise MiniRLError(f"{name} cannot compute with its options: {error}") from error
     return twin
 
 
 def _mode(settings: EngineSettings):
-    """The context manager that the engine computes in, to be called each time."""
+    """A function that returns the context in which the engine computes; each forward needs a new context."""
     return batch_invariant_mode if settings.batch_invariant else nullcontext

@@ -1,4 +1,4 @@
-"""The report as one PNG: how log d is spread, how the difference grows, how the routers agree."""
+"""The report as a PNG: the distribution of log d, the differences by layer, and the agreement of the routers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..plots import COLOURS
 from ..run_dir import replacing
 from .show import number
 
-MOST_BINS = 61  # odd, so that one of them has 0 at its middle
+MOST_BINS = 61  # odd, so that one bin is centred at 0
 
 
 def draw(report: DiscrepancyReport, path: Path, title: str) -> None:
-    """Raises MiniRLError if path is unwritable."""
+    """Draw the report into `path`. Raises MiniRLError if path is not writable."""
     figure = Figure(figsize=(14, 4.4), dpi=130, layout="constrained")
     figure.suptitle(title, fontsize=11)
     spread, growth, routing = figure.subplots(1, 3)
@@ -46,7 +46,7 @@ def _spread(axes: Axes, report: DiscrepancyReport) -> None:
     axes.set_ylabel("tokens", fontsize=9)
     widest = float(abs(log_d).max()) if len(log_d) else 0.0
     if widest == 0:
-        _say(axes, f"all {len(log_d)} tokens have the same bits" if len(log_d) else "no finite values")
+        _annotate(axes, f"all {len(log_d)} tokens have the same bits" if len(log_d) else "no finite values")
         return
     bins = min(MOST_BINS, 2 * math.isqrt(len(log_d)) + 1)
     axes.hist(log_d, bins=bins, range=(-widest, widest), color=COLOURS[0])
@@ -63,9 +63,9 @@ def _growth(axes: Axes, report: DiscrepancyReport) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     layers = [] if report.modules is None else [(layer, d.relative) for layer, d in report.modules.layers]
     if not any(value for _, value in layers):
-        _say(axes, "no layers were compared" if not layers else f"no difference in {len(layers)} layers")
+        _annotate(axes, "no layers were compared" if not layers else f"no difference in {len(layers)} layers")
         return
-    floor = min(value for _, value in layers if value) / 10  # where zeros stand, which have no place on the axis
+    floor = min(value for _, value in layers if value) / 10  # zeros are drawn here, since the axis is logarithmic
     axes.plot(*zip(*layers, strict=True), color=COLOURS[0], linewidth=1, alpha=0.4)
     differing = [(layer, value) for layer, value in layers if value]
     axes.plot(*zip(*differing, strict=True), "o", color=COLOURS[0], markersize=5)
@@ -84,7 +84,7 @@ def _routing(axes: Axes, report: DiscrepancyReport) -> None:
     axes.set_ylabel("% of tokens", fontsize=9)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if report.routing is None:
-        _say(axes, "no routing was compared")
+        _annotate(axes, "no routing was compared")
         return
     layers = [layer.layer for layer in report.routing]
     other = [100 * (1 - layer.equal_fraction) for layer in report.routing]
@@ -92,10 +92,10 @@ def _routing(axes: Axes, report: DiscrepancyReport) -> None:
     axes.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
     axes.set_ylim(bottom=0, top=None if any(other) else 1)
     if not any(other):
-        _say(axes, "none")
+        _annotate(axes, "none")
 
 
-def _say(axes: Axes, text: str) -> None:
+def _annotate(axes: Axes, text: str) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=10, color="#555555")

@@ -1,4 +1,4 @@
-"""What the engines are compared on."""
+"""The prompts of a comparison: from a file, from the target's task, or random tokens."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ MADE_UP_LENGTHS = (4, 32)  # tokens of a made-up prompt, at least and at most
 def make_prompts(
     target: Target, tokenizer: PreTrainedTokenizerBase, file: Path | None, count: int
 ) -> tuple[list[list[int]], str]:
-    """(token ids of `count` prompts, where they come from): the file's, else those of training, else made-up ones.
+    """(token ids of `count` prompts, description of their source).
 
-    A file of fewer gives all that it has. Raises MiniRLError.
+    The source is the file if given, otherwise the target's task, otherwise random tokens. A file with fewer prompts
+    gives all of them. Raises MiniRLError.
     """
     if file is not None:
         prompts = read_prompts(file)[:count]
@@ -42,7 +43,7 @@ def make_prompts(
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """One prompt per line that is not blank: of a .jsonl the key prompt, else the line itself. Raises MiniRLError."""
+    """One prompt per non-blank line: the key prompt in a .jsonl, otherwise the whole line. Raises MiniRLError."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

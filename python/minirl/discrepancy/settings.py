@@ -1,4 +1,4 @@
-"""What the command is told: its options, and how each engine computes."""
+"""The options of `minirl discrepancy`, and the settings of each engine."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from ..paths import home
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How an engine computes; both have the same float32 weights to begin with."""
+    """How an engine computes. Both engines start from the same float32 weights."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of its computation (autocast, as in training)."""
+    """Dtype of the computation (autocast, as in training)."""
     attn_implementation: str | None = None
-    """Of transformers: eager, sdpa, …; none: the model's own."""
+    """Attention implementation of transformers: minirl, eager, sdpa, …; none: the model's default."""
     experts_implementation: str | None = None
-    """How experts are computed: minirl, or as transformers does (eager, grouped_mm, …); none: the model's own."""
+    """How experts are computed: minirl, or as transformers does (eager, grouped_mm, …); none: the model's default."""
     quantization: Literal["e4m3"] | None = None
-    """e4m3: weights and activations are rounded as FP8 engines do."""
+    """e4m3: weights and activations are rounded as in FP8 engines."""
     batch_invariant: bool = False
-    """Computes in batch_invariant_mode(), and by the implementations minirl where no other is named."""
+    """Compute in batch_invariant_mode(). The implementations are then minirl, unless others are given."""
 
     @property
     def summary(self) -> str:
-        """In a few words."""
+        """The settings in a few words."""
         parts = [self.dtype, self.attn_implementation, self.experts_implementation, self.quantization]
         return ", ".join([part for part in parts if part] + ["batch-invariant"] * self.batch_invariant)
 
@@ -39,10 +39,10 @@ class InferenceSettings(EngineSettings):
     """How the inference engine computes."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
-    """transformers is the embedded one."""
+    """The inference engine; transformers is the embedded one."""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
     decode: bool = True
-    """Its log-probabilities are those of the decode; False: of the whole responses, scored again as π does."""
+    """True: log-probabilities come from the decode. False: whole responses are scored again, as π does."""
 
     @property
     def summary(self) -> str:
@@ -71,7 +71,7 @@ class TrainingSettings(EngineSettings):
     """How the training engine computes."""
 
     routing_replay: Literal["disabled", "R2", "R3"] = "disabled"
-    """Experts to replay: R3, those that μ chose, in π_old and π_θ; R2, those that π_old chose, in π_θ."""
+    """R3: π_old and π_θ replay the experts that μ chose. R2: π_θ replays the experts that π_old chose."""
 
     @property
     def summary(self) -> str:
@@ -80,32 +80,32 @@ class TrainingSettings(EngineSettings):
 
 @dataclass(frozen=True)
 class DiscrepancyOptions:
-    """What `minirl discrepancy` is told beside its target."""
+    """The options of `minirl discrepancy` besides its target."""
 
     mu: InferenceSettings
-    """The inference engine: it samples the responses, and says with which log-probabilities."""
+    """The inference engine. It samples the responses and returns their log-probabilities."""
     pi: TrainingSettings
-    """The training engine: it scores them."""
+    """The training engine. It scores the responses."""
     updated_model: str | None = None
     """Folder or hub name of π_θ, for the staleness r = π_θ/π_old; none: r is 1."""
     prompts: Path | None = None
-    """File of one per line, in a .jsonl its key prompt; none: the task's, or random tokens where there is no task."""
+    """File with one prompt per line (in a .jsonl, the key prompt). None: the task's prompts, or random tokens."""
     responses: int = 64
-    """How many, one to each prompt."""
+    """Number of responses, one per prompt."""
     max_new_tokens: int = 256
-    """A response is cut off here."""
+    """A response is cut off at this length."""
     temperature: float = 1.0
-    """Of sampling, and of all log-probabilities."""
+    """Temperature of sampling, and of all log-probabilities."""
     seed: int = 0
-    """Of the samples."""
+    """Seed of the samples."""
     batch_size: int = 32
-    """Responses at a time, for which the logits of both engines are kept, 8 bytes × vocabulary per token."""
+    """Responses per batch. The logits of both engines are kept for a batch: 8 bytes × vocabulary per token."""
     trace_sequences: int = 4
-    """Sequences of the first batch to compare module by module; every output of μ's modules is kept for them."""
+    """Sequences of the first batch to compare module by module. Every module output of μ is kept for them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU if there is one."""
     output: Path | None = None
-    """Folder for discrepancy.json and discrepancy.png; none: the run's, or this one."""
+    """Folder for discrepancy.json and discrepancy.png; none: the run's folder, or the current one."""
     fail_above: float | None = None
     """End with status 1 if fail_metric is above this, or is not a number."""
     fail_metric: Literal["kl_k3", "kl_full", "abs_log_d_max"] = "kl_k3"
@@ -118,7 +118,7 @@ class DiscrepancyOptions:
                 object.__setattr__(self, name, Path(home(str(value), f"--{name}")))
 
     def check(self) -> None:
-        """Raises MiniRLError, naming the option, for a value that makes no sense."""
+        """Raises MiniRLError, naming the option, for a value that is not allowed."""
         self.mu.check()
         for name in ("responses", "max_new_tokens", "batch_size"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
@@ -133,7 +133,7 @@ class DiscrepancyOptions:
 
 
 def default_options(config: TrainConfig) -> DiscrepancyOptions:
-    """Engines and sampling as a run of `config` has them."""
+    """The options with the engines and the sampling of a run of `config`."""
     experts = config.model.experts_implementation
     return DiscrepancyOptions(
         mu=InferenceSettings(

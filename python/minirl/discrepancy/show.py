@@ -1,4 +1,4 @@
-"""The report as tables for a terminal."""
+"""Prints the report as tables in a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from minirl_kernels.discrepancy.report import LOG_PROBS, FirstDifference, Jump
 
 
 def show(report: DiscrepancyReport, console: Console, bounds: PolicyLossConfig) -> None:
-    """Print it. bounds: those that it was made with."""
+    """Print the report. bounds: the config that was given to compare_engines."""
     metrics, threshold = report.metrics, bounds.rollout_is_threshold
     high, low = 1 + bounds.clip_ratio_high, 1 - bounds.clip_ratio_low
     quantiles = metrics["log_d_abs_quantiles"]
@@ -53,12 +53,12 @@ def show(report: DiscrepancyReport, console: Console, bounds: PolicyLossConfig) 
 
 
 def number(value: float | None) -> str:
-    """Three digits; exact zeros stand out."""
+    """The value with three digits; "0" only for an exact zero."""
     return "none" if value is None else "0" if value == 0 else f"{value:.3g}"
 
 
 def share(value: float) -> str:
-    """In per cent, where all and none are said of nothing else."""
+    """The fraction in per cent; "0 %" and "100 %" only for exactly 0 and 1."""
     return f"{100 * value:.0f} %" if value in (0, 1) else f"{min(max(100 * value, 0.001), 99.999):.3f} %"
 
 
@@ -115,14 +115,14 @@ def _show_first(report: DiscrepancyReport, console: Console) -> None:
         f"{number(first.difference.relative)} ({traced})"
     )
     jump = report.modules.jump
-    if jump is not None and jump.factor >= 2:  # roundings make it a little larger nearly everywhere
+    if jump is not None and jump.factor >= 2:  # rounding alone gives small factors in nearly every module
         console.print(
             f"  it grows most in {_where(jump)}: {number(jump.factor)} times, to {number(jump.difference.relative)}"
         )
 
 
 def describe(first: FirstDifference) -> str:
-    """In a few lines."""
+    """The first difference in a few lines."""
     where = _where(first)
     operation = first.operation
     if operation is None:
@@ -149,8 +149,8 @@ _MAKES_NO_VALUES = re.compile(
 
 
 def _listed(names: list[str], most: int = 12) -> str:
-    """Each name once, in order."""
+    """The names in order, without repetitions; at most `most` of them."""
     if not names:
-        return "no operation that makes values"
+        return "no operation that computes values"
     names = list(dict.fromkeys(names))
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""What is compared: what the command's first argument stands for."""
+"""find_target: reads the first argument of `minirl discrepancy`, a config file, a run or a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..run_dir import RunDir
 
 @dataclass(frozen=True)
 class Target:
-    """A configuration with the target's model, and the folder for what is written about it."""
+    """A configuration with the target's model, and the folder for the report."""
 
     config: TrainConfig
     folder: Path

@@ -1,4 +1,4 @@
-"""vLLM as mu: the trainer's rollout engine, looked into."""
+"""vLLM as mu: the trainer's vLLM engine, with records of its modules and logits on a CPU."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def vllm_engine(
     longest_prompt: int,
     log: Path,
 ) -> Iterator[GeneratingEngine]:
-    """mu, which ends with the block. Raises MiniRLError.
+    """The engine mu, which is closed at the end of the block. Raises MiniRLError.
 
-    sampling: all but engine, vllm. replays_routing: whether pi records or replays. log: file for vLLM's output.
+    sampling: settings except engine and vllm. replays_routing: whether pi records or replays experts.
+    log: file for vLLM's output.
     """
     try:
         from ..rollout.vllm.engine import PROBE, VLLMEngine
@@ -41,12 +42,12 @@ def vllm_engine(
         raise MiniRLError(
             f"--mu.engine is 'vllm', which cannot be imported ({error}): install it as docs/vllm.md says"
         ) from None
-    looks_inside = model.device.type == "cpu"
-    if settings.quantization is not None and looks_inside:
+    records_modules = model.device.type == "cpu"
+    if settings.quantization is not None and records_modules:
         raise MiniRLError(
             f"--mu.quantization is {settings.quantization!r} with --mu.engine vllm on a CPU: it must be None there"
         )
-    # vLLM asks for a cache that a sequence as long as it may be fits into
+    # vLLM requires a cache that holds the longest allowed sequence
     length = max(longest_prompt + sampling.max_new_tokens, len(PROBE) + 1)
     length = min(length, getattr(model.config, "max_position_embeddings", length))
     vllm = replace(settings.vllm, args={"max_model_len": length, **settings.vllm.args})
@@ -58,12 +59,12 @@ def vllm_engine(
         log=log,
         records_routing=_has_routers(model),
         replays_routing=replays_routing,
-        keeps_logits=looks_inside,
+        keeps_logits=records_modules,
         batch_invariant=settings.batch_invariant,
     )
     try:
         engine.update_weights(model)
-        yield _Generator(engine, engine if looks_inside else None)
+        yield _Generator(engine, engine if records_modules else None)
     finally:
         engine.close()
 
@@ -71,7 +72,7 @@ def vllm_engine(
 def _has_routers(model: PreTrainedModel) -> bool:
     try:
         routers(model)
-    except ValueError:  # the report says it
+    except ValueError:  # the report gives the reason
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""Whether the responses of a rollout engine can be those that were asked for, before anything is computed of them."""
+"""Checks the rollouts of an engine against the request, before training uses them."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import MiniRLError
 from .interface import FinishReason, Rollouts
 
-# nats: what the rounding of a log-softmax may add to log 1
+# nats: a log-probability may exceed 0 by this much, from the rounding of a log-softmax
 ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
 class PolicyLimits:
-    """What responses of a policy may be made of.
+    """The limits of valid responses of a policy.
 
-    vocab_size: of the model. end_token_ids: any of them ends a response. max_new_tokens: most tokens of a response.
-    routing: (MoE layers, experts per token, experts) where the engine must record its experts, else none.
+    vocab_size: the model's vocabulary size. end_token_ids: tokens that end a response.
+    max_new_tokens: maximum number of tokens in a response.
+    routing: (MoE layers, experts per token, experts) if the engine must record its experts, otherwise None.
     """
 
     vocab_size: int
@@ -33,23 +34,26 @@ class PolicyLimits:
 
 @dataclass(frozen=True)
 class Asked:
-    """What an engine was asked for: n responses to each of the prompts, whose names are for messages."""
+    """The request to an engine: n responses to each prompt. names: of the prompts, for messages."""
 
     prompts: Sequence[Sequence[int]]
     names: Sequence[str]
     n: int
 
     def row(self, index: int) -> str:
-        """The name of a response, by its row."""
+        """The name of the response in a row, for messages."""
         return f"response {index % self.n} to prompt {index // self.n}, {self.names[index // self.n]}"
 
 
 def check_rollouts(rollouts: Rollouts, asked: Asked, limits: PolicyLimits) -> None:
-    """Raises MiniRLError that names the response, its prompt and the token, all counted from 0.
+    """Raises MiniRLError for invalid rollouts. The message names the response, its prompt and the token, from 0.
 
-    Checked are the number of responses, every shape and dtype of `Rollouts`, that its masks are of the prompts and
-    responses, that each response has from 1 to max_new_tokens tokens of the vocabulary and a known finish reason, that
-    log-probabilities are finite and not above 0, and that experts are those of the policy's routers.
+    Checks:
+        the number of responses, and every shape and dtype of `Rollouts`;
+        masks that match the prompts and responses;
+        1 to max_new_tokens tokens of the vocabulary, and a known finish reason, for each response;
+        log-probabilities that are finite and not above 0;
+        experts that match the policy's routers.
     """
     _check_shapes(rollouts, len(asked.prompts) * asked.n)
     _check_layout(rollouts, asked)
@@ -79,7 +83,7 @@ def _check_shapes(rollouts: Rollouts, size: int) -> None:
 
 
 def _check_layout(rollouts: Rollouts, asked: Asked) -> None:
-    """Prompt, response and padding of each row."""
+    """Check prompt, response and padding of each row."""
     rows, width = rollouts.token_ids.shape
     groups = torch.arange(rows) // asked.n
     if place := _first(rollouts.group_ids != groups):
@@ -91,13 +95,13 @@ def _check_layout(rollouts: Rollouts, asked: Asked) -> None:
         (row,) = place
         raise _wrong(
             f"{asked.row(row)}: attention_mask has {int(lengths[row])} tokens, {int(starts[row])} of the prompt: "
-            "a response must have at least one token, if only the end-of-sequence token"
+            "a response must have at least one token, which may be the end-of-sequence token"
         )
     places = torch.arange(width)
-    everything = places < lengths[:, None]
+    is_token = places < lengths[:, None]
     for name, expected in (
-        ("attention_mask", everything),
-        ("response_mask", everything & (places >= starts[:, None])),
+        ("attention_mask", is_token),
+        ("response_mask", is_token & (places >= starts[:, None])),
     ):
         if place := _first(getattr(rollouts, name) != expected):
             row, token = place
@@ -182,7 +186,7 @@ def _check_routing(rollouts: Rollouts, asked: Asked, limits: PolicyLimits) -> No
 
 
 def _first(wrong: Tensor) -> tuple[int, ...] | None:
-    """The first place where it holds; none if it holds nowhere."""
+    """The index of the first True; None if there is none."""
     return tuple(wrong.nonzero()[0].tolist()) if bool(wrong.any()) else None
 
 

@@ -1,4 +1,4 @@
-"""The embedded engine: transformers' `generate`, with a KV cache, on the training process's own device."""
+"""The embedded rollout engine: `generate` of transformers with a KV cache, on the training device."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def make_engine(request: EngineRequest) -> TransformersEngine:
 
 
 class TransformersEngine:
-    """Samples from a view of the training model: the same parameters, another generation config.
+    """Samples from the training model's parameters, with a separate generation config.
 
-    With config.quantization they are those of a copy, which `update_weights` refreshes; the training model stays as
-    it is.
+    With config.quantization, it samples from a rounded copy, which `update_weights` refreshes. The training model does
+    not change.
 
-    config: sampling settings. dtype: name of the computation's dtype. pad_token_id: fills up batches.
-    eos_token_ids: any of them ends a response. records_routing: whether rollouts come with routed_experts.
-    keeps_logits: whether they come with logits, 4 V bytes per token.
+    config: sampling settings. dtype: name of the computation's dtype. pad_token_id: id for padding.
+    eos_token_ids: ids that end a response. records_routing: whether rollouts have routed_experts.
+    keeps_logits: whether rollouts have logits, 4 V bytes per token.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class TransformersEngine:
 
     @property
     def model(self) -> PreTrainedModel | None:
-        """What it samples from; none before the first `update_weights`."""
+        """The sampling model; None before the first `update_weights`."""
         return self._model
 
     def update_weights(self, model: PreTrainedModel) -> None:
@@ -68,11 +68,11 @@ class TransformersEngine:
                 try:
                     self._quantized = E4M3Copy(model)
                 except ValueError as error:
-                    raise MiniRLError(f"rollout.quantization is 'e4m3', and cannot be: {error}") from None
+                    raise MiniRLError(f"rollout.quantization is 'e4m3': it must be none, as {error}") from None
             self._quantized.refresh()
             model = self._quantized.model
         self._model = copy.copy(model)
-        # generate fills in what we leave out from the model's own config: penalties, filters
+        # generate takes missing settings, such as penalties and filters, from the model's generation config
         self._model.generation_config = GenerationConfig()
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, *, seed: int) -> Rollouts:
@@ -88,7 +88,7 @@ class TransformersEngine:
                 for index, (row, row_values) in enumerate(zip(ids.tolist(), values.tolist(), strict=True)):
                     length, finish_reason = self._end(row)
                     if routed is not None:
-                        # the last token was sampled, and never decoded
+                        # the last token was sampled but never decoded
                         routed_experts.append(routed[index, width - len(part[index // n]) : width + length - 1])
                     if scores is not None:
                         logits.append(scores[index, :length])
@@ -106,15 +106,15 @@ class TransformersEngine:
         )
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Nothing to close."""
 
     def _decode(
         self, prompts: Sequence[Sequence[int]], n: int
     ) -> tuple[Tensor, Tensor, RoutedExperts | None, Tensor | None]:
-        """n responses to each prompt, with garbage after their ends.
+        """Sample n responses to each prompt. Values after the end of a response are undefined.
 
-        [B, R] token ids and log-probabilities; routed_experts [B, P + R - 1] of prompts padded on the left to P tokens;
-        logits [B, R, V].
+        Returns (token ids [B, R], log-probabilities [B, R], routed_experts [B, P + R - 1], logits [B, R, V]). Prompts
+        are padded on the left to P tokens.
         """
         width = max(len(prompt) for prompt in prompts)
         padding = [width - len(prompt) for prompt in prompts]
@@ -147,7 +147,7 @@ class TransformersEngine:
         return responses, log_probs, routed_experts, sampled.logits(responses.shape[1])
 
     def _end(self, response: list[int]) -> tuple[int, str]:
-        """(tokens of a decoded row up to its end, why it ended)."""
+        """(number of tokens in a decoded row up to its end, finish reason)."""
         for place, token in enumerate(response):
             if token in self._eos_token_ids:
                 return place + 1, "stop"
@@ -155,9 +155,9 @@ class TransformersEngine:
 
 
 class SampledLogProbs(LogitsProcessor):
-    """Divides the logits by the temperature, and notes the log-probability of the token that is then drawn.
+    """Divides the logits by the temperature, and records the log-probability of each drawn token.
 
-    It keeps one [B, V] of logits, unless keeps_logits; `generate`'s own output_logits would keep one per token.
+    It stores a single [B, V] of logits, unless keeps_logits. `output_logits` of `generate` would store one per token.
     """
 
     def __init__(self, temperature: float, *, keeps_logits: bool = False):
@@ -176,15 +176,15 @@ class SampledLogProbs(LogitsProcessor):
         return scores
 
     def of(self, responses: Tensor) -> Tensor:
-        """[B, R] float32 of the decoded tokens [B, R]; to be called once, after `generate`."""
+        """Log-probabilities [B, R] float32 of the decoded tokens [B, R]. Call it once, after `generate`."""
         if len(self._log_probs) < responses.shape[1]:
             self._note(responses[:, -1])
         return torch.stack(self._log_probs[: responses.shape[1]], 1)
 
     def logits(self, length: int) -> Tensor | None:
-        """[B, length, V] float32, on the CPU; none unless they were kept."""
+        """Logits [B, length, V] float32 on the CPU, divided by the temperature; None unless keeps_logits."""
         return None if self._kept is None else torch.stack(self._kept[:length], 1)
 
     def _note(self, drawn: Tensor) -> None:
-        # by the temperature as in training, where it divides differences of logits
+        # the temperature is applied inside token_logprobs, as in training, for the same bits
         self._log_probs.append(token_logprobs(self._logits, drawn, temperature=self._temperature))

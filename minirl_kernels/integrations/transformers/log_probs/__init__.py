@@ -1,7 +1,7 @@
 """Causal language models of transformers that return log-probabilities, entropy and the policy loss instead of logits.
 
-The model's own forward runs, whatever it is by then, with one change: its head keeps the hidden states that it is given
-and makes no logits. The linear losses take these with the head's weight.
+The model's own forward runs, also if it was replaced, with one change: its head stores the hidden states and computes
+no logits. The linear losses then use these hidden states and the head's weight.
 """
 
 from .after_head import AfterHead

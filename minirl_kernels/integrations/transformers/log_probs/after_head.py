@@ -1,6 +1,6 @@
-"""What a model does to its logits after its head: a scale and a softcap, asked of the model with made-up logits.
+"""Finds the scale and the softcap that a model applies to its logits, by running it with artificial logits.
 
-A table of the names that families have for them would miss the next one.
+Model families have different names for these settings, so a table of names would miss new families.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ from .calls import Call, set_call
 
 
 class AfterHead(NamedTuple):
-    """f(u) = softcap tanh(scale u / softcap) of the head's logits u; None: no softcap."""
+    """f(u) = softcap tanh(scale u / softcap) for the head's logits u. softcap=None: f(u) = scale u."""
 
     scale: float
     softcap: float | None
 
 
-# From where any softcap is linear to where it is flat; float64, of which float32 keeps all but the ends' last digits.
+# From the range where any softcap is linear to the range where it is constant.
 _PROBES = (2.0**-30, 0.0, -1.0, 1.0, -10.0, 10.0, 50.0, -300.0, 1e30)
 
 
 @torch.enable_grad()
 def ask_what_follows(called: nn.Module, model: PreTrainedModel, head: nn.Module) -> AfterHead:
-    """called: what to call, `model` or the sharded root around it. Raises ValueError if f is of another kind."""
+    """Measure f. called: the module to call, `model` or the sharded root around it.
+
+    Raises ValueError if the model applies anything but a positive scale and a softcap.
+    """
     name, device = type(model).__name__, next(head.parameters()).device
     probes = torch.tensor(_PROBES, dtype=torch.float64, device=device)
     stand_in = probes[None, :, None].expand(1, -1, head.out_features).contiguous()
     outputs = []
-    # behind the head's hooks of FSDP2 and in front of the model's, either of which may cast
+    # after FSDP2's hooks on the head and before its hooks on the model, since both may cast
     handles = [
         head.register_forward_hook(lambda module, args, output: stand_in),
         called.register_forward_hook(lambda module, args, output: outputs.append(output), prepend=True),
@@ -40,14 +43,14 @@ def ask_what_follows(called: nn.Module, model: PreTrainedModel, head: nn.Module)
     call = Call(head)
     set_call(call)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # there may be dropout on the way
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the forward may use dropout
             called(torch.zeros(1, 1, dtype=torch.long, device=device), use_cache=False, return_dict=True)
     finally:
         set_call(call.outer)
         for handle in handles:
             handle.remove()
     if call.hidden is None:
-        raise ValueError("the model's forward does not call its output embeddings: no logits are made of them")
+        raise ValueError("the model's forward does not call its output embeddings: it must, to make logits")
     (output,) = outputs
     if output.logits.requires_grad:
         raise ValueError(f"{name} scales its logits by a parameter: that must be a number")
@@ -61,7 +64,7 @@ def ask_what_follows(called: nn.Module, model: PreTrainedModel, head: nn.Module)
     expected = expected[None, :, None].expand(1, -1, head.out_features)
     if not (scale > 0 and values.shape == expected.shape and torch.allclose(values, expected, rtol=1e-6, atol=0)):
         raise ValueError(
-            f"{name} does more to its logits after its head than a positive scale and a softcap: of "
-            f"{list(_PROBES)} it makes {values[..., 0].flatten().tolist()} in a row of shape {tuple(values.shape)}"
+            f"{name} does more to its logits after its head than a positive scale and a softcap: it maps "
+            f"{list(_PROBES)} to {values[..., 0].flatten().tolist()}, in a row of shape {tuple(values.shape)}"
         )
     return AfterHead(scale, softcap)

@@ -1,4 +1,4 @@
-"""The call that a thread is in: a head finds there whether it keeps its input, and nothing of a call is on a module."""
+"""The state of one call of an enabled model. It is kept per thread, so that modules hold no state of a call."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class Call:
-    """One forward in which a head keeps its input.
+    """One forward in which a head stores its input instead of computing logits.
 
-    head: the module that keeps it; other heads are left alone. owner: the module whose hooks took `arguments`.
-    new: the fields that the output got.
-    autocast_dtype, grad_enabled: what the head is called in; a forward may set its own (that of accelerate does).
+    head: the module that stores its input; other heads are not affected.
+    owner: the module whose hooks took `arguments`. new: the fields added to the output.
+    autocast_dtype, grad_enabled: the state at the head. A forward may set its own, as accelerate's does.
     """
 
     def __init__(self, head: nn.Module, owner: nn.Module | None = None, arguments: dict[str, Any] | None = None):
@@ -26,7 +26,7 @@ class Call:
         self.outer = current_call()
 
     def keep(self, hidden: Tensor) -> Tensor:
-        """The output of the head, which is not computed: an empty tensor."""
+        """Store the head's input. Returns an empty tensor in place of the logits."""
         if self.hidden is not None:
             raise ValueError("the model calls its output embeddings more than once in a forward: it must be once")
         self.hidden = hidden
@@ -42,7 +42,7 @@ class _State:
 
 
 class _Threads(threading.local):
-    # torch.compile loses an assignment to an attribute of a threading.local itself, and keeps one to this object
+    # torch.compile drops an assignment to an attribute of a threading.local, but not to an object inside it
     def __init__(self):
         self.state = _State()
 

@@ -1,4 +1,4 @@
-"""enable_log_probs, disable_log_probs and what they know of the modules that may wrap a model."""
+"""enable_log_probs and disable_log_probs. They also find the model inside wrappers (PEFT, DDP, FSDP, torch.compile)."""
 
 from __future__ import annotations
 
@@ -14,33 +14,36 @@ from .hooks import LogProbsHooks, hooks_of, is_sharded
 
 
 def enable_log_probs(model: nn.Module) -> nn.Module:
-    """Let `model(...)` take token_ids, and return log-probabilities, entropy and losses of them without any logits.
+    """Let `model(...)` take token_ids, and return their log-probabilities, entropy and policy loss without logits.
 
-    model: a causal language model of transformers whose output embeddings are an nn.Linear, or LoRA or
-        modules_to_save of PEFT around one; or a PEFT, DistributedDataParallel, FSDP or compiled model of one. It is
-        changed in place and returned. Calls without token_ids (those of `generate`) do what they did before, except
-        that in batch_invariant_mode, without gradients, their logits are float32 and not rounded to the model's dtype.
+    model: a causal language model of transformers; or a PEFT, DistributedDataParallel, FSDP or compiled model around
+        one. Its output embeddings must be an nn.Linear, or LoRA or modules_to_save of PEFT around one. The model is
+        changed in place and returned.
 
     New keywords of model(...), not of model.forward(...):
-        token_ids: [B, L] int32 or int64, ids that the positions score: nothing is shifted; -100 scores nothing.
+        token_ids: [B, L] int32 or int64, the ids that the positions score. Nothing is shifted; -100 scores nothing.
         temperature: divides the logits; a number or one float32 per token.
         kept: a SamplingMask [B, L], the tokens that the sampler kept at each position.
-        policy_loss: a dict, keyword arguments of `fused_linear_policy_loss` (old_log_probs, advantages, …).
-        Tensors are moved to the model's device. With them, an attention_mask that is padded on the left and no
-        position_ids, position_ids are derived from the mask, as `generate` does.
-    The output has log_probs and entropy, [B, L] float32, nats, and no logits; all else in it stays. Without
-    policy_loss both are those of `linear_token_logprobs`, differentiable. With it the output also has policy_loss, a
-    PolicyLossOutput, whose loss is the output's loss; nothing but that carries gradient. Autocast applies to the head.
+        policy_loss: a dict of keyword arguments of `fused_linear_policy_loss` (old_log_probs, advantages, …).
+        Their tensors are moved to the model's device. For an attention_mask padded on the left, without position_ids,
+        position_ids are derived from the mask, as `generate` does.
 
-    Whatever replaces model.forward later is called. Call this again where a wrapper came later (PEFT, FSDP), or other
-    output embeddings (resize_token_embeddings); that changes nothing else. `disable_log_probs` takes it back.
+    The output has log_probs and entropy, [B, L] float32 in nats, instead of logits. Its other fields do not change.
+    Without policy_loss, both come from `linear_token_logprobs` and are differentiable. With policy_loss, the output has
+    two more fields: policy_loss, a PolicyLossOutput, and loss. Only loss carries gradient. The head follows autocast.
 
-    A call with token_ids and packed sequences (position_ids that restart, cu_seq_lens_q; no attention_mask) raises
-    ValueError where the model lets sequences mix, as convolutions and recurrences do; see `packing_leak`.
+    Calls without token_ids (as in `generate`) do not change, with one exception: in batch_invariant_mode, without
+    gradients, their logits are float32, not rounded to the model's dtype.
 
-    Some tokens are sent through the model, to see what it does to its logits and to packed sequences. Raises TypeError
-    or ValueError that says what is unknown: another kind of head (DoRA, quantised), or more done to logits than a
-    positive scale and a softcap.
+    A later replacement of model.forward is respected. Call this function again after adding a wrapper (PEFT, FSDP) or
+    replacing the output embeddings (resize_token_embeddings). `disable_log_probs` reverts everything.
+
+    A call with token_ids and packed sequences (position_ids that restart, or cu_seq_lens_q; no attention_mask) raises
+    ValueError if the model lets sequences mix, as convolutions and recurrences do; see `packing_leak`.
+
+    This function runs some tokens through the model, to measure the scale and softcap of its logits and to test packed
+    sequences. Raises TypeError for an unknown kind of head (DoRA, quantised). Raises ValueError if the model applies
+    more to its logits than a positive scale and a softcap.
     """
     path = _path_of(model)
     causal_lm = path[-1]
@@ -48,7 +51,7 @@ def enable_log_probs(model: nn.Module) -> nn.Module:
     name = type(causal_lm).__name__
     found = hooks_of(causal_lm)
     if found and is_taken(head):
-        check_head(head, name)  # adapters may have come
+        check_head(head, name)  # adapters may have been added
         after = found[0].after
     else:
         if any(_is_fsdp1(module) for module in path):  # a forward without its backward would lose the next gradients
@@ -59,7 +62,7 @@ def enable_log_probs(model: nn.Module) -> nn.Module:
         take_head(head, name)
         try:
             if root is None:
-                packing_leak(causal_lm)  # asked here: a compiled forward could not
+                packing_leak(causal_lm)  # tested here, since a compiled forward cannot run it
             after = ask_what_follows(root or causal_lm, causal_lm, head)
         except BaseException:
             leave_head(head)
@@ -71,7 +74,7 @@ def enable_log_probs(model: nn.Module) -> nn.Module:
 
 
 def disable_log_probs(model: nn.Module) -> nn.Module:
-    """Take back what enable_log_probs did to `model`, which is changed in place and returned; nothing if it did not."""
+    """Revert enable_log_probs. The model is changed in place and returned; a model without it is not changed."""
     for module in model.modules():
         for hooks in hooks_of(module):
             hooks.remove()
@@ -81,7 +84,7 @@ def disable_log_probs(model: nn.Module) -> nn.Module:
 
 
 def after_head(model: nn.Module) -> AfterHead:
-    """What `model`, enabled, does to its logits after its head. Raises ValueError if it is not enabled."""
+    """Scale and softcap that an enabled `model` applies to its logits. Raises ValueError if it is not enabled."""
     found = hooks_of(_path_of(model)[-1])
     if not found:
         raise ValueError(f"model is a {type(model).__name__} without enable_log_probs: it must be enabled")
@@ -89,7 +92,7 @@ def after_head(model: nn.Module) -> AfterHead:
 
 
 def _path_of(model: nn.Module) -> list[nn.Module]:
-    """`model`, what it wraps, what that wraps, down to the model of transformers."""
+    """`model` and the modules inside its wrappers, from the outermost to the model of transformers."""
     path = [model]
     while not isinstance(path[-1], PreTrainedModel):
         inner = _inside(path[-1])
@@ -104,7 +107,7 @@ def _inside(module: nn.Module) -> nn.Module | None:
         return module._orig_mod
     if isinstance(module, DistributedDataParallel) or _is_fsdp1(module):
         return module.module
-    if hasattr(module, "get_base_model"):  # a PEFT model: of a tuner, or of a model with a longer prompt
+    if hasattr(module, "get_base_model"):  # a PEFT model, around a tuner or (prompt tuning) around the model
         return module.base_model
     if type(module).__module__.startswith("peft.tuners."):
         return module.model

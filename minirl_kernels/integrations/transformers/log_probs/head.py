@@ -1,7 +1,7 @@
-"""The head of a model: which kinds are known, and its product as one matrix, whatever adapters it has.
+"""The head of a model: the supported kinds, and the head's product as a single matrix product, also with adapters.
 
 A LoRA head is a wider matrix: with hidden states h and adapters of scale s, logits = [h, h A^T] [W, s B]^T + bias.
-W + s B A is never formed, since its rounding to 16 bits would swallow small updates.
+W + s B A is never formed, since rounding it to 16 bits would lose small updates.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from .calls import current_call
 
 
 def take_head(head: nn.Module, model_name: str) -> None:
-    """Give a head the forward below. Raises TypeError for an unknown kind, ValueError for meta weights."""
+    """Replace the head's forward by _head_forward.
+
+    Raises TypeError for an unknown kind of head, ValueError for weights on the meta device.
+    """
     check_head(head, model_name)
     if "forward" in vars(head):
         raise TypeError(
@@ -28,7 +31,7 @@ def take_head(head: nn.Module, model_name: str) -> None:
         raise ValueError(
             f"the weights of {model_name} are on the meta device: enable_log_probs must come after loading them"
         )
-    head.forward = functools.partial(_head_forward, head)  # neither a method nor a closure: those cannot be pickled
+    head.forward = functools.partial(_head_forward, head)  # a partial can be pickled; methods and closures cannot
 
 
 def is_taken(head: nn.Module) -> bool:
@@ -42,7 +45,7 @@ def leave_head(head: nn.Module) -> None:
 
 
 def check_head(head: nn.Module, model_name: str) -> None:
-    """Raises TypeError that names a kind of head that linear_of does not know."""
+    """Raises TypeError for a kind of head that linear_of does not support; the message names it."""
     try:
         for linear in [head.original_module, *head.modules_to_save.values()] if _is_saved(head) else [head]:
             _check_linear(linear.base_layer if _is_lora(linear) else linear)
@@ -56,11 +59,11 @@ def check_head(head: nn.Module, model_name: str) -> None:
 
 
 def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(hidden, weight, bias) of the product that a head is at this moment, for hidden [..., H]."""
+    """(hidden, weight, bias) of the product that the head computes now, with its active adapters; hidden: [..., H]."""
     if _is_saved(head):
-        passes_by = head.disable_adapters or not head.active_adapters
-        passes_by = passes_by or head.active_adapters[0] not in head.modules_to_save
-        return linear_of(head.original_module if passes_by else head.modules_to_save[head.active_adapters[0]], hidden)
+        is_original = head.disable_adapters or not head.active_adapters
+        is_original = is_original or head.active_adapters[0] not in head.modules_to_save
+        return linear_of(head.original_module if is_original else head.modules_to_save[head.active_adapters[0]], hidden)
     if not _is_lora(head):
         return hidden, head.weight, head.bias
     if head.disable_adapters and head.merged:
@@ -71,7 +74,7 @@ def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor |
     active = [name for name in head.active_adapters if name in head.lora_A]
     _check_variants(head, active)
     hidden_dtype, weight_dtype = hidden.dtype, base.weight.dtype
-    if torch.is_autocast_enabled(hidden.device.type):  # before they are joined, so that no wider copy is made
+    if torch.is_autocast_enabled(hidden.device.type):  # cast before joining, to avoid a wider copy
         hidden_dtype = weight_dtype = torch.get_autocast_dtype(hidden.device.type)
     hiddens, weights, bias = [hidden.to(hidden_dtype)], [base.weight.to(weight_dtype)], base.bias
     for name in active:
@@ -85,19 +88,19 @@ def linear_of(head: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor |
 
 
 def gives_float32() -> bool:
-    """Whether a head gives logits that are not rounded. What torch.compile traces runs uncompiled in the mode."""
+    """Whether a head returns float32 logits: in the mode, without gradients. The mode runs nothing compiled."""
     return not (torch.compiler.is_compiling() or torch.is_grad_enabled()) and is_batch_invariant()
 
 
 def _head_forward(head: nn.Module, input: Tensor, *args, **kwargs) -> Tensor:
     call = current_call()
-    asked = [name for name, value in kwargs.items() if value is not None]
+    given = [name for name, value in kwargs.items() if value is not None]
     if call is not None and call.head is head:
-        if asked:
-            raise ValueError(f"{asked[0]} is given with token_ids: it must be None, all rows have one head")
+        if given:
+            raise ValueError(f"{given[0]} is given with token_ids: it must be None, all rows have one head")
         return call.keep(input)
-    if not asked and gives_float32():
-        # a token is then sampled from the very numbers that its log-probability in training is made of
+    if not given and gives_float32():
+        # so that tokens are sampled from the same numbers as the log-probabilities of training
         return float32_linear(*linear_of(head, input))
     return type(head).forward(head, input, *args, **kwargs)
 

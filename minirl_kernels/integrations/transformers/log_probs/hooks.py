@@ -1,8 +1,8 @@
-"""The hooks that give a model's call its keywords and its output their fields, whatever `forward` is by then.
+"""The hooks that take the new keywords of a model's call and add the new fields to its output.
 
-They are on every module that a caller may call: the model, and the wrappers around it. The outermost module that a call
-goes through takes the keywords, the innermost makes the fields: its weights are whole there, and wrappers outside see
-what a loss is made of. The last hook of each module puts float32 back that FSDP2 has cast.
+They are on the model and on every wrapper around it, since a caller may call any of them. The outermost called module
+takes the keywords. The innermost adds the fields: there the weights are whole, and the wrappers see the fields. The
+last hook of each module restores float32 fields that FSDP2 has cast.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _REPLACED = "the output embeddings were replaced after enable_log_probs: it must
 
 
 class LogProbsHooks:
-    """The hooks of one model; copied and pickled with it. It holds no state of a call."""
+    """The hooks of one model, copied and pickled with it. They hold no state of a call."""
 
     def __init__(self, model: PreTrainedModel, after: AfterHead):
         self.model, self.after = model, after
         self._positions = Positions(model)
-        # a handle also keeps torch from using its number again in a process that has loaded the model
+        # kept, since a live handle prevents torch from reusing its number after the model was unpickled
         self._handles: list[RemovableHandle] = []
 
     def add_to(self, path: list[nn.Module]) -> None:
-        """path: every module that may be called, from the outermost to the model itself."""
+        """path: all modules that may be called, from the outermost wrapper to the model."""
         for module in path:
             self._handles += [
                 module.register_forward_pre_hook(self._take, prepend=True, with_kwargs=True),
@@ -60,15 +60,13 @@ class LogProbsHooks:
         given = {name: kwargs[name] for name in _KEYWORDS if kwargs.get(name) is not None}
         kwargs = {name: value for name, value in kwargs.items() if name not in _KEYWORDS}
         call = current_call()
-        if call is not None and call.owner is module:  # it was interrupted, so that no hook could close it
+        if call is not None and call.owner is module:  # an interrupted call, which no hook could close
             set_call(call.outer)
         if "token_ids" in given:
             if kwargs.get("labels") is not None:
-                raise ValueError(
-                    "labels is given with token_ids: it must be None, there are no logits to compare it with"
-                )
+                raise ValueError("labels is given with token_ids: it must be None, since no logits are computed")
             _check_float32(given)
-            if kwargs.get("attention_mask") is None and not is_sharded(self.model):  # a probe would gather the shards
+            if kwargs.get("attention_mask") is None and not is_sharded(self.model):  # the test would gather the shards
                 kwargs |= self._unpacked(kwargs)
             head = self.model.get_output_embeddings()
             set_call(Call(head, owner=module, arguments=given))
@@ -81,13 +79,13 @@ class LogProbsHooks:
         if is_sharded(module):
             self._close_last(module)
         call = current_call()
-        # the model itself, or a tuner of PEFT around it, which may pass its hooks by
+        # the model, or a PEFT tuner around it, which may bypass the model's hooks
         if self._has(call) and self.model in (module, getattr(module, "model", None)):
             kwargs = self._positions.add_to(self.model, args, kwargs)
         return args, kwargs
 
     def _unpacked(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keywords that may pack sequences, checked."""
+        """position_ids after the check for packed sequences, as keywords."""
         position_ids = refuse_packed(self.model, kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q"))
         return {} if position_ids is None else {"position_ids": position_ids}
 
@@ -98,7 +96,7 @@ class LogProbsHooks:
         if call.hidden is None:
             if not is_taken(call.head):
                 raise ValueError(_REPLACED)
-            raise ValueError("the model's forward does not call its output embeddings: no logits are made of them")
+            raise ValueError("the model's forward does not call its output embeddings: it must, to make logits")
         device, dtype = call.hidden.device.type, call.autocast_dtype
         with torch.set_grad_enabled(call.grad_enabled), torch.autocast(device, dtype, enabled=dtype is not None):
             call.new = self._fields(call)
@@ -135,16 +133,16 @@ class LogProbsHooks:
         policy_loss = call.arguments.get("policy_loss")
         if policy_loss is None:
             log_probs, entropy = linear_token_logprobs(**arguments, with_entropy=True)
-            # FSDP2 hooks onto them, and an operation in place would drop its hook from a view
+            # Cloned, since FSDP2 adds hooks to them, and a view loses its hook in an in-place operation.
             return {"log_probs": log_probs.clone(), "entropy": entropy.clone()}
         result = fused_linear_policy_loss(
             **arguments, **{name: _moved(value, hidden) for name, value in policy_loss.items()}
         )
         return {"loss": result.loss, "log_probs": result.log_probs, "entropy": result.entropy, "policy_loss": result}
 
-    @torch._dynamo.disable  # a compiled forward of FSDP2 is one of parts: its own hooks are not compiled either
+    @torch._dynamo.disable  # FSDP2 compiles a forward in parts, and its own hooks are not compiled either
     def _close_last(self, module: nn.Module) -> None:
-        """Behind a hook of FSDP2 that came later."""
+        """Move the hook _close behind hooks that FSDP2 added later."""
         hooks = module._forward_hooks
         mine = [number for number, hook in hooks.items() if hook == self._close]
         if mine and next(reversed(hooks)) != mine[0]:
@@ -152,18 +150,18 @@ class LogProbsHooks:
 
 
 def hooks_of(module: nn.Module) -> list[LogProbsHooks]:
-    """What enable_log_probs has left on a module."""
+    """The LogProbsHooks that enable_log_probs registered on a module."""
     owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
     return [owner for owner in owners if isinstance(owner, LogProbsHooks)]
 
 
 def _refuse_keywords(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """On the decoder, which gets the keywords of a forward that is called by itself, past the hooks."""
+    """Pre-hook of the decoder: raises TypeError if model.forward(...) passed the new keywords through."""
     given = [name for name in _KEYWORDS if kwargs.get(name) is not None]
     if given:
         raise TypeError(
-            f"{given[0]} was given to a forward itself, where nothing takes it: call the model, model(…), rather than "
-            "model.forward(…), and enable_log_probs again if a wrapper around it came later"
+            f"{given[0]} was given to model.forward(…), which does not take it: call model(…) instead, and call "
+            "enable_log_probs again if a wrapper was added later"
         )
 
 
@@ -174,18 +172,18 @@ def _check_float32(given: dict[str, Any]) -> None:
     for name, value in values.items():
         if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
             raise TypeError(
-                f"{name} has dtype {value.dtype}: it must be float32 (FSDP casts what a model is given: call "
-                "enable_log_probs again with the model that it wrapped)"
+                f"{name} has dtype {value.dtype}: it must be float32 (FSDP casts the arguments of a model: call "
+                "enable_log_probs again with the FSDP model)"
             )
 
 
 def _moved(value: Any, hidden: Tensor) -> Any:
-    """Wrappers move what a model is given to its device; these never got it."""
+    """Move a tensor to the model's device. Wrappers do so for model inputs, but never receive these keywords."""
     return value.to(hidden.device) if isinstance(value, (Tensor, PolicyLossInputs, SamplingMask)) else value
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """By FSDP2."""
+    """Whether FSDP2 shards the module."""
     if not torch.distributed.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule

@@ -1,4 +1,4 @@
-"""The positions of tokens behind padding on the left, as `generate` has them."""
+"""Derives position_ids for batches padded on the left, as `generate` does."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 
 
 class Positions:
-    """Derives position_ids where a call leaves them out, of a model whose forward takes them."""
+    """Adds position_ids to a call without them, if the model's forward takes them."""
 
     def __init__(self, model: PreTrainedModel):
         self._parameters = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
         self._has_any = "position_ids" in self._parameters and not model.config.is_encoder_decoder
 
     def add_to(self, model: PreTrainedModel, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """kwargs with position_ids, if attention_mask [B, S] has padding on the left and there are none."""
+        """kwargs, with position_ids added if attention_mask [B, S] has padding on the left and none are given."""
         given = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         tokens = given.get("input_ids", given.get("inputs_embeds"))
@@ -29,7 +29,7 @@ class Positions:
 
 
 def _may_pad_left(given: dict[str, Any]) -> bool:
-    """A compiled forward cannot look: it derives positions for every mask, and tokens have the same ones."""
+    """Whether attention_mask may have padding on the left. A compiled forward cannot read it, so it derives always."""
     mask = given.get("attention_mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return False

@@ -7,7 +7,7 @@ import os
 from ...errors import MiniRLError
 from ..interface import EngineRequest, RolloutEngine
 
-# errors are enough for the terminal and for the log, unless somebody asks for more
+# only errors by default, on the terminal and in the log
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 

@@ -1,4 +1,4 @@
-"""What `vllm.LLM` is made with, and the environment that it is made in."""
+"""The keyword arguments and the environment variables for creating `vllm.LLM`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from minirl_kernels.integrations.vllm.settings import AUTOCAST, RECORDS_ROUTING
 from ...config import RolloutConfig
 from ...errors import MiniRLError
 
-CPU_CACHE_BYTES = 1 << 30  # what vLLM would take by itself is nearly all of a machine's memory
+CPU_CACHE_BYTES = 1 << 30  # vLLM's default takes nearly all memory of the machine
 
 DECIDED_BY = {
     "model": "model.path",
@@ -40,7 +40,7 @@ def engine_arguments(
     replays_routing: bool,
     batch_invariant: bool,
 ) -> dict[str, Any]:
-    """Keyword arguments of `vllm.LLM` without the model; see VLLMEngine. Raises MiniRLError."""
+    """Keyword arguments of `vllm.LLM`, except the model; see VLLMEngine. Raises MiniRLError."""
     for key in config.vllm.args:
         if key in DECIDED_BY:
             raise MiniRLError(f"rollout.vllm.args has {key}: it must be left out, {DECIDED_BY[key]} decides it")
@@ -53,7 +53,7 @@ def engine_arguments(
         **llm_arguments(device, records_routing=records_routing),
         "dtype": dtype,
         "max_num_seqs": config.batch_size,
-        "logprobs_mode": "processed_logprobs",  # of what is drawn from: with the temperature
+        "logprobs_mode": "processed_logprobs",  # after the temperature, as training computes them
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
     }
@@ -62,27 +62,27 @@ def engine_arguments(
     if device == "cpu":
         arguments["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
         if batch_invariant:
-            # float32 weights under autocast, and routers as they are recorded and replayed: as in training
-            ours = {RECORDS_ROUTING: replays_routing}
+            # as in training: float32 weights under autocast, and moe_routing if experts are recorded or replayed
+            plugin_config = {RECORDS_ROUTING: replays_routing}
             if dtype != "float32":
-                ours[AUTOCAST] = dtype
-            arguments |= {"dtype": "float32", "additional_config": ours}
+                plugin_config[AUTOCAST] = dtype
+            arguments |= {"dtype": "float32", "additional_config": plugin_config}
     return arguments | config.vllm.args
 
 
 @contextmanager
 def engine_environment(config: RolloutConfig, device: str, *, batch_invariant: bool) -> Iterator[None]:
-    """The variables that vLLM reads as it starts; its own process inherits them."""
+    """Sets the environment variables that vLLM reads at its start. A separate process inherits them."""
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(config.vllm.separate_process)),
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # training takes turns with it on the same cores
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # vLLM and training use the same cores in turn
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     if batch_invariant:
-        # vLLM's own mode is for GPUs, and stands in the way of ours
+        # vLLM's own mode is for GPUs only, and conflicts with this library's mode on a CPU
         wanted |= {"MINIRL_BATCH_INVARIANT": "1", "VLLM_BATCH_INVARIANT": str(int(device == "cuda"))}
     if device == "cuda":
-        # GPU memory is handed over by pickled handles; both processes must allow it, for as long as they talk
+        # Weights on a GPU are transferred by pickled handles, which both processes must allow until the end.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     before = {name: os.environ.get(name) for name in wanted}
     set_num_threads = torch.set_num_threads
@@ -90,7 +90,7 @@ def engine_environment(config: RolloutConfig, device: str, *, batch_invariant: b
     try:
         yield
     finally:
-        torch.set_num_threads = set_num_threads  # in this process vLLM replaces it by nothing
+        torch.set_num_threads = set_num_threads  # vLLM in this process replaces it by an empty function
         for name, value in before.items():
             if value is None:
                 del os.environ[name]

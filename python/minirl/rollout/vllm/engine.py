@@ -1,4 +1,4 @@
-"""The engine: vLLM's `LLM`, in a process of its own or in the trainer's."""
+"""The rollout engine by vLLM's `LLM`, in a separate process or in the trainer's process."""
 
 from __future__ import annotations
 
@@ -24,16 +24,19 @@ from ..interface import Rollouts
 from .arguments import engine_arguments, engine_environment
 from .failures import Result, as_one_message, while_alive, written_to
 
-PROBE = list(range(1, 9))  # token ids that every vocabulary has
+PROBE = list(range(1, 9))  # token ids of a test prompt, which every vocabulary has
 
 
 class VLLMEngine:
-    """Samples with vLLM from a copy of the training model's weights, which `update_weights` replaces.
+    """Samples with vLLM from a copy of the training model's weights. `update_weights` replaces the copy.
 
-    config: sampling settings, and vLLM's in config.vllm. dtype: name of the computation's dtype; with batch_invariant
-    that of autocast over float32 weights, as in training. eos_token_ids: any of them ends a response. log: file for
-    vLLM's output. records_routing: whether rollouts come with routed_experts. replays_routing: whether training records
-    or replays experts, and so routes by moe_routing. keeps_logits: whether rollouts come with logits, on a CPU alone.
+    config: sampling settings, with vLLM's settings in config.vllm.
+    dtype: name of the computation's dtype. With batch_invariant it is the autocast dtype of float32 weights, as in
+        training.
+    eos_token_ids: ids that end a response. log: file for vLLM's output.
+    records_routing: whether rollouts have routed_experts.
+    replays_routing: whether training records or replays experts, and so routes by moe_routing.
+    keeps_logits: whether rollouts have logits; CPU only.
     """
 
     def __init__(
@@ -89,9 +92,9 @@ class VLLMEngine:
 
     @contextmanager
     def recording(self, rows: int) -> Iterator[dict[PlaceName, Place]]:
-        """What the modules make of the first `rows` responses of the `generate` inside, there when it ends; on a CPU.
+        """Record the modules for the first `rows` responses of the `generate` call inside the block; CPU only.
 
-        Names are those of transformers' modules.
+        Yields a dict that is filled when the block ends. Names are the names of transformers' modules.
         """
         self._ask("record its modules", lambda: self._client.trace_modules(rows))
         places: dict[PlaceName, Place] = {}
@@ -99,13 +102,13 @@ class VLLMEngine:
         places.update(self._ask("tell its modules", self._client.modules))
 
     def close(self) -> None:
-        """End its process."""
+        """End vLLM and its process."""
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
     def _ask(self, doing: str, call: Callable[[], Result]) -> Result:
-        with as_one_message(doing, self._log), torch.random.fork_rng([]):  # vLLM in this process draws from torch's own
+        with as_one_message(doing, self._log), torch.random.fork_rng([]):  # vLLM may use this process's generator
             return while_alive(self._processes, call)
 
     def _sampling(self, seed: int) -> SamplingParams:
@@ -114,7 +117,7 @@ class VLLMEngine:
             max_tokens=self._config.max_new_tokens,
             stop_token_ids=self._eos_token_ids,
             seed=seed,
-            logprobs=0,  # of the sampled token alone
+            logprobs=0,  # only of the sampled token
             detokenize=False,
         )
 
@@ -132,7 +135,7 @@ class VLLMEngine:
             model.save_pretrained(folder)
             others = active_children()
             environment = engine_environment(self._config, device, batch_invariant=self._batch_invariant)
-            with written_to(self._log), environment, torch.random.fork_rng([]):  # which vLLM seeds
+            with written_to(self._log), environment, torch.random.fork_rng([]):  # vLLM seeds torch's generator
                 self._settle_mode()
                 self._llm = LLM(folder, **arguments)
         self._processes = [process for process in active_children() if process not in others]
@@ -143,24 +146,24 @@ class VLLMEngine:
         self._ask("take the weights that it has", lambda: self._rehearse(model))
 
     def _settle_mode(self) -> None:
-        """vLLM loads plugins once in a process, and what one has replaced stays replaced. Raises MiniRLError."""
+        """Raises MiniRLError if this process has loaded vLLM with another mode; a plugin's changes are permanent."""
         shared = not self._config.vllm.separate_process
         if shared and plugins.plugins_loaded and self._batch_invariant != is_installed():
             raise MiniRLError(
                 f"rollout.vllm.separate_process is False with batch_invariant={self._batch_invariant}, and this "
-                "process has had vLLM otherwise: it must be True"
+                "process has used vLLM with another batch_invariant: it must be True"
             )
         if self._batch_invariant:
-            register()  # a process of vLLM's own is configured in this one
+            register()  # a separate process gets its configuration from this one
 
     def _rehearse(self, model: PreTrainedModel) -> None:
-        """Hand over the weights that it has: raises MiniRLError unless nothing changes by that, to the last bit."""
+        """Send the same weights again. Raises MiniRLError unless vLLM then computes the same bits as before."""
         before = self._client.weight_checksums(), self._probe()
         self._client.send_weights(model)
         if (self._client.weight_checksums(), self._probe()) != before:
             raise MiniRLError(
-                f"this vLLM cannot take new weights for a {type(model).__name__}: given those that it had, it computed "
-                "something else"
+                f"this vLLM cannot take new weights for a {type(model).__name__}: with the same weights again, it "
+                "computes other values"
             )
 
     def _probe(self) -> list[float]:
@@ -173,6 +176,6 @@ class VLLMEngine:
 
 
 def _log_probs(output: RequestOutput) -> list[float]:
-    """Of the sampled tokens."""
+    """Log-probabilities of the sampled tokens."""
     response = output.outputs[0]
     return [entry[token].logprob for token, entry in zip(response.token_ids, response.logprobs, strict=True)]

@@ -1,4 +1,4 @@
-"""vLLM's failures as one message each, and its output in a file."""
+"""Turns each failure of vLLM into one message, and writes vLLM's output to a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from ...errors import MiniRLError
 
-# "ValueError: …" where a line or a logger's message begins; pydantic adds a line of its own for what a check said
+# "ValueError: …" at the start of a line or of a log message; pydantic adds a line with the message of a check
 _CAUSE = re.compile(r"(?:^|\] |\s)(?:\w+\.)*\w*(?:Error|Exception): (.+)")
 _CHECK = re.compile(r"Value error, (.+?)(?: \[type=|$)", re.MULTILINE)
 Result = TypeVar("Result")
@@ -27,7 +27,7 @@ _REFERS_ON = ("Engine core initialization failed", "EngineCore encountered an is
 
 @contextmanager
 def written_to(log: Path) -> Iterator[None]:
-    """What this process and those that it starts write to the terminal goes to the end of a file instead."""
+    """Appends the terminal output of this process and of its child processes to a file instead."""
     log.parent.mkdir(parents=True, exist_ok=True)
     saved = [os.dup(number) for number in (1, 2)]
     sys.stdout.flush()
@@ -47,14 +47,14 @@ def written_to(log: Path) -> Iterator[None]:
 
 @contextmanager
 def as_one_message(doing: str, log: Path) -> Iterator[None]:
-    """Raises MiniRLError for whatever goes wrong inside. doing: what vLLM was to do; log: file of its output."""
+    """Turns any exception inside the block into a MiniRLError. doing: vLLM's task; log: file of vLLM's output."""
     start = log.stat().st_size if log.exists() else 0
     try:
         yield
     except MiniRLError:
         raise
     except Exception as error:
-        # the cause of a failure in vLLM's own process is in its output alone
+        # a failure in vLLM's separate process shows its cause only in the output
         output = log.read_bytes()[start:].decode(errors="replace") if log.exists() else ""
         raise MiniRLError(
             f"vLLM failed to {doing}: {cause(f'{type(error).__name__}: {error}', output)} ({log})"
@@ -62,7 +62,7 @@ def as_one_message(doing: str, log: Path) -> Iterator[None]:
 
 
 def cause(error: str, output: str) -> str:
-    """What went wrong, in one line: of an error, or of its process's output where the error refers to that."""
+    """The cause of an error in one line: from the error, or from the output if the error refers to it."""
     for text in (error, output):
         checks = _CHECK.findall(text)
         if checks:
@@ -74,7 +74,7 @@ def cause(error: str, output: str) -> str:
 
 
 def while_alive(processes: Sequence[BaseProcess], call: Callable[[], Result]) -> Result:
-    """call(), in a thread; RuntimeError where a process ends first: vLLM would wait for ever."""
+    """Run call() in a thread. Raises RuntimeError if a process ends first, since vLLM would wait forever."""
     if not processes:
         return call()
     answer: Future[Result] = Future()
@@ -89,7 +89,7 @@ def while_alive(processes: Sequence[BaseProcess], call: Callable[[], Result]) ->
     while True:
         ended = not all(process.is_alive() for process in processes)
         try:
-            return answer.result(timeout=2.0 if ended else 0.5)  # what a process said at its end may be on its way
+            return answer.result(timeout=2.0 if ended else 0.5)  # an ended process may have sent a last message
         except NotYet:
             if ended:
                 raise RuntimeError(ENDED) from None
