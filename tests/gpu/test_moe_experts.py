@@ -7,14 +7,14 @@ from experts_cases import (
     TINY_SIZES,
     cancelling_case,
     check_a_token_in_any_batch_and_place,
-    check_an_expert_that_is_no_number_reaches_its_own_tokens_alone,
-    check_an_expert_that_is_none,
+    check_an_expert_out_of_range,
     check_extreme_gates,
     check_gradient_reaches_the_router,
+    check_nan_in_an_expert_reaches_its_own_tokens_alone,
+    check_non_finite_values_stay_in_their_token,
     check_one_expert_for_every_rank_of_every_token,
     check_strides,
     check_values_and_gradients,
-    check_what_is_no_number_stays_in_its_token,
     ours,
     random_case,
 )
@@ -63,11 +63,11 @@ def test_the_same_bits_every_time(dtype):
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_token(wrong):
-    check_what_is_no_number_stays_in_its_token(wrong, "triton", DEVICE)
+    check_non_finite_values_stay_in_their_token(wrong, "triton", DEVICE)
 
 
 def test_an_expert_that_is_no_number_reaches_its_own_tokens_alone():
-    check_an_expert_that_is_no_number_reaches_its_own_tokens_alone("triton", DEVICE)
+    check_nan_in_an_expert_reaches_its_own_tokens_alone("triton", DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,7 +77,7 @@ def test_strides(dtype):
 
 @pytest.mark.parametrize("wrong", [4, -1, 2**40])
 def test_an_expert_that_is_none(wrong):
-    check_an_expert_that_is_none(wrong, "triton", DEVICE)
+    check_an_expert_out_of_range(wrong, "triton", DEVICE)
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "num_experts"), [(0, 2, 3), (1, 8, 128), (700, 8, 128), (70_000, 2, 5)])

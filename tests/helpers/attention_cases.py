@@ -1,4 +1,4 @@
-"""What the tests of attention share, on the CPU, in Triton's interpreter and on a GPU: cases, and checks of them."""
+"""Cases for the tests of attention, and checks of them, for the CPU, Triton's interpreter and a GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from minirl_kernels.ops.attention import attention_over_spans
 
 @dataclass
 class Case:
-    """Packed sequences: q [Tq, Hq, D], k and v [Tk, Hkv, ...], the gradient of the result, and the lengths of each."""
+    """Packed sequences.
+
+    q is [Tq, Hq, D], k and v are [Tk, Hkv, ...]. upstream is the gradient of the result. queries and keys are the
+    lengths of each sequence.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -31,7 +35,7 @@ class Case:
         return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=self.q.device)
 
     def part(self, sequence: int, first: int = 0, last: int | None = None) -> Case:
-        """Queries first .. last - 1 of one sequence, with the keys that the last of them sees."""
+        """Queries first .. last - 1 of one sequence, with the keys that the last of these queries sees."""
         queries, keys = self.queries[sequence], self.keys[sequence]
         last = queries if last is None else last
         seen = keys - queries + last
@@ -69,7 +73,11 @@ def random_case(queries, keys=None, *, heads=4, key_heads=2, size=32, value_size
 
 
 def cancelling_case(queries, keys=None, **options):
-    """Scores that are 0 but for rounding, and a scale that makes weights of it; gradients by the weights likewise."""
+    """A case whose results show the order of every sum.
+
+    The exact scores are 0, so only rounding is left of them. A large scale turns this rounding into unequal weights.
+    The gradients by the weights are built in the same way.
+    """
     case = random_case(queries, keys, **options)
     size, value_size = case.q.shape[-1] // 2, case.v.shape[-1] // 2
     generator = torch.Generator().manual_seed(5)
@@ -78,13 +86,13 @@ def cancelling_case(queries, keys=None, **options):
     def twice(x, size, order, sign=1):
         return torch.cat([x[..., :size], sign * x[..., :size]], -1)[..., order]
 
-    # float32 has 16 bits more to round in the same sums
+    # a score of 16-bit operands has a smaller rounding error, because its terms have fewer digits
     scale = 2.0**17 if case.q.dtype == torch.float32 else 2.0**19
     return replace(
         case,
         q=twice(case.q, size, shuffled),
         k=twice(case.k, size, shuffled, -1),
-        # what is left of a sum must not underflow in float16
+        # the remainder of a sum must not underflow in float16
         v=32 * twice(case.v, value_size, values_shuffled, -1),
         upstream=32 * twice(case.upstream, value_size, values_shuffled),
         scale=scale,
@@ -92,10 +100,13 @@ def cancelling_case(queries, keys=None, **options):
 
 
 def cancelling_values(case):
-    """All weights are 1, and the values of every 64 keys cancel but for rounding, as exponents far apart round."""
+    """All weights are 1, and the exact sum of every 64 values is 0.
+
+    The exponents of the values lie far apart, so rounding shows the order of the sum.
+    """
     generator = torch.Generator().manual_seed(9)
     total, heads, size = case.v.shape
-    # farther apart than a float32 has bits beyond the dtype's own, and within the range of float16
+    # the exponents span more bits than float32 has beyond the dtype's digits, within the range of float16
     spread = 20 if case.v.dtype == torch.bfloat16 else 13
     exponents = torch.randint(-spread, spread, (32, 1, 1), generator=generator)
     half = torch.randn(32, heads, size, generator=generator) * 2.0**exponents
@@ -104,7 +115,7 @@ def cancelling_values(case):
 
 
 def forward_backward(case, function, wanted=("q", "k", "v")):
-    """(result, its gradients by those of q, k and v that are wanted)."""
+    """(result, its gradients by the `wanted` operands)."""
     leaves = {name: getattr(case, name).detach().requires_grad_(name in wanted) for name in ("q", "k", "v")}
     out = function(replace(case, **leaves))
     grads = torch.autograd.grad(out, [leaves[name] for name in wanted], case.upstream)
@@ -128,7 +139,10 @@ def ours(case, backend="cpu", wanted=("q", "k", "v")):
 
 
 def equations(case):
-    """In the dtype of q, as an eager model has them: the weights are rounded to it, and rows without keys are 0."""
+    """Attention in the dtype of q, as an eager model computes it.
+
+    The weights are rounded to that dtype, and rows without keys are 0.
+    """
     scale = case.q.shape[-1] ** -0.5 if case.scale is None else case.scale
     outs, q0, k0 = [], 0, 0
     for queries, keys in zip(case.queries, case.keys, strict=True):
@@ -152,7 +166,7 @@ def check_values_and_gradients(case, backend):
         assert_matrices_as_exact(actual, theirs, truth)
 
 
-def check_gradients_that_nobody_asked_for(case, backend):
+def check_each_choice_of_gradients(case, backend):
     everything = dict(zip(("out", "q", "k", "v"), ours(case, backend), strict=True))
     for count in (1, 2):
         for wanted in itertools.combinations("qkv", count):
@@ -167,7 +181,7 @@ def rows_of(case, sequence, first=0, last=None):
 
 
 def parts_of(case):
-    """(sequence, first, last): single queries at all kinds of places, prefixes, chunks, whole sequences."""
+    """(sequence, first, last) of single queries at many places, of prefixes, of chunks and of whole sequences."""
     for sequence, queries in enumerate(case.queries):
         ends = {1, 2, queries // 2, queries - 1, queries} | {n for n in (63, 64, 65, 128, 256, 257) if n <= queries}
         for last in sorted(ends - {0}):
@@ -177,17 +191,17 @@ def parts_of(case):
 
 
 def check_a_query_in_any_batch(case, backend):
-    """The result and its gradient: of a query alone, as in decoding; in a prefix; in a chunk; in the whole batch."""
+    """A query has the same result and gradient alone, in a prefix, in a chunk and in the whole batch."""
     whole = ours(case, backend, ("q",))
-    # the first query sees one key: its weight is 1, its gradient 0; many sums of bfloat16's short products are exact
+    # most values must not be 0; the first query sees one key, so its gradient is 0, and many bfloat16 sums are exact
     assert all(values.count_nonzero() > values.numel() // 4 for values in whole)
     for sequence, first, last in parts_of(case):
         rows = rows_of(case, sequence, first, last)
         assert_same_bits(ours(case.part(sequence, first, last), backend, ("q",)), [values[rows] for values in whole])
 
 
-def stock_moves(case) -> bool:
-    """Whether torch's own attention gives a query other bits when it is decoded."""
+def torch_varies(case) -> bool:
+    """Whether a query has other bits in torch's attention when it is decoded."""
     group = case.q.shape[1] // case.k.shape[1]
 
     def stock(part):
@@ -205,7 +219,7 @@ def stock_moves(case) -> bool:
 
 
 def check_sequences_in_any_batch(case, backend):
-    """All gradients, of each sequence alone and of all in another order."""
+    """A sequence has the same result and gradients alone and among the others in another order."""
     whole = ours(case, backend)
     order = list(range(len(case.queries)))[::-1]
     parts = [case.part(sequence) for sequence in order]
@@ -222,9 +236,10 @@ def check_sequences_in_any_batch(case, backend):
 
 
 def padded(case, *, left, by_head):
-    """(q, k, v, upstream, spans): [B, heads, rows, size] with NaN where there is no token.
+    """(q, k, v, upstream, spans): [B, heads, rows, size] with NaN in the padding.
 
-    left: the padding comes first. by_head: each head's rows lie together, as in a cache; else those of a token.
+    left: the padding comes first. by_head: the rows of a head are contiguous, as in a cache. Otherwise the heads of a
+    token are contiguous.
     """
     device = case.q.device
     spans = torch.zeros(len(case.queries), 5, dtype=torch.int64, device=device)
@@ -251,7 +266,7 @@ def padded(case, *, left, by_head):
 
 
 def check_padded_layouts(case, backend):
-    """The bits of packed sequences, on either side of the padding, in both layouts; 0 in the padding."""
+    """A padded batch gives the bits of packed sequences, and 0 in the padding, for both sides and both layouts."""
     expected = ours(case, backend)
     for left, by_head in itertools.product((False, True), repeat=2):
         q, k, v, upstream, spans = padded(case, left=left, by_head=by_head)
@@ -271,7 +286,10 @@ def check_padded_layouts(case, backend):
 
 
 def check_queries_without_keys(dtype, backend, device="cpu"):
-    """More queries than keys: the first see none, give 0 and get no gradient; so does a sequence without keys."""
+    """Queries that see no key give 0 and get no gradient.
+
+    They are the first queries of a sequence with fewer keys, and all queries of a sequence without keys.
+    """
     case = random_case([15, 4, 0], [12, 0, 3], dtype=dtype, device=device)
     check_values_and_gradients(case, backend)
     out, grad_q, grad_k, grad_v = ours(case, backend)
@@ -284,7 +302,7 @@ def check_queries_without_keys(dtype, backend, device="cpu"):
 
 
 def check_extreme_scores(backend, device="cpu"):
-    """Scores of 1e4 and -1e4, of which the softmax is one key's weight; and all far from 0."""
+    """Scores of up to 1e4 on both sides of 0, whose softmax selects one key; and scores that are all far from 0."""
     case = random_case([70], heads=2, key_heads=1, size=8, device=device)
     case.q[...], case.k[...] = 0, 0
     case.q[..., 0], case.k[..., 0] = 100, 100 * normal(70, 1, seed=7).to(device)
@@ -295,13 +313,13 @@ def check_extreme_scores(backend, device="cpu"):
     shifted = random_case([70], heads=2, key_heads=1, size=8, device=device)
     shifted.k[..., -1] += 1000
     shifted.q[..., -1] = 100
-    # of the gradients there is nothing left: those by q and k are 1000 times a sum that is 0
+    # the gradients are not compared: for q and k they are 1000 times a sum that is exactly 0
     exact = equations(shifted.in_float64())
     assert_matrices_as_exact(ours(shifted, backend)[0], equations(shifted), exact)
 
 
-def check_what_is_no_number_stays_in_its_rows(backend, device="cpu"):
-    """A query that is NaN in its own result; a key or value in those of its sequence that see it."""
+def check_nan_stays_in_its_rows(backend, device="cpu"):
+    """A NaN in a query reaches its own result only; one in a key or value, the queries of its sequence that see it."""
     case = random_case([30, 40], device=device)
     expected = ours(case, backend)[0]
     for name in ("q", "k", "v"):

@@ -21,7 +21,7 @@ COMMON = {
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "q_lora_rank": 16, "kv_lora_rank": 16}
 MAMBA = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16}
-# what a family does between its last layer and its logits
+# the families differ in the steps between the last layer and the logits
 FAMILIES = {
     "qwen3": {},
     "qwen3_moe": EXPERTS,
@@ -33,9 +33,9 @@ FAMILIES = {
     "gemma2": {"final_logit_softcapping": 2.0},
     "cohere": {"logit_scale": 0.25},
     "granite": {"logits_scaling": 3.0},  # a divisor
-    "hyperclovax": {"logits_scaling": 0.3},  # a factor of the same name
+    "hyperclovax": {"logits_scaling": 0.3},  # a factor, although it has the same name
     "falcon_h1": {"lm_head_multiplier": 0.3, **MAMBA},
-    "minicpm3": {"dim_model_base": 8, **LATENT, "head_dim": 8, "num_key_value_heads": 2},  # before the head
+    "minicpm3": {"dim_model_base": 8, **LATENT, "head_dim": 8, "num_key_value_heads": 2},  # a factor before the head
     "modernbert-decoder": {"cls_token_id": 1, "sep_token_id": 2},  # a layer before the head, and a bias
 }
 
@@ -44,7 +44,7 @@ def make(kind, **changes):
     config = CONFIG_MAPPING[kind](**{**COMMON, **FAMILIES[kind], **changes})
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        # grouped_mm, the default of mixtures of experts, has no float64
+        # grouped_mm, the default of mixture-of-experts models, does not support float64
         options = {"experts_implementation": "eager"} if "num_experts" in FAMILIES[kind] else {}
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options).eval()
 

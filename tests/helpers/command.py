@@ -5,7 +5,7 @@ from minirl.cli import main
 
 
 def fails(capsys, *arguments) -> str:
-    """What the command says as it ends with status 2, in one line; it must be one message."""
+    """The one message of the command, in one line; the command must end with status 2."""
     with pytest.raises(SystemExit) as stopped:
         main([str(argument) for argument in arguments])
     error = capsys.readouterr().err

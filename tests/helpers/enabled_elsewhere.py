@@ -1,4 +1,4 @@
-"""What another process does with a model that was enabled in this one; it finds it by this module's name."""
+"""Scores with an enabled model that was pickled in another process; the process imports this module by name."""
 
 import sys
 
@@ -6,7 +6,7 @@ import torch
 
 
 def score(model, input_ids, token_ids, file):
-    """Hooks that the process adds of its own must not take the place of the model's."""
+    """Save the model's log-probabilities. Hooks that this process adds must not replace the hooks of the model."""
     handles = [model.register_forward_hook(lambda *_: None) for _ in range(40)]
     log_probs = model(input_ids, token_ids=token_ids).log_probs
     shape = model(input_ids).logits.shape

@@ -1,7 +1,7 @@
-"""The losses written a second time, straight from their equations: response by response, differentiated by autograd.
+"""The losses written a second time, from their equations: response by response, differentiated by autograd.
 
-Nothing here comes from minirl_kernels; a config is only read for its fields. Everything runs in the dtype it is
-given: float64 is the truth, float32 the eager path whose error ours may not exceed.
+Nothing here comes from minirl_kernels; only the fields of a config are read. Everything is computed in the given dtype.
+float64 is the truth. float32 is the eager path, whose error the library may not exceed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def token_log_probs(logits, token_ids, temperature=1.0):
 
 
 def upstream(token_ids):
-    """Gradients of the log-probabilities and of the entropy, which differ from token to token."""
+    """Gradients of the log-probabilities and of the entropy; they differ from token to token."""
     steps = torch.arange(token_ids.numel()).reshape(token_ids.shape)
     return (1.5 - steps % 4).float(), (0.75 - steps % 3).float()
 
@@ -34,7 +34,10 @@ def token_log_probs_and_gradients(leaves, logits, token_ids, temperature=1.0):
 
 
 def policy_loss_and_gradients(leaves, log_probs, entropy, batch, config, **counts):
-    """[loss, log-probabilities, entropy, gradient of each leaf]; a token outside of the mask has 0 for the two."""
+    """[loss, log-probabilities, entropy, gradient of each leaf].
+
+    The log-probability and entropy of a token outside of the mask are 0.
+    """
     loss = policy_loss(log_probs, entropy, batch, config, **counts)
     grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     per_token = [values.detach().where(batch.loss_mask, 0.0) for values in (log_probs, entropy)]
@@ -42,7 +45,7 @@ def policy_loss_and_gradients(leaves, log_probs, entropy, batch, config, **count
 
 
 def policy_loss(log_probs, entropy, batch, config, *, num_responses=None, num_tokens=None, num_groups=None):
-    """The loss of a whole batch; log_probs and entropy are [T], in the dtype to compute in."""
+    """The loss of a whole batch. log_probs and entropy are [T], and their dtype is used throughout."""
     sums, counts = [], []
     for start, end in batch.spans():
         tokens = [t for t in range(start, end) if batch.loss_mask[t]]
@@ -108,7 +111,7 @@ def objective(log_probs, old, mu, advantages, config):
     if config.objective == "cispo":
         weight = (r.clamp(low, high) if config.clip else r).detach()
         return (correction * weight * advantages * log_probs).sum()
-    if config.objective == "gspo":  # in its token form, which has the gradient of the sequence form
+    if config.objective == "gspo":  # the token form, which has the gradient of the sequence form
         r = (log_probs - old).mean().exp().detach() * here
     clipped = r.clamp(low, high) if config.clip else r
     return (correction * torch.minimum(r * advantages, clipped * advantages)).sum()

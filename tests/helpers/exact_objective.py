@@ -1,4 +1,7 @@
-"""The objectives of a response of one token in decimal arithmetic, whose exponents never overflow: what is finite."""
+"""The objectives for a response of one token, in decimal arithmetic whose exponents never overflow.
+
+They show which losses and gradients are finite.
+"""
 
 from __future__ import annotations
 

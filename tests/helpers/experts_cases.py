@@ -1,4 +1,4 @@
-"""What the tests of moe_experts share, on the CPU, in Triton's interpreter and on a GPU: cases, and checks of them."""
+"""Cases for the tests of moe_experts, and checks of them, for the CPU, Triton's interpreter and a GPU."""
 
 from __future__ import annotations
 
@@ -34,13 +34,15 @@ def random_case(tokens, top_k, num_experts, hidden_size, width, dtype=torch.floa
 
 
 def cancelling_case(tokens, top_k, num_experts, half, half_width, dtype, device="cpu"):
-    """Every sum is 0 but for rounding, so that any other order of it shows: that of up, of the result, of the gradients
-    by the activation, by hidden and by the weights."""
+    """The exact value of every sum is 0, so any other order of summation shows.
+
+    This holds for up, for the result, and for the gradients by the activation, by hidden and by the weights.
+    """
     (hidden, weights, experts, gate_up, down), upstream = random_case(
         tokens, top_k, num_experts, half, half_width, torch.float64, device
     )
     gate, up = gate_up.chunk(2, 1)
-    # what is left of a sum must not underflow in float16
+    # the remainder of a sum must not underflow in float16
     gate, up = torch.cat([gate, gate], 2) / 128, torch.cat([up, -up], 2) * 64
     down = torch.cat([down, -down], 2) * 2**15
     hidden, upstream = (64 * torch.cat([x, x], 1).to(dtype) for x in (hidden, upstream))
@@ -49,7 +51,7 @@ def cancelling_case(tokens, top_k, num_experts, half, half_width, dtype, device=
 
 
 def forward_backward(operands, upstream, function, wanted=NAMES):
-    """(result, its gradients by those of NAMES that are wanted)."""
+    """(result, its gradients by the `wanted` operands of NAMES)."""
     hidden, weights, experts, gate_up, down = operands
     leaves = dict(zip(NAMES, (hidden, weights, gate_up, down), strict=True))
     leaves = {name: leaf.detach().requires_grad_(name in wanted) for name, leaf in leaves.items()}
@@ -65,7 +67,7 @@ def ours(operands, upstream, backend="cpu", wanted=NAMES):
 
 
 def equations(hidden, weights, experts, gate_up, down):
-    """In the dtype of hidden, as an eager model has them."""
+    """moe_experts in the dtype of hidden, as an eager model computes it."""
     out = torch.zeros_like(hidden)
     for expert in range(len(gate_up)):
         tokens, ranks = torch.where(experts == expert)
@@ -101,14 +103,17 @@ def check_one_expert_for_every_rank_of_every_token(dtype, backend, device="cpu")
 
 
 def check_extreme_gates(dtype, backend, device="cpu"):
-    """silu goes to 0 and to x; a sigmoid that underflows is 0 rather than a little, times a large gate."""
+    """silu is exact at both ends: near 0 for very negative gates, and x for large gates.
+
+    A sigmoid that underflows must give exactly 0, also times a large gate.
+    """
     gates = torch.tensor([-6e4, -3e3, -200.0, -90, -87, -30, -17, 0, 17, 30, 88, 200, 3e3, 6e4], device=device)
     eye = torch.eye(len(gates), device=device)
     operands = (
         gates.diag().to(dtype),
         torch.ones_like(gates)[:, None],
         torch.zeros_like(gates, dtype=torch.int64)[:, None],
-        # the gate of each is its own number, up is 1 / 64 of it
+        # the gate of a token is its number in gates, and up is 1 / 64 of the gate
         torch.cat([eye, eye / 64])[None].to(dtype),
         eye[None].to(dtype),
     )
@@ -120,7 +125,7 @@ def check_extreme_gates(dtype, backend, device="cpu"):
 
 
 def check_gradient_reaches_the_router(backend, device="cpu"):
-    """From the experts' result to the logits that chose them, natural and replayed."""
+    """The gradient goes from the experts' result to the router's logits, for natural and replayed experts."""
     operands, upstream = random_case(30, 3, 8, 24, 20, device=device)
     hidden, _, replayed, gate_up, down = operands
     logits = 2 * normal(30, 8, seed=9).to(device)
@@ -137,7 +142,10 @@ def check_gradient_reaches_the_router(backend, device="cpu"):
 
 
 def check_a_token_in_any_batch_and_place(size, dtype, backend, device="cpu"):
-    """The result, and the gradients by hidden and the weights, of a cancelling case of at least 70 tokens."""
+    """A token has the same result, and gradients by hidden and weights, in every part of the batch.
+
+    The case is a cancelling one of at least 70 tokens.
+    """
     operands, upstream = cancelling_case(*size, dtype, device)
 
     def of(tokens):
@@ -154,7 +162,7 @@ def check_a_token_in_any_batch_and_place(size, dtype, backend, device="cpu"):
         assert_same_bits(of(tokens), [values[tokens] for values in whole])
 
 
-def check_what_is_no_number_stays_in_its_token(wrong, backend, device="cpu"):
+def check_non_finite_values_stay_in_their_token(wrong, backend, device="cpu"):
     operands, upstream = random_case(40, 2, 3, 33, 20, device=device)
     expected = ours(operands, upstream, backend)[:3]
     operands[0][17, 5] = wrong
@@ -164,7 +172,7 @@ def check_what_is_no_number_stays_in_its_token(wrong, backend, device="cpu"):
     assert not results[0][17].isfinite().any()
 
 
-def check_an_expert_that_is_no_number_reaches_its_own_tokens_alone(backend, device="cpu"):
+def check_nan_in_an_expert_reaches_its_own_tokens_alone(backend, device="cpu"):
     operands, upstream = random_case(40, 2, 5, 33, 20, device=device)
     expected = ours(operands, upstream, backend)
     _, _, experts, gate_up, down = operands
@@ -174,11 +182,11 @@ def check_an_expert_that_is_no_number_reaches_its_own_tokens_alone(backend, devi
     assert rest.any()
     assert not rest.all()
     assert_same_bits([values[rest] for values in results[:3]], [values[rest] for values in expected[:3]])
-    others = [0, 1, 3, 4]  # their gradients come from tokens that expert 2 has made NaN in the result alone
+    others = [0, 1, 3, 4]  # expert 2 makes only the results of their tokens NaN
     assert_same_bits([grad[others] for grad in results[3:]], [grad[others] for grad in expected[3:]])
 
 
-def check_gradients_that_nobody_asked_for(count, backend, device="cpu"):
+def check_each_choice_of_gradients(count, backend, device="cpu"):
     operands, upstream = random_case(20, 2, 4, 33, 20, torch.bfloat16, device)
     everything = dict(zip(("out", *NAMES), ours(operands, upstream, backend), strict=True))
     for wanted in itertools.combinations(NAMES, count):
@@ -202,7 +210,7 @@ def check_nothing_is_kept_without_a_gradient(dtype, backend, device="cpu"):
 
 
 def check_strides(dtype, backend, device="cpu", *, same_bits):
-    """A slice of a wider buffer is no copy, in any operand; an expanded gradient is as good as another."""
+    """Every operand may be a slice of a wider buffer, and the upstream gradient may be expanded."""
     (hidden, weights, experts, gate_up, down), _ = random_case(20, 2, 4, 33, 20, dtype, device)
     expanded = torch.ones((), dtype=dtype, device=device).expand(20, 33)
     plain = ours((hidden, weights, experts, gate_up, down), expanded.contiguous(), backend)
@@ -218,8 +226,11 @@ def check_strides(dtype, backend, device="cpu", *, same_bits):
         torch.testing.assert_close(values, right)
 
 
-def check_an_expert_that_is_none(wrong, backend, device="cpu"):
-    """Where nothing can raise: NaN in the token and in the weight of the pair, which the projections do without."""
+def check_an_expert_out_of_range(wrong, backend, device="cpu"):
+    """An expert id out of range gives NaN in the token and in the gradient of the pair's weight.
+
+    The gradients of the projections leave the pair out. This is the behaviour on a backend that cannot raise.
+    """
     (hidden, weights, experts, gate_up, down), upstream = random_case(140, 2, 4, 33, 20, device=device)
     expected = ours((hidden, weights, experts, gate_up, down), upstream, backend)
     pairs = [(13, 1), (13, 0), (139, 0)]
@@ -233,7 +244,7 @@ def check_an_expert_that_is_none(wrong, backend, device="cpu"):
     assert all(values[~rest].isnan().all() for values in results[:2])
     assert results[2][[13, 13, 139], [1, 0, 0]].isnan().all()
     assert torch.equal(results[2][139, 1], expected[2][139, 1])
-    # as if the pairs were of an expert more
+    # the expected gradients of the projections: the pairs belong to one additional expert
     more = [torch.cat([matrix, matrix[:1]]) for matrix in (gate_up, down)]
     elsewhere = ours((hidden, weights, replaced.where(replaced != wrong, 4), *more), upstream, backend)
     assert_same_bits(results[3:], [grad[:4] for grad in elsewhere[3:]])

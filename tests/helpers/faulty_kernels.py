@@ -14,7 +14,11 @@ from minirl_kernels.common.triton.launch import LaunchConfig
 
 @triton.jit
 def copy_kernel(x, out, V, stride, BLOCK: tl.constexpr, EXTRA: tl.constexpr, SHIFT: tl.constexpr):
-    """A row to a program; EXTRA elements too many (or too few), from SHIFT rows on."""
+    """Each program copies one row.
+
+    EXTRA: elements beyond the row's end, or missing ones if negative. SHIFT: distance in rows between the row read and
+    the row written.
+    """
     i_t = tl.program_id(0)
     o_v = tl.arange(0, BLOCK)
     m_v = o_v < V + EXTRA
@@ -52,7 +56,7 @@ def atomic_kernel(x, out):
 
 @triton.jit
 def halves_kernel(x, out, V, stride, BLOCK: tl.constexpr, BARRIER: tl.constexpr, UPWARDS: tl.constexpr):
-    """16-bit values over the float32 row that they come from, in two blocks."""
+    """Writes 16-bit values over the float32 row that they are computed from, in two blocks."""
     i_t = tl.program_id(0)
     for i in tl.static_range(2):
         o_v = (i if UPWARDS else 1 - i) * BLOCK + tl.arange(0, BLOCK)
@@ -64,7 +68,7 @@ def halves_kernel(x, out, V, stride, BLOCK: tl.constexpr, BARRIER: tl.constexpr,
 
 @triton.jit
 def overflowing_kernel(x, out, V, stride, BLOCK: tl.constexpr):
-    """32 bits of offset, where a long batch has more; a mask keeps the accesses in."""
+    """Computes offsets in 32 bits, which a long batch overflows. A mask keeps the accesses inside of the tensor."""
     o_v = tl.program_id(0) * stride + tl.arange(0, BLOCK)
     m_v = (tl.arange(0, BLOCK) < V) & (o_v + (2**31 - 1) != 0)
     tl.store(out + o_v, tl.load(x + o_v, mask=m_v), mask=m_v)
@@ -72,7 +76,7 @@ def overflowing_kernel(x, out, V, stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def gluttonous_kernel(x, out, V, BLOCK: tl.constexpr):
-    """A tile far too large for its threads: it must spill."""
+    """Uses a tile far too large for its threads, so that registers must spill."""
     o_v = tl.arange(0, BLOCK)
     b_x = tl.load(x + o_v, mask=o_v < V)
     tl.store(out + o_v, tl.exp(b_x - tl.max(b_x, 0)) * b_x, mask=o_v < V)
@@ -80,7 +84,7 @@ def gluttonous_kernel(x, out, V, BLOCK: tl.constexpr):
 
 @triton.jit
 def narrow_kernel(x, out, V, BLOCK: tl.constexpr):
-    """Neighbouring threads take neighbouring elements of every third place: no access is wider than one."""
+    """Accesses every third element, so that neighbouring threads cannot share a wide access."""
     o_v = tl.arange(0, BLOCK)
     tl.store(out + 3 * o_v, tl.load(x + 3 * o_v, mask=o_v < V // 3), mask=o_v < V // 3)
 
@@ -158,7 +162,7 @@ CALLS = {
 
 
 def faulty_case(name: str, vocab_size: int = 100) -> Case:
-    """Rows of float32 with 4 elements between them."""
+    """A launch of a faulty kernel on rows of float32 with 4 elements between them."""
     config = LaunchConfig(lanes=8, vec=4, threads=32)
     kernel = RowKernel(name, LogitOperands.make, CALLS[name], lambda vocab_size, dtype: config)
     return kernel.case(vocab_size, torch.float32, padding=4)

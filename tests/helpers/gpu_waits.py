@@ -1,4 +1,4 @@
-"""How often a call makes the CPU wait for the GPU."""
+"""Counts the waits of the CPU for the GPU during a call."""
 
 import warnings
 
@@ -6,7 +6,7 @@ import torch
 
 
 def count_waits(run) -> int:
-    """Of the second of two calls, because the first one compiles."""
+    """The number of waits in the second of two calls, because the first call compiles."""
     run()
     torch.cuda.set_sync_debug_mode("warn")
     try:

@@ -1,4 +1,4 @@
-"""What the tests of kept tokens share, on any backend: sets of every kind, and the equations over a set alone."""
+"""Sets of kept tokens of every kind, their equations, and checks of them for any backend."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from minirl_kernels import SamplingMask, linear_token_logprobs, token_logprobs
 
 
 def random_sets(token_ids, vocab_size, seed=0):
-    """One set for each position, the token in it: whole by None, the token alone, a few, many, and all by name.
+    """One set for each position, which contains the position's token.
 
-    Of a large vocabulary many and all are hundreds: the interpreter takes its time over each.
+    The kinds alternate: None (the whole vocabulary), the token alone, a few tokens, many tokens, all tokens by name.
+    With a large vocabulary "many" and "all" are hundreds of tokens, because the interpreter is slow.
     """
     many, all_tokens = (max(vocab_size // 2, 1), vocab_size) if vocab_size <= 5000 else (500, 300)
     gen = torch.Generator().manual_seed(seed)
@@ -40,7 +41,7 @@ def random_mask(token_ids, vocab_size, seed=0):
 
 
 def kept_log_probs(logits, token_ids, sets, temperature=1.0):
-    """(log-probability, entropy) [T] of logits [T, V], by each row's kept logits and nothing else."""
+    """(log-probability, entropy) [T] of logits [T, V], computed from the kept logits of each row only."""
     temperature = torch.as_tensor(temperature, dtype=logits.dtype).expand(token_ids.shape)
     results = []
     for row, token, one, heat in zip(logits, token_ids.tolist(), sets, temperature, strict=True):
@@ -51,7 +52,7 @@ def kept_log_probs(logits, token_ids, sets, temperature=1.0):
 
 
 def forward_backward(logits, token_ids, kept, backend, device="cpu", **options):
-    """(log_probs, entropy, gradient of the logits) with gradients into both results that differ from token to token."""
+    """(log_probs, entropy, gradient of the logits) under gradients of both results that differ from token to token."""
     leaf = _on(logits.detach(), device).requires_grad_()
     options = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     kept = None if kept is None else kept.to(device)
@@ -61,12 +62,11 @@ def forward_backward(logits, token_ids, kept, backend, device="cpu", **options):
 
 
 def _on(logits, device):
-    """With the strides it has."""
     return logits if device == "cpu" else logits.to(device)
 
 
 def check_token_logprobs(logits, token_ids, backend, temperature=1.0, device="cpu"):
-    """Values and gradient against float64, as exact as eager, and exactly 0 outside of the sets."""
+    """Values and gradient are as exact as eager's against float64; outside of the sets the gradient is exactly 0."""
     vocab_size, sets = logits.shape[-1], random_sets(token_ids, logits.shape[-1])
     kept = mask_of(sets, token_ids.shape)
     ours = forward_backward(logits, token_ids, kept, backend, device=device, temperature=temperature)
@@ -87,7 +87,7 @@ def check_token_logprobs(logits, token_ids, backend, temperature=1.0, device="cp
 
 
 def check_linear(head, backend, device="cpu", *, temperature=1.0, logit_softcap=None, logit_scale=1.0):
-    """linear_token_logprobs: values and gradients by hidden states, weight and bias."""
+    """Values of linear_token_logprobs, and its gradients by hidden states, weight and bias."""
     hidden, weight, token_ids, bias = head
     sets = random_sets(token_ids, len(weight))
     options = {"temperature": temperature, "logit_softcap": logit_softcap, "logit_scale": logit_scale}
@@ -107,7 +107,7 @@ def check_linear(head, backend, device="cpu", *, temperature=1.0, logit_softcap=
 
 
 def call_linear(head, kept, backend, device="cpu", **options):
-    """[log_probs, entropy, d hidden, d weight, d bias if there is one]."""
+    """[log_probs, entropy, d hidden, d weight] and, with a bias, d bias."""
     *operands, token_ids, bias = head
     leaves = [x.detach().to(device).requires_grad_() for x in (*operands, bias) if x is not None]
     options = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
@@ -125,7 +125,7 @@ def call_linear(head, kept, backend, device="cpu", **options):
 
 
 def check_head_outside_of_the_sets(backend):
-    """The gradient of its rows is exactly 0 where no position kept their token, with a softcap too."""
+    """The gradient of a head's row is exactly 0 if no position kept its token, with a softcap too."""
     head = random_head(4, 12, 50, with_bias=True)
     sets = [[int(token), 3, 4] if int(token) not in (3, 4) else [3, 4] for token in head[2]]
     for options in ({}, {"logit_softcap": 2.0}):

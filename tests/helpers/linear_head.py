@@ -1,4 +1,4 @@
-"""What the tests of the two linear losses share: random heads, and the eager way through logits."""
+"""Random heads of a vocabulary, and the eager path through logits, for the tests of the linear losses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ TINY_TEMPERATURE = 2.0**-17
 
 
 def random_head(tokens, hidden_size, vocab_size, dtype=torch.float32, seed=0, with_bias=False):
-    """(hidden [T, H], weight [V, H], token_ids [T], bias [V] or None); logits of a standard deviation of about 2."""
+    """(hidden [T, H], weight [V, H], token_ids [T], bias [V] or None); the logits have a deviation of about 2."""
     gen = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, hidden_size, generator=gen).to(dtype)
     weight = (2 * torch.randn(vocab_size, hidden_size, generator=gen) / hidden_size**0.5).to(dtype)
@@ -18,17 +18,19 @@ def random_head(tokens, hidden_size, vocab_size, dtype=torch.float32, seed=0, wi
 
 
 def cancelling_head(tokens, hidden_size, vocab_size, dtype):
-    """Logits that are 0 but for rounding, [x, x] [w, -w]^T: at TINY_TEMPERATURE any other order of a sum shows."""
+    """A head [w, -w] and hidden states [x, x]: the exact logits are 0.
+
+    At TINY_TEMPERATURE the results show any other order of a sum.
+    """
     hidden, weight, token_ids, _ = random_head(tokens, hidden_size, vocab_size, dtype)
     return torch.cat([hidden, hidden], 1), torch.cat([weight, -weight], 1), token_ids
 
 
 def assert_matrices_as_exact(actual, eager, exact):
-    """The error of `actual` against float64 is at most that of the eager path in the same dtype, plus SLACK.
+    """The error of `actual` against float64 is at most the error of the eager path in the same dtype, plus SLACK.
 
-    By the 2-norm of all that was computed: what rounding does to a single sum of hundreds of terms is one draw, and
-    ours are summed in another order than the eager path's. Even so two draws of the last rounding differ, by less than
-    a thirty-second of what it costs.
+    Errors are 2-norms over the whole matrix, because the error of a single element is random and the orders of
+    summation differ. The last rounding still makes a random difference, so the slack also has 1/64 of the dtype's eps.
     """
     assert actual.dtype == eager.dtype
     assert actual.shape == exact.shape == eager.shape
@@ -40,7 +42,7 @@ def assert_matrices_as_exact(actual, eager, exact):
 
 
 def count_matmuls(monkeypatch, backend):
-    """[(M, K) of each matmul that the module of a backend makes of a head]"""
+    """[(M, K) of each matmul of a head that the backend's module runs]"""
     shapes = []
     matmul_into = backend.matmul_into
 
@@ -53,7 +55,7 @@ def count_matmuls(monkeypatch, backend):
 
 
 def logits(hidden, weight, bias, dtype, *, softcap=None, scale=1.0):
-    """In float64, or as eager torch has it: the matmul in the dtype of hidden, the rest in float32."""
+    """Logits in float64, or as eager torch computes them: the matmul in the dtype of hidden, the rest in float32."""
     if dtype == torch.float64:
         hidden, weight, bias = (None if x is None else x.double() for x in (hidden, weight, bias))
     out = torch.nn.functional.linear(hidden, weight, bias).to(dtype) * scale

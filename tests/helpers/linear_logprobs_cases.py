@@ -1,4 +1,4 @@
-"""What the tests of linear_token_logprobs share, on any backend: its options, and the check against float64."""
+"""Options of linear_token_logprobs, and its check against float64, for any backend."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPTIONS = {
 
 
 def call(hidden, weight, token_ids, bias, backend, with_entropy=True, device="cpu", **options):
-    """[log_probs, entropy, d hidden, d weight, d bias if there is one]."""
+    """[log_probs, entropy, d hidden, d weight] and, with a bias, d bias."""
     leaves = [x.detach().to(device).requires_grad_() for x in (hidden, weight, bias) if x is not None]
     options = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
     options.update({} if bias is None else {"bias": leaves[2]})

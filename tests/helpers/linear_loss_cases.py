@@ -1,4 +1,4 @@
-"""What the tests of fused_linear_policy_loss share, on any backend: batches, options, and the check against float64."""
+"""Batches and options of fused_linear_policy_loss, and its check against float64, for any backend."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPTIONS = {
 
 
 def head_and_batch(hidden_size, vocab_size, dtype=torch.float32, lengths=LENGTHS, with_bias=False, **options):
-    """A random head, and a batch whose log-probabilities are around what the head gives its tokens."""
+    """A random head and a batch; the batch's old and rollout log-probabilities are near the head's."""
     head = random_head(sum(lengths), hidden_size, vocab_size, dtype, with_bias=with_bias)
     return head, batch_of(head, lengths, **options)
 
@@ -39,7 +39,7 @@ def batch_of(head, lengths, *, temperature=1.0, logit_softcap=None, logit_scale=
 
 
 def call(head, batch, backend, layout="packed", grad_output=1.0, device="cpu", **options):
-    """(output, [d hidden, d weight, d bias if there is one]), rows packed."""
+    """(output, [d hidden, d weight] and, with a bias, d bias), rows packed."""
     hidden, weight, token_ids, bias = head
     leaves = [batch.lay_out(hidden, layout), weight, *([] if bias is None else [bias])]
     leaves = [leaf.detach().to(device, copy=True).requires_grad_() for leaf in leaves]
@@ -77,7 +77,7 @@ def check_against_equations(head, batch, config, backend, device="cpu", **option
     for layout in ("packed", "padded"):
         out, grads = call(head, batch, backend, layout, device=device, config=config, **options)
         error, their_error = (abs(values.double() - exact[0]).item() for values in (out.loss.detach(), eager[0]))
-        # tokens of both signs cancel in the loss, their rounding errors do not
+        # the loss is a sum of tokens of both signs: its terms cancel, but their rounding errors do not
         assert error <= their_error + SLACK * out.token_loss.abs().sum().item()
         ours = [batch.pack(out.log_probs, layout), batch.pack(out.entropy, layout), *grads]
         for result, theirs, truth in zip(ours, eager[1:], exact[1:], strict=True):

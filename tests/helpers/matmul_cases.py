@@ -1,4 +1,4 @@
-"""Checks of matmul, linear and bmm that the CPU's tests, the interpreter's and the GPU's share."""
+"""Checks of matmul, linear and bmm for the CPU, Triton's interpreter and a GPU."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ TURNS = [(a, b) for a in (False, True) for b in (False, True)]
 
 
 def matrix(*shape, dtype=torch.float32, turned=False, seed=0, device="cpu"):
-    """[..., rows, columns], whose memory runs along the rows, or along the columns."""
+    """[..., rows, columns], contiguous along the rows or, if turned, along the columns."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
     return x.mT.contiguous().mT if turned else x
 
 
 def cancelling(rows, columns, depth, dtype, *, seed=0, device="cpu"):
-    """x [rows, depth] and weight [columns, depth], whose products are 0 but for rounding: any other order of the sum
-    shows in nearly every element."""
+    """x [rows, depth] and weight [columns, depth], whose exact products are 0.
+
+    Nearly every element of the computed product shows any other order of its sum.
+    """
     generator = torch.Generator().manual_seed(seed)
     x, w = (torch.randn(size, depth // 2, generator=generator) for size in (rows, columns))
     order = torch.randperm(depth // 2 * 2, generator=generator)
@@ -78,7 +80,7 @@ def check_linear(outer, sizes, dtype, backend, device="cpu"):
 
 
 def check_a_row_in_any_batch_and_place(sizes, dtype, backend, counts, device="cpu"):
-    """The bits of a row of x W^T, of x W'^T + bias, and of d x: alone, among others, elsewhere, in another product."""
+    """A row of x W^T, x W^T + bias and d x has the same bits alone, among others, elsewhere and in another product."""
     rows, columns, depth = sizes
     x, weight = cancelling(rows, columns, depth, dtype, device=device)
     bias = weight[:, 0].contiguous()
@@ -86,7 +88,7 @@ def check_a_row_in_any_batch_and_place(sizes, dtype, backend, counts, device="cp
     def bits(x):
         leaf = x.detach().requires_grad_()
         out = linear(leaf, weight, bias, backend=backend)
-        # its sum over the columns of the weight cancels too
+        # the sums of d x have terms of both signs, so that they show another order too
         upstream = linear(x, weight.flip(0), backend=backend)
         return out.detach(), linear(x, weight, backend=backend), *torch.autograd.grad(out, leaf, upstream)
 

@@ -1,4 +1,4 @@
-"""A made-up result of a bench: one case with a fast call of ours, a slow peer, an absent peer and a floor."""
+"""An invented result of a bench: one case with a fast call of the library, a slow peer, an absent peer and a floor."""
 
 SOURCE = {"commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False}
 
@@ -12,7 +12,7 @@ def bar(contender, measure, against, bound):
 
 
 def measured_case(**changes):
-    """A fast machine: 0.5 GB read and written in 50 ms."""
+    """A bench case in which the library moves 1 GB in 50 ms."""
     case = {
         "what": "forward + backward",
         "dtype": "bfloat16",

@@ -1,4 +1,4 @@
-"""Objectives of a user's own, as they would stand in a file of theirs, and the equations of ours that are examples."""
+"""Objectives as a user would write them, and the published equations of the library's example objectives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from minirl_kernels.objectives import DPPO, GRPO, SAPO, DualClip, Objective, Two
 
 @dataclass(frozen=True, kw_only=True)
 class Squared(Objective):
-    """scale A r^2: no bound, and the correction is left to the library."""
+    """Loss -scale A r^2, without bounds. The library applies the correction by d."""
 
     scale: float = 0.5
 
@@ -30,14 +30,17 @@ class SquaredOfMean(Squared):
 
 
 class Ascent(GRPO):
-    """The loss of GRPO with its sign turned, which no kernel knows."""
+    """The loss of GRPO with its sign reversed. No kernel implements it."""
 
     def loss(self, token):
         return tuple(-values for values in super().loss(token))
 
 
 def example_objective(name, objective, log_probs, old, mu, advantages):
-    """J of each token [n], of the published equation; mu is old without a correction. Differentiable."""
+    """J of each token [n] by the published equation, differentiable.
+
+    mu is old where the config has no correction.
+    """
     r = (log_probs - old).exp()
     d = (old - mu).exp().detach()
     if name == "sapo":
@@ -75,7 +78,7 @@ EXAMPLES = {
 
 
 def example_loss(name, config, log_probs, batch):
-    """The loss of the whole batch by `example_objective`, from [T] log-probabilities."""
+    """The loss of the whole batch by `example_objective`, from log-probabilities [T]."""
     sums, counts = [], []
     for start, end in batch.spans():
         tokens = [t for t in range(start, end) if batch.loss_mask[t]]

@@ -1,4 +1,4 @@
-"""For the tests of the ops: batches in both layouts, and the rule of how far off a result may be."""
+"""Batches for the tests of the ops in both layouts, and the rule for the largest error of a result."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from minirl_kernels import PolicyLossConfig
 from minirl_kernels.backends import native
 
-# What a float32 result may be off beyond the eager path, of its largest value: a float32 log-probability of -8 that is
-# rounded correctly is off by 2**-21 itself, and so is exp of it.
+# SLACK: the permitted error of a float32 result beyond the eager path's, relative to its largest value. A
+# log-probability of about -8, correctly rounded to float32, is off by up to 2**-21, and so is exp of it.
 SLACK = 2.0**-20
-LENGTHS = [5, 1, 4, 9, 3, 7]  # of the responses of a batch
+LENGTHS = [5, 1, 4, 9, 3, 7]  # of the responses in a batch
 PRESETS = ("minirl", "reinforce", "sequence_is", "grpo", "cispo", "gspo")
-TOKEN_LEVEL = ("minirl", "reinforce", "grpo", "cispo")  # the presets that look at one token at a time
+TOKEN_LEVEL = ("minirl", "reinforce", "grpo", "cispo")  # the presets whose objective is computed token by token
 
 
 def every_config(**options):
@@ -34,14 +34,14 @@ def every_config(**options):
 
 
 def tables_of_one_order(dtype: torch.dtype) -> list[str]:
-    """The instruction sets that run here whose matmuls have the same bits."""
+    """The instruction sets of this machine whose matmuls give the same bits."""
     others = {"baseline", "amx"} if dtype == torch.bfloat16 else {"baseline"}
     return [isa for isa in native().isa_supported() if isa not in others]
 
 
 @dataclass
 class Batch:
-    """Responses one after another: [T] per token, [B] per response. `log_probs` or `logits` with `token_ids`."""
+    """Consecutive responses: [T] per token, [B] per response. It has `log_probs`, or `logits` with `token_ids`."""
 
     lengths: list[int]
     old_log_probs: torch.Tensor | None
@@ -65,7 +65,7 @@ class Batch:
         return torch.cat([a.expand(n) for a, n in zip(self.advantages, self.lengths, strict=True)])
 
     def responses(self, first: int, last: int) -> Batch:
-        """The part of the batch that a micro-batch of responses first .. last - 1 is."""
+        """A micro-batch: responses first .. last - 1."""
         tokens = slice(sum(self.lengths[:first]), sum(self.lengths[:last]))
         per_response = {"lengths", "group_ids", *(["advantages"] if len(self.advantages) == len(self.lengths) else [])}
         parts = {
@@ -75,7 +75,7 @@ class Batch:
         return replace(self, **parts)
 
     def arguments(self, layout: str) -> dict:
-        """The keyword arguments that policy_loss and its fused form share, with poison in the padding."""
+        """The keyword arguments that policy_loss and its fused form share. Their padding holds poison."""
         out = {
             name: self.lay_out(getattr(self, name), layout)
             for name in ("old_log_probs", "rollout_log_probs", "ref_log_probs", "loss_mask")
@@ -88,7 +88,7 @@ class Batch:
         return out
 
     def lay_out(self, values: torch.Tensor | None, layout: str) -> torch.Tensor | None:
-        """[T, ...] as it is, or as [B, L, ...]: what stands in the padding must never be looked at."""
+        """[T, ...] unchanged, or as [B, L, ...] whose padding holds values that must never be read."""
         if values is None or layout == "packed":
             return values
         poison = {torch.bool: False, torch.int32: 1 << 30, torch.int64: 1 << 40}.get(values.dtype, math.nan)
@@ -99,21 +99,24 @@ class Batch:
         return out
 
     def pack(self, values: torch.Tensor, layout: str) -> torch.Tensor:
-        """What lay_out made, or a result of its shape, as [T, ...] again."""
+        """[T, ...] from the result of lay_out, or from another tensor in that layout."""
         if layout == "packed":
             return values
         return torch.cat([values[row, :length] for row, length in enumerate(self.lengths)] or [values.flatten(0, 1)])
 
 
 def random_rows(shape, vocab_size, dtype=torch.float32, seed=0):
-    """(logits [*shape, V], token ids of that shape)"""
+    """(logits [*shape, V], token ids [*shape])"""
     gen = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(*shape, vocab_size, generator=gen)).to(dtype)
     return logits, torch.randint(vocab_size, shape, generator=gen)
 
 
 def random_batch(lengths, *, vocab_size=None, dtype=torch.float32, seed=0, spread=0.3) -> Batch:
-    """log r and log d of some `spread`, both signs of advantage, a mask with holes, a response wholly masked."""
+    """A batch with advantages of both signs, a mask with holes, and one response that is wholly masked.
+
+    spread: the standard deviation of log-ratios between the log-probabilities.
+    """
     gen = torch.Generator().manual_seed(seed)
     size, num_responses = sum(lengths), len(lengths)
 
@@ -147,13 +150,15 @@ def random_batch(lengths, *, vocab_size=None, dtype=torch.float32, seed=0, sprea
 
 
 def batch_at_bounds(config, *, vocab_size=None, dtype=torch.float32) -> Batch:
-    """One response of two tokens for every combination of: r on either side of each bound and between them, the
-    weight on either side of the truncation (whichever of w and d it is of, per token or per response), and the
-    sign of the advantage."""
-    step = 2.0**-8  # wide enough for what float32 log-probabilities carry of error
+    """Responses of two tokens, one for every combination of values around the bounds.
+
+    r lies on either side of each bound, and between them. The weight lies on either side of the truncation; the weight
+    is w or d, per token or per response. The advantage is negative, zero or positive.
+    """
+    step = 2.0**-8  # more than the error of float32 log-probabilities
     threshold = math.log(config.rollout_is_threshold or 5.0)
     log_low, log_high = math.log1p(-config.clip_ratio_low), math.log1p(config.clip_ratio_high)
-    # GSPO's own bounds are closer together than the step
+    # the bounds of GSPO are closer together than the step
     step = min(step, (log_high - log_low) / 4)
     rows = [
         (log_r, (weight - of_w * log_r) / tokens, sign)
@@ -180,9 +185,9 @@ def batch_at_bounds(config, *, vocab_size=None, dtype=torch.float32) -> Batch:
 
 
 def assert_as_exact_as_eager(actual, eager, exact, scale=None) -> None:
-    """The largest error of `actual` against float64 is at most that of the eager path in the same dtype, plus SLACK.
+    """The largest error of `actual` against float64 is at most the eager path's in the same dtype, plus SLACK.
 
-    Errors are in units of `scale`: the largest value unless given. Where the scale is 0, so is the result.
+    Errors are in units of `scale`, by default the largest exact value. Where the scale is 0, the result must be 0.
     """
     assert actual.dtype == eager.dtype
     assert actual.shape == exact.shape == eager.shape
@@ -205,11 +210,13 @@ def assert_same_bits(actual, expected) -> None:
 
 
 def per_row(gradient) -> torch.Tensor:
-    """The scale that makes a row of small gradients count like any other."""
+    """The scale of each row's errors: the row's largest value, so that rows of small gradients count too."""
     return gradient.abs().amax(-1, keepdim=True) if gradient.numel() else gradient.sum(-1, keepdim=True)
 
 
 def per_row_of_terms(weights, upstream) -> torch.Tensor:
-    """The scale of the gradient of routing weights [T, K]: a row's largest weight_i upstream_i, of which it is made
-    by subtraction."""
+    """The scale of the gradient by the logits, for routing weights [T, K].
+
+    It is the row's largest weight_i upstream_i: the gradient is a difference of such terms.
+    """
     return (weights.double() * upstream).abs().amax(-1, keepdim=True)

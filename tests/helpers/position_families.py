@@ -1,4 +1,4 @@
-"""Tiny models of transformers, dense and with experts, one for each way to tell tokens their places."""
+"""Tiny models of transformers, dense and with experts, one for each way of encoding positions."""
 
 import torch
 import transformers
@@ -20,17 +20,17 @@ MAMBA = {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8, "initialize
 CONFIGS = {
     "Llama": SIZES,
     "Qwen3": {**SIZES, "head_dim": 8},
-    "GPTJ": {**GPT, "rotary_dim": 4},  # rotary, in layers called h
-    "GPT2": GPT,  # learned places
-    "OPT": {  # learned places, made from the mask
+    "GPTJ": {**GPT, "rotary_dim": 4},  # rotary; its layers are named h
+    "GPT2": GPT,  # learned positions
+    "OPT": {  # learned positions, computed from the mask
         **{key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
         "ffn_dim": 48,
         "max_position_embeddings": 64,
         "word_embed_proj_dim": 32,
         "init_std": 0.2,
     },
-    "Bloom": HEADS,  # alibi: no position_ids at all
-    "XGLM": {  # sinusoidal
+    "Bloom": HEADS,  # alibi: it takes no position_ids
+    "XGLM": {  # sinusoidal positions
         "d_model": 32,
         "ffn_dim": 48,
         "num_layers": 3,
@@ -38,12 +38,12 @@ CONFIGS = {
         "max_position_embeddings": 64,
         "init_std": 0.2,
     },
-    "Mamba": MAMBA,  # no places, and a decode without a mask
+    "Mamba": MAMBA,  # no positions, and decoding without a mask
 }
 
 
 def family(name):
-    """`<name>ForCausalLM` in float32, in evaluation mode. Its tokens are not all alike."""
+    """`<name>ForCausalLM` in float32, in evaluation mode, with weights large enough to tell its tokens apart."""
     if name not in CONFIGS:
         return tiny(name, initializer_range=0.2).eval()
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The check of rms_norm's Triton kernels that the interpreter's tests and the GPU's share."""
+"""The check of rms_norm's Triton kernels, for the interpreter and a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from minirl_kernels.ops.rms_norm.reference import rms_norm_reference
 
 
 def check_rms_norm(x, weight, *, device="cpu"):
-    """Values and both gradients."""
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     compare(
         lambda x, weight=None: rms_norm_reference(x, weight, 1e-6),
@@ -24,6 +23,6 @@ def check_rms_norm(x, weight, *, device="cpu"):
 
 
 def _first_term(x, weight, upstream):
-    """The scale of d x, which is what subtraction leaves of it."""
+    """The scale of d x: the first of the two terms whose difference it is."""
     wide = x.double()
     return per_row(upstream.double() * (1 if weight is None else weight.double()) / wide.square().mean(-1, True).sqrt())

@@ -1,4 +1,4 @@
-"""What the tests of moe_routing's Triton kernels share, in the interpreter and on a GPU: checks against float64."""
+"""Checks of moe_routing's Triton kernels against float64, for the interpreter and a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def random_experts(tokens, num_experts, top_k, seed=1):
 
 
 def forward_backward(logits, top_k, *, backend="triton", **options):
-    """The fields of Routing, and the gradient under a random one of the weights."""
+    """The fields of Routing, and the gradient of the logits under a random gradient of the weights."""
     leaf = logits.detach().requires_grad_()
     routing = moe_routing(leaf, top_k, backend=backend, **options)
     (grad,) = torch.autograd.grad(routing.weights, leaf, _upstream(logits, top_k))
@@ -26,7 +26,7 @@ def forward_backward(logits, top_k, *, backend="triton", **options):
 
 
 def check_moe_routing(logits, top_k, *, device="cpu", **options):
-    """Every field of Routing, and the gradient, against the reference in float64."""
+    """Every field of Routing, and the gradient, are as exact as the reference against float64."""
     logits, options = _on(logits, device), {name: _on(value, device) for name, value in options.items()}
     ours, grad = forward_backward(logits, top_k, **options)
     eager, eager_grad = forward_backward(logits, top_k, backend="reference", **options)
@@ -40,7 +40,7 @@ def check_moe_routing(logits, top_k, *, device="cpu", **options):
         else:
             finite = exact.isfinite()
             assert torch.equal(values.isfinite(), finite)
-            # the margin is a difference of scores
+            # the margin is a difference of scores, so its error is in units of 1
             scale = torch.ones((), device=device) if values is ours.margin else None
             assert_as_exact_as_eager(values[finite], theirs[finite], exact[finite], scale)
     assert_as_exact_as_eager(grad, eager_grad, exact_grad, per_row_of_terms(weights.detach(), upstream))

@@ -1,4 +1,4 @@
-"""Whether the bits of a row are its own, asked of any call over rows; and data whose sums show any change of order."""
+"""Checks that the bits of a row depend on that row only, and data whose sums show any change of order."""
 
 import torch
 
@@ -8,8 +8,10 @@ MOST_ROWS = 257
 
 
 def cancelling(rows, size, dtype=torch.float32, seed=0):
-    """[rows, size] of +-v in a random order, v over many powers of two: a row's exact sum is 0, and in float32 nearly
-    every order of adding it up leaves something else."""
+    """[rows, size] of pairs +-v in a random order, where v covers many powers of two.
+
+    The exact sum of a row is 0. In float32 nearly every order of summation gives another result.
+    """
     gen = torch.Generator().manual_seed(seed)
     spread = torch.randint(-8, 9, (rows, size // 2), generator=gen)
     half = torch.ldexp(torch.randn(rows, size // 2, generator=gen), spread).to(dtype)
@@ -19,7 +21,10 @@ def cancelling(rows, size, dtype=torch.float32, seed=0):
 
 
 def sum_by_lanes(terms, lanes):
-    """Of each row [rows, n], float32: `lanes` partial sums, each in order, then these in order; n a multiple of it."""
+    """Row sums of float32 terms [rows, n], where n is a multiple of `lanes`.
+
+    Each lane adds its terms in order, and then the lanes are added in order.
+    """
     partial = torch.zeros(len(terms), lanes)
     for part in terms.split(lanes, 1):
         partial += part
@@ -35,7 +40,7 @@ def assert_same(actual, expected):
 
 
 def check_batches(call, *rows, sizes=range(1, MOST_ROWS + 1)):
-    """call(*rows) gives results by row, and each row the same in batches of every size, wherever it is in them."""
+    """call(*rows) gives each row the same results in batches of every size and at any place in them."""
     together, count = call(*rows), len(rows[0])
     for size in sizes:
         start = (7 * size) % (count - size + 1)
@@ -44,7 +49,7 @@ def check_batches(call, *rows, sizes=range(1, MOST_ROWS + 1)):
 
 
 def check_layouts(call, *rows):
-    """In another order, with other strides, at other addresses."""
+    """Rows in another order, with other strides and at other addresses have the same results."""
     together = call(*rows)
     order = torch.randperm(len(rows[0]), generator=torch.Generator().manual_seed(0))
     assert_same(call(*(x[order] for x in rows)), [values[order] for values in together])
@@ -53,7 +58,7 @@ def check_layouts(call, *rows):
 
 
 def strided(x, padding, offset=0):
-    """The same rows `padding` elements apart, `offset` from the start of their memory."""
+    """A copy of the rows with `padding` elements between two rows, which starts `offset` elements into its memory."""
     rows, size = x.shape
     storage = torch.full((rows * (size + padding) + offset,), 7.0, dtype=x.dtype)
     view = storage.as_strided((rows, size), (size + padding, 1), offset)
@@ -70,7 +75,7 @@ def check_threads(call, *rows, threads):
 
 
 def check_tables(call, *rows, set_isa):
-    """On every instruction set that runs here."""
+    """All instruction sets of this machine give the same results."""
     results = []
     for isa in native().isa_supported():
         set_isa(isa)

@@ -1,4 +1,4 @@
-"""Two gloo processes with a part of the vocabulary each, against one with all of it. Run by the tests of the losses."""
+"""Linear losses on two gloo processes, each with a part of the vocabulary, against one process with all of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss, linear_token_logprobs
 
-# equal halves, those of torch.chunk, and a rank without a part
+# (tokens of rank 0, tokens of rank 1): equal halves, the sizes of torch.chunk, and a rank without tokens
 SHARDS = [(17, 17), (31, 30), (34, 0)]
 
 
@@ -36,7 +36,7 @@ def _check_split(rank: int, call: str, backend: str, sizes: tuple[int, int]) -> 
     part = slice(0, first) if rank == 0 else slice(first, vocab_size)
     variants = [(case, bias, token_ids) for case in CASES[call]] + [(CASES[call][0], bias, token_ids.int())]
     if all(sizes):
-        # a shard of padding alone: no token is there, and nothing has a probability
+        # one shard holds only padding: no token id lies in it, and each of its tokens has probability 0
         padding = bias.clone()
         padding[:first] = -torch.inf
         beyond = torch.where(token_ids < 0, token_ids, first + token_ids % sizes[1])
@@ -73,7 +73,7 @@ def _check_an_id_that_no_shard_has(hidden, weight, token_ids, bad, vocab_size, b
 
 
 def _log_probs(options, kept=None):
-    """kept(token_ids): sets of tokens of the whole vocabulary."""
+    """kept(token_ids) returns sets of tokens of the whole vocabulary."""
 
     def case(hidden, weight, bias, token_ids, group, backend):
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
@@ -88,7 +88,7 @@ def _log_probs(options, kept=None):
 
 
 def _kept(token_ids):
-    """Of some positions a shard has no token of the set."""
+    """For some positions, a shard holds no token of the set."""
     return random_mask(token_ids, 34)
 
 

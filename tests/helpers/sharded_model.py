@@ -1,4 +1,7 @@
-"""Two gloo processes, a mixture of experts sharded by FSDP2 and half of the responses each, against one with all."""
+"""A mixture of experts, sharded by FSDP2 over two gloo processes, against one process.
+
+Each of the two processes has half of the responses.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ def _check_rank(rank: int) -> None:
         loss_of(expected, slice(None)).backward()
         loss_of(model, slice(2 * rank, 2 * rank + 2)).backward()
         for actual, weight in zip(model.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(RANKS * actual.grad.full_tensor(), weight.grad)  # FSDP takes the mean
+            torch.testing.assert_close(RANKS * actual.grad.full_tensor(), weight.grad)  # FSDP averages over the ranks
     apart = _sharded(copy.deepcopy(whole), True, head_apart=True)
     with pytest.raises(TypeError, match="the weight of the output embeddings is a DTensor: it must be a plain tensor"):
         loss_of(apart, slice(None))

@@ -1,11 +1,11 @@
-"""Causal language models of every family in transformers that can be built tiny, from one table of sizes."""
+"""A tiny causal language model of every family in transformers that permits one, from one table of sizes."""
 
 from __future__ import annotations
 
 import torch
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-# what configs call their sizes; each takes the keys that it knows
+# the names of sizes in the configs; a family takes the keys that its config has
 _SIZES = {
     **dict.fromkeys(
         ("vocab_size", "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "sliding_window"), 64
@@ -34,7 +34,7 @@ _SIZES = {
     "eos_token_id": 2,
 }
 _TWO_KINDS = {"layer_types": ["linear_attention", "full_attention"] * 2}
-_LATENT = {"head_dim": None, "num_key_value_heads": 4}  # whose heads have sizes of their own
+_LATENT = {"head_dim": None, "num_key_value_heads": 4}  # families whose heads have several sizes
 _OWN = {
     **dict.fromkeys(
         ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "minicpm3", "youtu"), _LATENT
@@ -63,14 +63,14 @@ _OWN = {
 
 
 def exists(family: str) -> bool:
-    """Whether this transformers has it."""
+    """Whether the installed transformers has this family as a causal language model."""
     return family in CONFIG_MAPPING and CONFIG_MAPPING[family] in MODEL_FOR_CAUSAL_LM_MAPPING
 
 
 def tiny_family(family: str, **changes) -> PreTrainedModel:
-    """Random weights, large enough for a leak and an order to show; float32, in evaluation.
+    """A model with random weights, in float32 and in evaluation mode.
 
-    changes: keys of its config.
+    The weights are large, so that a leak between rows or another order of sums shows. changes: keys of the config.
     """
     config_class = CONFIG_MAPPING[family]
     keys = {**_OWN.get(family, {}), **changes}

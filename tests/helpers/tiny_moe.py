@@ -1,4 +1,4 @@
-"""Tiny mixture-of-experts models of transformers, by name; their routers are far from undecided."""
+"""Tiny mixture-of-experts models of transformers, by name. Their routers have clear favourites."""
 
 import torch
 import transformers
@@ -6,7 +6,7 @@ import transformers
 from minirl_kernels import RoutedExperts, moe_experts
 from minirl_kernels.versions import OLDEST_TRANSFORMERS
 
-# whose models are fewer
+# the oldest supported transformers has fewer models
 IS_OLDEST = transformers.__version__.startswith(OLDEST_TRANSFORMERS)
 
 COMMON = {
@@ -52,7 +52,7 @@ CONFIGS = {
     },
     "Glm4Moe": {**DEEPSEEK, "head_dim": 8},
 }
-# whose routers have another form, or more to them; tests of experts and attention have no use for these models
+# models with other routers, which the tests of experts and attention do not need
 OTHER_ROUTERS = {
     "Afmoe": {
         "num_experts": 8,
@@ -90,7 +90,7 @@ OTHER_ROUTERS = {
 
 
 def tiny(name, *, seed=0, **changes):
-    """`<name>ForCausalLM` in float32, in training mode, with drop-out nowhere."""
+    """`<name>ForCausalLM` in float32, in training mode, without dropout."""
     torch.manual_seed(seed)
     config = getattr(transformers, "Llama4TextConfig" if name == "Llama4" else f"{name}Config")
     changes = {**COMMON, **(CONFIGS | OTHER_ROUTERS)[name], **changes}
@@ -111,7 +111,7 @@ def gates(model):
 
 
 def gate_weights(model):
-    """[E, H] of each router, which may hold it in a linear layer of its own."""
+    """The weight [E, H] of each router; some routers hold it in a linear layer."""
     return [
         next(weight for weight in gate.parameters() if weight.shape[0] == gate.num_experts) for gate in gates(model)
     ]
@@ -122,21 +122,21 @@ def token_ids(batch=2, length=9, seed=0):
 
 
 def random_experts(model, tokens, seed=3):
-    """RoutedExperts for each of the tokens in each layer of the model."""
+    """RoutedExperts with random experts for each token in each layer of the model."""
     gate, layers = gates(model)[0], len(gates(model))
     scores = torch.rand((tokens, layers, gate.num_experts), generator=torch.Generator().manual_seed(seed))
     return RoutedExperts.from_ids(scores.argsort(-1)[..., : gate.top_k], num_experts=gate.num_experts)
 
 
 def gradients(model, loss):
-    """Of each parameter that the loss depends on, by name."""
+    """The gradient of each parameter that the loss depends on, by name."""
     model.zero_grad()
     loss.backward()
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 def count_calls(monkeypatch):
-    """[the number of tokens of each call of moe_experts that a model of transformers makes]"""
+    """[number of tokens of each call of moe_experts from a model of transformers]"""
     seen = []
 
     def counted(hidden, *arguments):

@@ -1,4 +1,4 @@
-"""A run that takes no time: a two-layer mixture of experts of a few thousand weights, on sums up to 29."""
+"""A training run of seconds: a two-layer mixture of experts with a few thousand weights, on sums up to 29."""
 
 from minirl.config import (
     ColdStartConfig,

@@ -1,4 +1,4 @@
-"""Torch's own samples of its operators (OpInfo), and whether a call in the mode ends as torch alone ends it."""
+"""Torch's samples of its operators (OpInfo), and checks that a call in the mode ends as in plain torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from minirl_kernels import batch_invariant_mode
 
-# by name: whatever reaches an operation that the mode overrides, alone or among others
+# operators that call, directly or indirectly, an operation that the mode overrides
 NAMES = frozenset(
     (
         "__rmatmul__",
@@ -62,7 +62,7 @@ NAMES = frozenset(
 
 
 def operators() -> dict[str, OpInfo]:
-    """By name and variant."""
+    """The operators by name and variant."""
     found = [op for op in op_db if op.name in NAMES and "triton" not in op.variant_test_name]
     assert {op.name for op in found} == NAMES
     return {" ".join(filter(None, (op.name, op.variant_test_name))): op for op in found}
@@ -70,14 +70,14 @@ def operators() -> dict[str, OpInfo]:
 
 @dataclass
 class Outcome:
-    """Of a call: the tensors that it returned, or the error that it raised; and what it warned of."""
+    """The end of a call: the returned tensors or the raised error, and the warnings."""
 
     tensors: list[torch.Tensor]
     error: Exception | None
     warnings: list[str]
 
-    def said(self) -> tuple:
-        """All but the numbers."""
+    def form(self) -> tuple:
+        """Everything except the values of the tensors."""
         if self.error is not None:
             return type(self.error), str(self.error)
         return [(x.dtype, x.shape, x.stride(), x.requires_grad) for x in self.tensors], self.warnings
@@ -98,7 +98,7 @@ def outcome(call: Callable) -> Outcome:
 
 
 def copied(values):
-    """Of the tensors in it, each in memory of its own with the strides that it had; overlapping ones too."""
+    """A copy in which each tensor has its own memory and keeps its strides; overlapping elements stay so."""
 
     def copy(x):
         if not isinstance(x, torch.Tensor):
@@ -111,18 +111,21 @@ def copied(values):
 
 
 def assert_ends_alike(call: Callable, *values, where: str, units: int = 8) -> Outcome:
-    """call(*values) in the mode and out of it: numbers up to rounding, and all else exactly."""
+    """call(*values) ends the same with and without the mode: values up to rounding, all else exactly."""
     stock = outcome(lambda: call(*copied(values)))
     with batch_invariant_mode():
         ours = outcome(lambda: call(*copied(values)))
-    assert ours.said() == stock.said(), f"{where}: {ours.said()} rather than {stock.said()}"
+    assert ours.form() == stock.form(), f"{where}: {ours.form()} rather than {stock.form()}"
     for actual, expected in zip(ours.tensors, stock.tensors, strict=True):
         assert_close(actual, expected, where, units)
     return stock
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, where: str, units: int) -> None:
-    """To `units` in the last place of the largest: a sum in another order is as exact beside its terms."""
+    """Values differ by at most `units` in the last place of the largest value.
+
+    The error of a sum is relative to its terms, so another order of summation stays within it.
+    """
     if not (expected.is_floating_point() or expected.is_complex()) or not expected.numel():
         assert torch.equal(actual, expected), where
         return
@@ -135,7 +138,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, where: str, units
 
 
 def samples(op: OpInfo, dtype: torch.dtype, requires_grad: bool = False, at_most: int = 40) -> Iterator[SampleInput]:
-    """Evenly of those that torch has, each also with strides that are not contiguous."""
+    """At most `at_most` samples of torch, evenly chosen, each also with strides that are not contiguous."""
     every = _all_samples(op.formatted_name, dtype, requires_grad)
     for sample in every[:: -(-len(every) // at_most)]:
         yield sample
@@ -150,7 +153,7 @@ def _all_samples(name: str, dtype: torch.dtype, requires_grad: bool) -> list[Sam
 
 
 def places_for(result: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What may be given as `out` for a result, right and wrong."""
+    """Tensors for the argument `out` of a result, valid and invalid."""
     shape, dtype = result.shape, result.dtype
     places = {
         "one that is right": torch.empty(shape, dtype=dtype),
@@ -169,7 +172,10 @@ def places_for(result: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def gradients(op: Callable, sample: SampleInput, *, twice: bool) -> list[torch.Tensor | None]:
-    """Of what requires one, or of these gradients in their turn; by upstream gradients that are always the same."""
+    """The gradients by the leaves, or with twice=True the gradients of these gradients.
+
+    The upstream gradients are the same in every call.
+    """
     values = tree_leaves((sample.input, sample.args, sample.kwargs))
     leaves = [x for x in values if isinstance(x, torch.Tensor) and x.requires_grad]
     results = [op(sample.input, *sample.args, **sample.kwargs)]

@@ -1,4 +1,4 @@
-"""Checks of the Triton kernels that the interpreter's tests and the GPU's share: against float64, as exact as eager."""
+"""Checks of the Triton kernels against float64, for the interpreter and a GPU; results are as exact as eager's."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from triton.runtime import interpreter
 
 
 def interpreter_only():
-    """A mark for what makes sense in Triton's interpreter alone."""
+    """A mark for tests that only make sense in Triton's interpreter."""
     return pytest.mark.skipif(
         not triton.knobs.runtime.interpret, reason="Triton compiles in this process; tests/gpu runs on the GPU"
     )
 
 
-# A launch prepares triton.language for the interpreter, and then every call of a device function does it again, which
-# is three quarters of a small kernel's time. Once for each function is enough.
+# A launch prepares triton.language for the interpreter, and every call of a device function would repeat it. The
+# repetitions take three quarters of a small kernel's time. Once for each function is enough.
 _prepare_once = functools.cache(interpreter._patch_lang)
 
 
@@ -43,7 +43,7 @@ def _call_device_function(self, *args, **kwargs):
 interpreter.InterpretedFunction.__call__ = _call_device_function
 
 
-# Looking for integers that overflow takes a third of the remaining time; the checks in tests/verify look for them.
+# The search for integer overflow takes a third of the remaining time; the checks in tests/verify do it.
 interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
 
@@ -52,7 +52,7 @@ def random_logits(*shape, dtype=torch.float32, seed=0, spread=2.0):
 
 
 def random_ids(logits, seed=0, dtype=torch.int64):
-    """Ids in range, and every fourth token ignored."""
+    """Ids in range, of which every fourth is ignored."""
     generator = torch.Generator().manual_seed(seed)
     token_ids = torch.randint(logits.shape[-1], logits.shape[:-1], generator=generator, dtype=dtype)
     token_ids.view(-1)[1::4] = -100
@@ -60,7 +60,7 @@ def random_ids(logits, seed=0, dtype=torch.int64):
 
 
 def check_token_logprobs(logits, token_ids, temperature=1.0, *, with_entropy=True, device="cpu"):
-    """Values, and the gradient under random upstream gradients, against the reference in float64."""
+    """Values, and the gradient under random upstream gradients, are as exact as the reference against float64."""
     generator = torch.Generator().manual_seed(1)
     upstream = [torch.randn(token_ids.shape, generator=generator) for _ in range(1 + with_entropy)]
 
@@ -84,9 +84,9 @@ def check_token_logprobs(logits, token_ids, temperature=1.0, *, with_entropy=Tru
 
 
 def compare(reference_in, call, leaves, upstream, scales, device):
-    """call(*leaves, backend=...) and its gradients by Triton against reference_in(*leaves) in float64.
+    """Compare call(*leaves, backend=...) and its gradients by Triton with reference_in(*leaves) in float64.
 
-    scales(exact results) are those of the errors, one each.
+    scales(exact results) returns the scale of the errors for each result.
     """
 
     def run(backend):
@@ -103,8 +103,11 @@ def compare(reference_in, call, leaves, upstream, scales, device):
 
 
 def check_softmax(x, log, dim=-1, *, device="cpu"):
-    """Values and gradient along `dim`. The gradient of halves is a function of the result as it was rounded, which the
-    reference's is not: in float32 alone."""
+    """Values and gradient along `dim`.
+
+    The gradient of 16-bit values is computed from the rounded result, unlike the reference's. So only float32 gradients
+    are compared with the reference.
+    """
     call = log_softmax if log else softmax
     upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     if x.dtype == torch.float32:
@@ -134,7 +137,6 @@ def check_softmax(x, log, dim=-1, *, device="cpu"):
 
 
 def check_mean(x, dim, divide, *, device="cpu"):
-    """Values and gradient."""
     out = x.double().abs().sum(dim)
     terms = out / (x.numel() / out.numel() if divide else 1)
     compare(
@@ -148,7 +150,7 @@ def check_mean(x, dim, divide, *, device="cpu"):
 
 
 class Results(NamedTuple):
-    """Of fused_policy_loss, per token [T] but for the loss."""
+    """Results of fused_policy_loss: all are per token [T] except the loss."""
 
     loss: torch.Tensor
     log_probs: torch.Tensor
@@ -158,7 +160,7 @@ class Results(NamedTuple):
     token_loss: torch.Tensor
 
     def compared(self):
-        """All but the tokens' losses, which the equations add up response by response."""
+        """All results except token_loss; the equations sum it over each response."""
         return self[:-1]
 
 
@@ -172,7 +174,7 @@ def check_fused_policy_loss(batch, config, *, layout="packed", overwrite=False, 
 
     def run(backend):
         leaf = batch.lay_out(batch.logits, layout).to(device, copy=True).requires_grad_()
-        # a leaf that needs its gradient may not be overwritten
+        # autograd forbids to overwrite a leaf that requires a gradient
         logits = leaf * 1 if overwrite and backend == "triton" else leaf
         out = fused_policy_loss(
             logits,
@@ -193,7 +195,7 @@ def check_fused_policy_loss(batch, config, *, layout="packed", overwrite=False, 
 
     exact = by_equations(torch.float64)
     ours, eager = run("triton"), run("reference")
-    # the tokens' losses cancel in their sum, their rounding errors do not
+    # the loss is a sum whose terms cancel, but their rounding errors do not
     scales = (ours.token_loss.abs().sum(), None, None, None, per_row(exact[-1]))
     for values, theirs, truth, scale in zip(ours.compared(), eager.compared(), exact, scales, strict=True):
         assert_as_exact_as_eager(values, theirs, truth, scale)
@@ -202,7 +204,7 @@ def check_fused_policy_loss(batch, config, *, layout="packed", overwrite=False, 
 
 
 def variants(config):
-    """A preset with its clip on and off, each with every KL estimator and none; half of them with an entropy bonus."""
+    """A preset with and without clipping, each with every KL estimator and none; half have an entropy bonus."""
     choices = itertools.product((True, False), (None, "k1", "k2", "k3"))
     for number, (clip, kl) in enumerate(choices):
         if clip and config.objective == "reinforce":

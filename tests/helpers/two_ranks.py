@@ -1,4 +1,4 @@
-"""What each of two processes does in a test of collectives; a spawned process finds it by this module's name."""
+"""The work of each of two processes in a test of collectives; a spawned process imports this module by name."""
 
 import torch
 from policy_batches import LENGTHS, random_batch

@@ -1,4 +1,4 @@
-"""What vLLM answers and what becomes of its settings, for tests/with_vllm to call in processes of their own."""
+"""Answers and settings of vLLM, which tests/with_vllm requests in processes of their own."""
 
 from pathlib import Path
 
@@ -11,11 +11,12 @@ EAGER = {"skip_tokenizer_init": True, "enforce_eager": True}
 
 
 def answers(engine, rounds, audited=False):
-    """By round and request its token_ids, log_probs, prompt_log_probs and cached (tokens), as lists; "preemptions".
+    """The answers by round and request, and the number of "preemptions".
 
-    engine: arguments of LLM. rounds: by name, each with prompts, the sampling of each, and a checkpoint to be loaded
-    before: as "reload_weights" by vLLM's worker, or as "load_weights" into the model as it is. audited: whether to say
-    what of the last round is "not covered" by the mode.
+    An answer has lists token_ids, log_probs and prompt_log_probs, and the number of cached tokens. engine: arguments of
+    LLM. rounds: by name, each with prompts and the sampling of each prompt. A round may name a checkpoint to load
+    first: "reload_weights" loads it by vLLM's worker, "load_weights" into the existing model. audited: whether to add
+    the operations of the last round that are "not covered" by the mode.
     """
     llm = LLM(disable_log_stats=False, kv_cache_memory_bytes=64 << 20, **EAGER, **engine)
     found = {}
@@ -28,7 +29,7 @@ def answers(engine, rounds, audited=False):
         llm.reset_prefix_cache()
         found[name] = _answers_of(llm, asked["prompts"], asked["sampling"])
     found["preemptions"] = next(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
-    if audited:  # of operations in this very thread
+    if audited:  # sees operations of this thread only
         with audit() as noted:
             _answers_of(llm, asked["prompts"][:3], asked["sampling"][:3])
         found["not covered"] = sorted({call.split()[0] for call in noted.not_covered})
@@ -37,7 +38,7 @@ def answers(engine, rounds, audited=False):
 
 
 def configured(model, changes):
-    """Of each change of the settings: the worker and the dtype of the cache, or the error."""
+    """For each change of the settings: the worker class and the dtype of the cache, or the error."""
     found = []
     for change in changes:
         try:

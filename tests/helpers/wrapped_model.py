@@ -1,4 +1,7 @@
-"""Two gloo processes with half of the responses each, in a wrapper of torch or accelerate, against one with all."""
+"""A model in a wrapper of torch or accelerate on two gloo processes, against one process without a wrapper.
+
+Each of the two processes has half of the responses.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def fsdp2(of_layers=None, of_root=None):
 
 
 def accelerate_fsdp2(model):
-    """The preparation that Accelerator.prepare does for FSDP2, which it offers on GPUs alone."""
+    """The preparation of Accelerator.prepare for FSDP2; accelerate itself does it on GPUs only."""
     from accelerate import FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
@@ -89,7 +92,7 @@ WRAPPERS = {
     "FSDP2": fsdp2(),
     "FSDP2 with output_dtype": fsdp2(of_root=MixedPrecisionPolicy(output_dtype=BF16)),
 }
-# whose weights or hidden states are bfloat16: what is given and returned is still float32
+# wrappers with bfloat16 weights or hidden states; arguments and results must still be float32
 IN_16_BITS = {
     "FSDP1 in bfloat16": fsdp1(mixed_precision=MixedPrecision(param_dtype=BF16)),
     "FSDP2 in bfloat16": fsdp2(*[MixedPrecisionPolicy(param_dtype=BF16, output_dtype=BF16)] * 2),
@@ -112,7 +115,7 @@ def _check(rank: int, name: str, enable_first: bool) -> None:
     advantages = torch.tensor([1.0, -0.5, 0.75, -1.0])
 
     def outputs_of(model, rows):
-        """Both kinds of call, each of which is gone back through by itself."""
+        """The outputs of both kinds of call; each has run its own backward."""
         ids = input_ids[rows]
         output = model(ids, token_ids=ids, use_cache=False)
         (output.log_probs.sum() + 0.3 * output.entropy.sum()).backward()
@@ -144,7 +147,7 @@ def _check(rank: int, name: str, enable_first: bool) -> None:
         with pytest.raises(ValueError, match="in FullyShardedDataParallel: enable_log_probs must come before it, and"):
             enable_log_probs(wrapped)
         return
-    if not (enable_first and exact):  # a wrapper that casts what a model is given must be known
+    if not (enable_first and exact):  # a wrapper that casts a model's arguments must be known
         enable_log_probs(wrapped)
     found = outputs_of(wrapped, mine)
     tolerances = {} if exact else {"rtol": 0.05, "atol": 0.15}
@@ -156,13 +159,13 @@ def _check(rank: int, name: str, enable_first: bool) -> None:
     policy_loss = found[1].policy_loss
     assert found[1].loss.dtype == policy_loss.loss.dtype == torch.float32
     assert policy_loss.metrics.sums.dtype == torch.float64
-    # of numbers that were given, whose difference a cast would change
+    # a cast of the given log-probabilities would change their difference
     assert abs(policy_loss.metrics.all_reduce().compute()["log_d_abs_max"] - 2.0**-12) < 1e-6
     _compare(wrapped, alone, exact)
 
 
 def _compare(model, alone, exact):
-    """The gradients, of which each of two calls took the mean over the ranks."""
+    """Compare the gradients of two calls, each of which averages over the ranks."""
     theirs = gradients(alone)
     with FullyShardedDataParallel.summon_full_params(model, with_grads=True) if _is_fsdp1(model) else nullcontext():
         for name, grad in gradients(model).items():

@@ -6,13 +6,13 @@ import triton_cases
 from attention_cases import (
     cancelling_case,
     check_a_query_in_any_batch,
+    check_each_choice_of_gradients,
     check_extreme_scores,
-    check_gradients_that_nobody_asked_for,
+    check_nan_stays_in_its_rows,
     check_padded_layouts,
     check_queries_without_keys,
     check_sequences_in_any_batch,
     check_values_and_gradients,
-    check_what_is_no_number_stays_in_its_rows,
     ours,
     random_case,
 )
@@ -59,7 +59,7 @@ def test_extreme_scores():
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_what_is_no_number_stays_in_its_rows():
-    check_what_is_no_number_stays_in_its_rows("triton")
+    check_nan_stays_in_its_rows("triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,7 +78,7 @@ def test_padded_layouts(dtype):
 
 
 def test_gradients_that_nobody_asked_for():
-    check_gradients_that_nobody_asked_for(random_case([20, 5], dtype=torch.bfloat16), "triton")
+    check_each_choice_of_gradients(random_case([20, 5], dtype=torch.bfloat16), "triton")
 
 
 @pytest.mark.parametrize("counts", [[0, 0, 5], [64, 0, 1], [63, 65, 1], [1] * 30, [300, 0, 0], []])

@@ -8,15 +8,15 @@ from experts_cases import (
     assert_exact,
     cancelling_case,
     check_a_token_in_any_batch_and_place,
-    check_an_expert_that_is_no_number_reaches_its_own_tokens_alone,
+    check_each_choice_of_gradients,
     check_extreme_gates,
     check_gradient_reaches_the_router,
-    check_gradients_that_nobody_asked_for,
+    check_nan_in_an_expert_reaches_its_own_tokens_alone,
+    check_non_finite_values_stay_in_their_token,
     check_nothing_is_kept_without_a_gradient,
     check_one_expert_for_every_rank_of_every_token,
     check_strides,
     check_values_and_gradients,
-    check_what_is_no_number_stays_in_its_token,
     equations,
     forward_backward,
     in_float64,
@@ -123,16 +123,16 @@ def test_bits_are_equal_on_tables_with_a_fused_multiply_add(dtype, set_isa):
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_token(wrong, backend):
-    check_what_is_no_number_stays_in_its_token(wrong, backend)
+    check_non_finite_values_stay_in_their_token(wrong, backend)
 
 
 def test_an_expert_that_is_no_number_reaches_its_own_tokens_alone(backend):
-    check_an_expert_that_is_no_number_reaches_its_own_tokens_alone(backend)
+    check_nan_in_an_expert_reaches_its_own_tokens_alone(backend)
 
 
 @pytest.mark.parametrize("count", range(1, 4))
 def test_gradients_that_nobody_asked_for(count, cpu):
-    check_gradients_that_nobody_asked_for(count, cpu)
+    check_each_choice_of_gradients(count, cpu)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,16 +7,16 @@ from dtypes import DTYPES
 from experts_cases import (
     TINY_SIZES,
     check_a_token_in_any_batch_and_place,
-    check_an_expert_that_is_no_number_reaches_its_own_tokens_alone,
-    check_an_expert_that_is_none,
+    check_an_expert_out_of_range,
+    check_each_choice_of_gradients,
     check_extreme_gates,
     check_gradient_reaches_the_router,
-    check_gradients_that_nobody_asked_for,
+    check_nan_in_an_expert_reaches_its_own_tokens_alone,
+    check_non_finite_values_stay_in_their_token,
     check_nothing_is_kept_without_a_gradient,
     check_one_expert_for_every_rank_of_every_token,
     check_strides,
     check_values_and_gradients,
-    check_what_is_no_number_stays_in_its_token,
     ours,
     random_case,
 )
@@ -66,16 +66,16 @@ def test_a_token_in_any_batch_and_place(dtype):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_what_is_no_number_stays_in_its_token(wrong):
-    check_what_is_no_number_stays_in_its_token(wrong, "triton")
+    check_non_finite_values_stay_in_their_token(wrong, "triton")
 
 
 def test_an_expert_that_is_no_number_reaches_its_own_tokens_alone():
-    check_an_expert_that_is_no_number_reaches_its_own_tokens_alone("triton")
+    check_nan_in_an_expert_reaches_its_own_tokens_alone("triton")
 
 
 @pytest.mark.parametrize("count", range(1, 4))
 def test_gradients_that_nobody_asked_for(count):
-    check_gradients_that_nobody_asked_for(count, "triton")
+    check_each_choice_of_gradients(count, "triton")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -91,7 +91,7 @@ def test_strides(dtype):
 @pytest.mark.parametrize("wrong", [4, -1, 2**40])
 def test_an_expert_that_is_none(wrong):
     with recording() as launches:
-        check_an_expert_that_is_none(wrong, "triton")
+        check_an_expert_out_of_range(wrong, "triton")
     assert [fault for launch in launches for fault in bounds.outside(launch)] == []
 
 
