@@ -9,7 +9,7 @@ TINY_TEMPERATURE = 2.0**-17
 
 
 def random_head(tokens, hidden_size, vocab_size, dtype=torch.float32, seed=0, with_bias=False):
-    """(hidden [T, H], weight [V, H], token_ids [T], bias [V] or None); the logits have a deviation of about 2."""
+    """(hidden [T, H], weight [V, H], token_ids [T], bias [V] or None); the logits have a standard deviation near 2."""
     gen = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, hidden_size, generator=gen).to(dtype)
     weight = (2 * torch.randn(vocab_size, hidden_size, generator=gen) / hidden_size**0.5).to(dtype)

@@ -18,10 +18,10 @@ from minirl_kernels.ops.attention.kernels_shared import TileConfig
 
 @dataclass(frozen=True)
 class Sizes:
-    queries: tuple[int, ...]  # of each sequence, as are keys
+    queries: tuple[int, ...]  # queries of each sequence; keys likewise
     keys: tuple[int, ...]
     key_heads: int
-    group: int  # heads of queries for each head of keys
+    group: int  # query heads for each key head
     key_size: int
     value_size: int
     padding: int = 0  # elements between two heads
@@ -76,10 +76,10 @@ class Operands:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel with one set of options: launch(operands) as Case has it, and its configuration.
+    """A kernel with one set of options: launch(operands) as in Case, and its configuration.
 
-    loads(sizes, config, split, bytes of an element): the bytes that it loads, without the places of its blocks. A head
-    is split if it has more than one block along its size; each product of rows then loads both of its sides.
+    loads(sizes, config, split, bytes of an element): the bytes that it loads, without the positions of its blocks. A
+    head is split if its size takes more than one block; each product of rows then loads both of its operands.
     """
 
     name: str
@@ -139,7 +139,7 @@ def _backward_kv(
 
 
 def _blocks_of_rows(sizes: Sizes, config: TileConfig) -> Iterator[tuple[int, int, int]]:
-    """(rows, keys that any of the rows sees, blocks of those keys) of each program and sequence, causal."""
+    """(rows, keys that any of the rows sees, blocks of such keys) of each program and sequence, causal."""
     for queries, keys in zip(sizes.queries, sizes.keys, strict=True):
         rows = queries * sizes.group
         for first in range(0, rows, config.rows):
@@ -158,7 +158,7 @@ def _loads_of_forward(sizes: Sizes, config: TileConfig, split: bool, item: int) 
 
 
 def _loads_of_backward_q(sizes: Sizes, config: TileConfig, split: bool, item: int) -> int:
-    """As the forward, and the rows of out and grad_out; if split, the keys a second time."""
+    """The loads of the forward, and the rows of out and grad_out; if split, the keys a second time."""
     d, dv = sizes.key_size, sizes.value_size
     elements = sum(
         rows * (2 * dv + (d + dv) * (blocks if split else 1) - (0 if split else dv))
@@ -170,7 +170,7 @@ def _loads_of_backward_q(sizes: Sizes, config: TileConfig, split: bool, item: in
 
 
 def _loads_of_backward_kv(sizes: Sizes, config: TileConfig, split: bool, item: int) -> int:
-    """Each block of keys loads its keys once, and every block of rows of which a row may see one of the keys."""
+    """Each block of keys loads its keys once, and each block of rows that contains a row which sees one of the keys."""
     d, dv = sizes.key_size, sizes.value_size
     loaded = 0
     for queries, keys in zip(sizes.queries, sizes.keys, strict=True):
@@ -193,7 +193,7 @@ KERNELS = (
 
 
 def _other_branches() -> Iterator[Kernel]:
-    """The options that compile the branches of the kernels that KERNELS does not compile."""
+    """The options that compile further branches of the kernels than KERNELS does."""
     forward, _, backward_kv = KERNELS
     for kernel in KERNELS:
         yield replace(kernel, name=f"{kernel.name}, not causal", launch=partial(kernel.launch, causal=False))
@@ -211,7 +211,7 @@ def interpreter_cases() -> Iterator[Case]:
 
 
 def compile_cases() -> Iterator[Case]:
-    """Every launch configuration. The code depends on D and on the group too, which differ from model to model."""
+    """Every launch configuration. The code also depends on D and on the group, which differ between models."""
 
     def sizes(size):
         return Sizes((16, 3), (16, 20), 2, 4, size, size)

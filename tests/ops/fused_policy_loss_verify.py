@@ -20,7 +20,7 @@ from minirl_kernels.ops.token_logprobs.rows import NO_EPILOGUE, Epilogue
 def _launch_into(
     operands: LogitOperands, out: Tensor, epilogue: Epilogue = NO_EPILOGUE, **options
 ) -> tuple[Tensor, ...]:
-    """options: fields of the loss that differ."""
+    """options: fields of the loss that differ from the default."""
     loss = LossRows(
         old_log_probs=operands.values,
         behaviour_log_probs=operands.values,

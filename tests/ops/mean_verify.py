@@ -14,7 +14,7 @@ from minirl_kernels.ops.mean import triton
 
 
 def _of_rows(rows: Rows) -> tuple[Tensor, ...]:
-    """A row of several blocks needs more launches; this is the first of them."""
+    """The first launch of a sum over rows; a row of several blocks needs more launches."""
     count, size = rows.x.shape
     out = torch.empty(count, -(-size // triton.BLOCK))
     triton.reduce_row_blocks(rows.x[None], out, size)

@@ -79,7 +79,7 @@ class Operands:
 
 
 Config = TileConfig | LaunchConfig
-PARTS = 5  # of I, for d weights
+PARTS = 5  # parts of I, over which the gradient of the weights is summed
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _combine(operands: Operands, *, weights: bool = True) -> tuple[Tensor, ...]:
 
 
 def _sum_of_parts(operands: Operands) -> tuple[Tensor, ...]:
-    """The combine with pairs in the place of tokens, which is how the gradient of the weights uses it."""
+    """The combine kernel with pairs in the place of tokens, as the gradient of the weights uses it."""
     parts = torch.ones(len(operands.gate_up), PARTS, 1)
     out = torch.empty_like(parts[:, 0])
     kernels.combine(parts, None, out)
@@ -273,7 +273,7 @@ SUM_OF_PARTS = Kernel(
 
 
 def _other_branches() -> Iterator[Kernel]:
-    """The options that compile the branches of the kernels that KERNELS does not compile."""
+    """The options that compile further branches of the kernels than KERNELS does."""
     up, _, _, activation_grad, *_, combine = KERNELS
     yield replace(up, name=f"{up.name}, nothing kept", launch=partial(_up, for_backward=False))
     names = ("gate_up_grad", "weighted", "parts")

@@ -1,4 +1,4 @@
-"""Cases of the kernels of moe_routing. A row has the logits of a router, and is one tile."""
+"""Cases of the kernels of moe_routing. A row holds the router's logits of a token, in one tile."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _backward(rows: LogitOperands, *, norm=False, scoring="softmax", top_k=4) ->
 
 
 def _logits_and_bias(config: LaunchConfig, num_experts: int) -> float:
-    return 1 + config.vec / 4  # the bias is float32, the logits are of 16 / vec bytes
+    return 1 + config.vec / 4  # the bias is float32, a logit has 16 / vec bytes
 
 
 def _chosen_alone(config: LaunchConfig, num_experts: int) -> float:
@@ -53,7 +53,7 @@ BY_GROUPS = replace(
     launch=partial(_forward, scoring="sigmoid", with_bias=True, groups=(4, 2)),
     reads=_logits_and_bias,
 )
-# every branch of the kernels that the three above do not compile
+# every branch of the kernels that the three kernels above do not compile
 OTHER_FORWARDS = {
     "softmax of all": {"norm": False, "replay": False},
     "sigmoid": {"norm": False, "scoring": "sigmoid"},

@@ -1,4 +1,4 @@
-"""attention against float64 and eager torch: results, gradients, and bits that nothing else in the batch moves."""
+"""attention against float64 and eager torch: results, gradients, and bits that do not depend on the batch."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from minirl_kernels import attention
 from minirl_kernels.backends import native
 from minirl_kernels.ops.attention import attention_over_spans
 
-# around blocks of keys (256) and of stacked queries (252), groups, vectors and sizes that none of them divides
+# sizes around blocks of keys (256) and of stacked queries (252), around groups and vectors, and indivisible ones
 SHAPES = [
     {"queries": [7, 1, 30], "size": 16},
     {"queries": [300, 5], "heads": 6, "key_heads": 2, "size": 24, "value_size": 40},
@@ -58,7 +58,7 @@ def test_on_every_instruction_set(dtype, isa, set_isa):
 def test_bits_are_equal_on_tables_with_a_fused_multiply_add(dtype, set_isa):
     case = cancelling_case([80, 20], dtype=dtype, size=40)
     results = []
-    # AMX sums bfloat16 in an order of its own
+    # AMX adds bfloat16 products in another order
     for isa in sorted(set(native().isa_supported()) - {"baseline"} - ({"amx"} if dtype == torch.bfloat16 else set())):
         set_isa(isa)
         results.append(ours(case))
@@ -73,7 +73,7 @@ def test_queries_without_keys(dtype, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_query_that_sees_one_key_has_no_gradient(dtype, cpu):
-    """Exactly: what two orders of one sum differ by would be some."""
+    """The gradient is exactly 0. Two orders of one sum would leave a difference."""
     _, grad_q, grad_k, _ = ours(random_case([1, 40, 1], heads=6, key_heads=2, size=128, dtype=dtype), cpu)
     assert not grad_q[[0, 1, 41]].any()
     assert not grad_k[[0, 41]].any()
@@ -98,7 +98,7 @@ def test_what_is_no_number_stays_in_its_rows(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_query_in_any_batch(dtype, cpu):
     case = cancelling_case([300, 65, 9, 130], dtype=dtype)
-    # torch keeps the bits of 16-bit queries here and elsewhere not: its order of summing shows less in them
+    # torch keeps the bits of 16-bit queries on some machines: the order of summation shows less in 16 bits
     assert dtype != torch.float32 or torch_varies(case), "torch's attention is invariant here: this shows nothing"
     check_a_query_in_any_batch(case, cpu)
 
@@ -117,7 +117,7 @@ def test_a_sum_over_values_in_any_batch(dtype, cpu):
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_a_query_in_any_batch_of_any_shape(data):
-    """One query, decoded, in a chunk, and in its sequence among others."""
+    """A query has the same result decoded alone, in a chunk, and in its sequence among others."""
     group, key_heads = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 3))
     lengths = data.draw(st.lists(st.integers(1, 290), min_size=1, max_size=3))
     dtype = data.draw(st.sampled_from(DTYPES))
@@ -160,7 +160,7 @@ def test_gradients_that_nobody_asked_for(dtype, cpu):
 
 
 def test_strided_operands_are_read_in_place(cpu):
-    """Heads and rows apart, as slices of one projection lie; the result is that of copies."""
+    """Heads and rows of a split projection are not contiguous; the result equals the result of copies."""
     case = random_case([20, 11], size=16)
     expected = ours(case, cpu)
     both = torch.cat([case.q, case.k, case.v], 1)
@@ -234,7 +234,7 @@ def test_spans_outside_of_the_operands_are_refused_not_read(span, cpu):
 
 
 def test_rows_far_apart(cpu):
-    """Addresses beyond 2^31 elements: the pages between are never touched."""
+    """Rows lie beyond 2^31 elements. The memory pages between them are never touched."""
     case = random_case([2], heads=2, key_heads=1, size=8, dtype=torch.bfloat16)
     stride = 2**31 + 64
     expected = ours(case, cpu)[0]
@@ -250,7 +250,10 @@ def test_rows_far_apart(cpu):
 
 
 def test_zeros_where_memory_was_used(cpu):
-    """Large enough that its pages are given back rather than written."""
+    """Rows without a query are 0 in reused memory too.
+
+    The tensors are so large that their pages are returned to the system instead of written.
+    """
     q, k, v = (normal(1, 2, 40_000, 16, seed=seed).requires_grad_() for seed in (1, 2, 3))
     used = [torch.full((1, 40_000, 2, 16), torch.nan) for _ in range(4)]
     del used

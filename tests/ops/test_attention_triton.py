@@ -1,4 +1,4 @@
-"""attention by its Triton kernels, in Triton's interpreter: maths and masks, not hardware."""
+"""The Triton kernels of attention in Triton's interpreter: values and masks; hardware is not tested."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from minirl_kernels.ops.attention import kernels_forward, kernels_shared
 
 pytestmark = triton_cases.interpreter_only()
 
-# around blocks of rows (16 to 64), of keys (16 to 64), sizes that no power of two is, groups that divide no block
+# sizes around blocks of rows (16 to 64) and keys (16 to 64), no powers of two, and groups that divide no block
 SHAPES = [
     {"queries": [7, 1, 30], "size": 16},
     {"queries": [70, 5], "heads": 6, "key_heads": 2, "size": 24, "value_size": 40},
@@ -83,7 +83,7 @@ def test_gradients_that_nobody_asked_for():
 
 @pytest.mark.parametrize("counts", [[0, 0, 5], [64, 0, 1], [63, 65, 1], [1] * 30, [300, 0, 0], []])
 def test_blocks_hold_every_row_once(counts):
-    """Cut from the first row of their own span; there are no fewer than it takes."""
+    """Blocks begin at the first row of their own span, and there are enough of them."""
     config = kernels_forward.attention_config(64, torch.bfloat16)
     spans = torch.tensor([[0, 0, count, 0, count] for count in counts], dtype=torch.int64).view(-1, 5)
     k = torch.empty(1, 1, sum(counts), 8)
@@ -120,7 +120,7 @@ def test_more_tokens_than_a_grid_axis_but_the_first_can_count():
 
 
 def test_a_large_batch_and_a_small_one_run_the_same_binaries():
-    """On hardware another tile may add up in another order."""
+    """A GPU could use another tile for another batch, and add up in another order."""
 
     def constants_of(queries):
         with captured() as launches:

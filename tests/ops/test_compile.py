@@ -1,6 +1,6 @@
 """opcheck for every registered op, and torch.compile(fullgraph=True) around every public call.
 
-Breadth runs on aot_eager, which traces, functionalises and partitions as Inductor does, without its C++ compiler.
+Most tests use aot_eager. It traces, functionalises and partitions as Inductor does, without a C++ compiler.
 """
 
 import runpy
@@ -37,7 +37,7 @@ def nothing_compiled():
 
 
 def op_arguments():
-    """Arguments of every op, by its name: for the CPU kernels, with and without each argument that may be None."""
+    """Arguments for the CPU kernels of every op, by its name, with and without each argument that may be None."""
     arguments = loss_arguments()
     for path in Path(__file__).parent.glob("*_opcheck.py"):
         arguments.update(runpy.run_path(str(path))["op_arguments"]())
@@ -45,7 +45,7 @@ def op_arguments():
 
 
 def loss_arguments():
-    """For the losses and the checks; the other ops have theirs in <op>_opcheck.py."""
+    """Arguments for the ops of losses and checks; the other ops have theirs in <op>_opcheck.py."""
     rows = (2, 3)
     logits, ids = torch.randn(*rows, 7), torch.randint(7, rows)
     ones, none = torch.ones(rows), None
@@ -56,12 +56,12 @@ def loss_arguments():
         (ids, ones, -ones, -ones, -ones, ones, ones, *objective, 0.1, "k3", 0.1, "cpu"),
         (ids.int(), ones, none, none, none, ones, ones, *objective, 0.0, "k1", 0.0, "cpu"),
     ]
-    # each token's own set and one token more
+    # a set for each token: the token and one more
     sets = (
         ids.flatten()[:, None].add(torch.tensor([0, 1])).remainder(7).sort().values.int().flatten(),
         torch.arange(7).int() * 2,
     )
-    # the head of a linear loss, rows flat: with bias and softcap, and without; which gradients are needed
+    # the head of a linear loss with flat rows, with and without bias and softcap; then the gradients that are needed
     hidden, weight, flat_ids, flat = torch.randn(6, 5), torch.randn(7, 5), ids.flatten(), torch.ones(6)
     heads = [
         (hidden, weight, torch.randn(7), flat_ids, flat, 3.0, *sets),
@@ -84,7 +84,7 @@ def loss_arguments():
         "fused_linear_policy_loss": [
             (*head, *loss, *which, "cpu") for head, loss, which in zip(heads, of_linear_loss, needs, strict=True)
         ],
-        # registered where the integration with transformers is imported
+        # ops that are registered by the import of the integration with transformers
         "checked_mask": [(torch.tensor([True]), spans, "nothing is wrong")],
         "checked_window": [(spans, 6)],
         "refuse_restarts": [(torch.arange(6).view(2, 3), "nothing")],
@@ -111,14 +111,14 @@ def registered_ops():
 
 @pytest.mark.parametrize("name", sorted(registered_ops()))
 def test_opcheck(name):
-    """Schema, fake, autograd registration and AOTAutograd; an op without arguments above fails here."""
+    """Schema, fake, autograd registration and AOTAutograd are right. An op without arguments above fails here."""
     name = name.removeprefix("minirl_kernels::")
     for arguments in op_arguments()[name]:
         torch.library.opcheck(getattr(torch.ops.minirl_kernels, name).default, arguments)
 
 
 def fused(batch, layout, **options):
-    """A function of logits alone, to be compiled; its gradient too is compiled if the logits have a past."""
+    """A function of logits to be compiled. The logits have a history, so that their gradient is compiled too."""
     arguments, ids = batch.arguments(layout), batch.lay_out(batch.token_ids, layout)
 
     def call(logits):
@@ -134,7 +134,7 @@ def run(call, leaf, factor=1.0):
 
 
 def assert_same(actual, expected):
-    """Bit for bit."""
+    """Results and gradients are equal bit for bit."""
     (out, grad), (expected_out, expected_grad) = actual, expected
     for name in ("loss", "log_probs", "entropy", "token_loss", "token_grad"):
         ours, theirs = getattr(out, name), getattr(expected_out, name)
@@ -157,7 +157,7 @@ def test_fused_policy_loss(preset, layout, overwrite, cpu):
 
 
 def test_fused_policy_loss_under_inductor(cpu):
-    """Its float arguments stay float32: a temperature or a bound that turned into float64 would show in the bits."""
+    """Float arguments keep their dtype: a temperature or bound in float64 would change the bits of the results."""
     batch = random_batch(LENGTHS, vocab_size=21)
     config = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.1, loss_agg_mode="token-mean")
     arguments, ids = batch.arguments("packed"), batch.token_ids
@@ -173,7 +173,7 @@ def test_fused_policy_loss_under_inductor(cpu):
             backend=cpu,
             **arguments,
         )
-        return out._replace(metrics=None)  # which the tests above compile; Inductor takes its time over them
+        return out._replace(metrics=None)  # compiled in the tests above; slow under Inductor
 
     compiled = torch.compile(call, fullgraph=True, dynamic=True)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -184,7 +184,7 @@ def test_fused_policy_loss_under_inductor(cpu):
 
 
 def test_second_backward_under_inductor(cpu):
-    """The compiler keeps the gradient for as long as anybody may ask for it: it is not scaled in place, then again."""
+    """The compiler keeps the gradient for a second backward, so it must not be scaled in place by the first one."""
     batch = random_batch(LENGTHS, vocab_size=21)
     call = fused(batch, "padded", config=PolicyLossConfig.gspo(), overwrite_logits=True, backend=cpu)
     leaf = batch.lay_out(batch.logits, "padded").requires_grad_()
@@ -238,7 +238,7 @@ def test_token_logprobs(compiler, cpu):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_moe_routing(compiler, cpu):
-    """Weights, diagnostics and gradient; replayed experts that are wrong raise when compiled code runs."""
+    """Weights, diagnostics and gradient are equal. Invalid replayed experts raise when compiled code runs."""
     logits, bias = torch.randn(7, 24).bfloat16(), torch.randn(24)
     experts = torch.rand(7, 24).argsort(-1)[:, :3].to(torch.uint8)
     options = {"scoring": "sigmoid", "correction_bias": bias, "num_groups": 4, "top_k_groups": 2, "scale": 2.5}
@@ -264,7 +264,7 @@ def test_moe_routing(compiler, cpu):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_attention(compiler, cpu):
-    """Offsets that are wrong raise when compiled code runs."""
+    """Invalid offsets raise when compiled code runs."""
     torch.manual_seed(0)
     operands = [torch.randn(7, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)]
     offsets = torch.tensor([0, 3, 7], dtype=torch.int32), torch.tensor([0, 5, 9], dtype=torch.int32)
@@ -287,7 +287,7 @@ def test_attention(compiler, cpu):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_moe_experts(compiler, cpu):
-    """From router logits on; an expert that is none raises when compiled code runs."""
+    """From the router's logits on. An expert out of range raises when compiled code runs."""
     torch.manual_seed(0)
     operands = [torch.randn(7, 12), torch.randn(7, 4), torch.randn(4, 20, 12), torch.randn(4, 12, 10)]
 
@@ -311,7 +311,7 @@ def test_moe_experts(compiler, cpu):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_products(compiler, cpu):
-    """linear, matmul and bmm, with a bias and without, of rows that are no one matrix."""
+    """linear, matmul and bmm, with and without a bias, on rows that do not form one contiguous matrix."""
     torch.manual_seed(0)
     operands = [torch.randn(2, 7, 12)[:, 1:5], torch.randn(9, 12), torch.randn(9)]
 
@@ -336,7 +336,7 @@ def test_group_advantages():
 
 
 def test_shapes_may_change(cpu):
-    """One graph for all of them, in both layouts of one program."""
+    """One graph serves all shapes."""
     batch = random_batch([9] * 6, vocab_size=21)
     arguments = batch.arguments("packed")
     per_token = {name: values for name, values in arguments.items() if len(values) == 54}
@@ -368,7 +368,7 @@ def test_shapes_may_change(cpu):
 
 @pytest.mark.parametrize("preset", ["minirl", "gspo"])
 def test_logits_from_outside_are_overwritten(preset, cpu):
-    """They hold the gradient afterwards, keep their own history, and say that they changed."""
+    """The logits hold the gradient afterwards, keep their own history, and count the change in their version."""
     batch = random_batch(LENGTHS, vocab_size=21)
     arguments = batch.arguments("packed")
 
@@ -397,7 +397,7 @@ def test_logits_from_outside_are_overwritten(preset, cpu):
 
 
 def test_contents_are_checked_when_compiled_code_runs(cpu):
-    """An id, a temperature or an offset that is wrong in a later call raises then."""
+    """An invalid id, temperature or offset in a later call raises at that call."""
     batch = random_batch(LENGTHS, vocab_size=21)
     arguments = batch.arguments("packed")
 

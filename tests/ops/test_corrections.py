@@ -96,7 +96,7 @@ def test_every_token_has_the_weight_of_its_d(correction, preset, layout):
 
 @pytest.mark.parametrize("correction", [CORRECTIONS[1], CORRECTIONS[2], CORRECTIONS[6]], ids=repr)
 def test_minirl_truncates_the_product_of_its_weight(correction):
-    """The correction takes the place of d in w = d r; the bound of w stays."""
+    """d in w = d r is replaced by the correction; the bound of w stays."""
     batch = random_batch(LENGTHS, spread=0.3)
     weights, changed = weights_by_loop(correction, batch)
     config = PolicyLossConfig(rollout_is=correction, rollout_is_threshold=1.1, clip=False)
@@ -112,7 +112,7 @@ def test_minirl_truncates_the_product_of_its_weight(correction):
 @pytest.mark.parametrize("preset", ["minirl", "grpo", "cispo", "gspo"])
 @pytest.mark.parametrize("correction", [CORRECTIONS[2], WIDE, CORRECTIONS[9]], ids=repr)
 def test_the_fused_losses_correct_alike(correction, preset, on_policy, cpu):
-    """In one sweep where d is known before it, else in two phases."""
+    """One sweep if d is known before it, else two phases: the weights are the same."""
     batch = random_batch(LENGTHS, vocab_size=40, spread=0.2)
     if on_policy:
         batch = replace(batch, old_log_probs=None)
@@ -142,7 +142,7 @@ def check_fused(batch, config, backend):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU")
 @pytest.mark.parametrize("preset", triton_cases.TOKEN_LEVEL)
 def test_a_masked_token_is_zero_in_triton(preset):
-    """Its d is exp(-inf), in one sweep."""
+    """A masked token has d = exp(-inf) in the kernel's single sweep."""
     batch = random_batch(LENGTHS, vocab_size=33)
     check_fused(batch, PolicyLossConfig.preset(preset, rollout_is=CORRECTIONS[2]), "triton")
 
@@ -166,7 +166,7 @@ def test_a_level_by_name_is_the_correction_with_its_threshold():
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_masked_token_may_have_any_d(overwrite, cpu):
-    """An overflow of what is masked raises nowhere, and its KL term stays."""
+    """An overflow of a masked token's d does not raise, and its KL term stays."""
     batch = random_batch([3, 4], vocab_size=40)
     batch.loss_mask[:] = True
     batch.rollout_log_probs[4] -= 1e4
@@ -197,7 +197,7 @@ def test_a_mean_over_a_part_of_the_mini_batch_is_refused(name):
 
 
 def test_a_normalised_correction_is_not_split():
-    """Each micro-batch would divide by a mean of its own."""
+    """Each micro-batch would divide by the mean of its own weights."""
     batch = random_batch(LENGTHS)
     config = PolicyLossConfig.grpo(rollout_is=Correction(normalise=True))
     inputs = PolicyLossInputs.prepare(batch.token_ids, config=config, **batch.arguments("packed"))

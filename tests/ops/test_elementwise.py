@@ -1,4 +1,4 @@
-"""The elementwise functions: as exact as torch's, and an element's bits a function of its value alone."""
+"""The elementwise functions are as exact as torch's, and the bits of a result depend on the element's value only."""
 
 import math
 from functools import partial
@@ -15,7 +15,7 @@ from minirl_kernels import gelu, mish, sigmoid, silu, softplus
 from minirl_kernels.backends import native
 from minirl_kernels.ops.elementwise import cpu as kernels
 
-# (ours, torch's)
+# (the library's function, torch's function)
 ACTIVATIONS = {
     "gelu": (gelu, F.gelu),
     "gelu_tanh": (partial(gelu, approximate="tanh"), partial(F.gelu, approximate="tanh")),
@@ -26,7 +26,7 @@ ACTIVATIONS = {
     "softplus_sharp": (partial(softplus, beta=2.5, threshold=10.0), partial(F.softplus, beta=2.5, threshold=10.0)),
 }
 aten = torch.ops.aten
-# what a mode calls, with the arguments of aten; those of two tensors are (gradient, x)
+# the functions that the mode calls, with the arguments of aten; functions of two tensors take (gradient, x)
 KERNELS = {
     "exp2": (kernels.exp2, aten.exp2),
     "gelu": (kernels.gelu, aten.gelu),
@@ -49,7 +49,7 @@ KERNELS = {
         lambda grad, x: aten.softplus_backward(grad, x, 2, 20),
     ),
 }
-# where torch's own vectors and scalars were seen to part; the others have not been seen to
+# dtypes in which torch's vector and scalar code were seen to differ; the others were not
 STOCK_DIFFERS = {name: [torch.float32] for name in KERNELS}
 STOCK_DIFFERS["rsqrt"] = [torch.bfloat16, torch.float16]
 for _name in ("gelu", "gelu_backward", "gelu_tanh", "gelu_tanh_backward"):
@@ -57,7 +57,7 @@ for _name in ("gelu", "gelu_backward", "gelu_tanh", "gelu_tanh_backward"):
 
 
 def values(size, dtype, seed=0):
-    """Of both signs and many magnitudes, most of them where the functions bend."""
+    """Values of both signs and many magnitudes, most of them near the bends of the functions."""
     gen = torch.Generator().manual_seed(seed)
     x = 3 * torch.randn(size, generator=gen)
     x[1::7] *= 8
@@ -66,7 +66,7 @@ def values(size, dtype, seed=0):
 
 
 def operands(name, size, dtype):
-    """(x,) or (gradient, x); positive ones for the functions that want them."""
+    """(x,) or (gradient, x); x is positive for functions that need it."""
     x = values(size, dtype)
     if name in ("pow", "rsqrt"):
         x = x.abs() + 2.0**-10
@@ -88,7 +88,7 @@ def test_values_and_gradients(name, dtype, backend):
     ours = value_and_gradient(partial(ours, backend=backend), x, upstream)
     eager = value_and_gradient(torchs, x, upstream)
     exact = value_and_gradient(torchs, x.double(), upstream)
-    # each element by its own size, down to where it is a difference of larger ones
+    # errors are relative to the element, or to the larger terms whose difference it is
     smallest = 2.0**-6 * torch.stack([torch.ones(len(x)), upstream.abs()]).double()
     for actual, theirs, truth, least in zip(ours, eager, exact, smallest, strict=True):
         assert_as_exact_as_eager(actual, theirs, truth, truth.abs().maximum(least))
@@ -98,7 +98,7 @@ def test_values_and_gradients(name, dtype, backend):
 @pytest.mark.parametrize("name", ["exp2", "pow", "rsqrt"])
 def test_values_without_gradients(name, dtype, cpu):
     (x,) = operands(name, 4003, dtype)
-    x = x.clamp(-14, 14)  # in float16's range
+    x = x.clamp(-14, 14)  # the range of float16
     ours, torchs = KERNELS[name]
     exact = torchs(x.double())
     assert_as_exact_as_eager(ours(x), torchs(x), exact, exact.abs())
@@ -107,7 +107,7 @@ def test_values_without_gradients(name, dtype, cpu):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_far_values(name, dtype, cpu):
-    """Infinities, NaN, zeros and the largest numbers: values as torch has them, and gradients their limits."""
+    """Infinities, NaN, zeros and the largest numbers give torch's values, and gradients give their limits."""
     ours, torchs = ACTIVATIONS[name]
     largest = torch.finfo(dtype).max
     x = torch.tensor([math.inf, math.nan, 0.0, -0.0, largest, -largest, 100.0, -100.0, 1e-7, -1e-7]).to(dtype)
@@ -120,7 +120,7 @@ def test_far_values(name, dtype, cpu):
 
 
 def test_small_numbers_keep_their_digits(cpu):
-    """Where 1 + tanh or 1 + erf would cancel, the tail is computed as such."""
+    """Large negative arguments keep their relative accuracy: 1 + tanh or 1 + erf would cancel there."""
     x = torch.linspace(-8, -4, 1001)
     for approximate in ("none", "tanh"):
         if approximate == "none":
@@ -135,11 +135,11 @@ def in_pieces(function, tensors, length):
     return torch.cat([function(*pieces) for pieces in zip(*(x.split(length) for x in tensors), strict=True)])
 
 
-SIZE = 1920  # whole vectors of every width
+SIZE = 1920  # a multiple of every vector width
 
 
 def placed(function, tensors):
-    """(name, what the function makes of the same elements lying elsewhere) for every such place."""
+    """(name, result) of the same elements in every other place in memory."""
     for length in (1, 3, 15, 31, 100):
         yield f"pieces of {length}", in_pieces(function, tensors, length)
     layouts = {
@@ -187,13 +187,13 @@ def test_a_block_of_any_matrix(cpu_kernels, name, dtype, rows, columns, begin, w
 
 @pytest.fixture(scope="module")
 def cpu_kernels():
-    """As `cpu`, for hypothesis, which calls a test many times with one fixture."""
+    """The native kernels, as from `cpu`, in a scope that hypothesis accepts."""
     return native()
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_threads(name, cpu, threads):
-    """On either side of what a thread is given at once; torch's own threads cut vectors in two."""
+    """The sizes are on either side of the work of one thread. torch's threads split vectors."""
     ours, torchs = KERNELS[name]
     tensors = operands(name, 3 * (32768 + 15), STOCK_DIFFERS[name][0])
     results, stock = [], []
@@ -219,7 +219,7 @@ def test_every_instruction_set(name, dtype, set_isa):
 
 
 def test_strides_are_torchs_own(cpu):
-    """A view of the result that works without the mode works with it."""
+    """A result has torch's strides, so a view that works without the mode works in it."""
     dense = torch.randn(4, 6, 10)
     inputs = [
         dense,
@@ -283,7 +283,7 @@ def test_compile(compiler, cpu):
 
 
 def test_autocast(cpu):
-    """As torch's own: what comes in decides."""
+    """The dtype of the operand decides, as in torch."""
     x = torch.randn(4, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert silu(x, backend=cpu).dtype == F.silu(x).dtype == torch.float32

@@ -1,4 +1,4 @@
-"""fused_linear_policy_loss against float64 and against fused_policy_loss on the same logits; skipping; invariance."""
+"""fused_linear_policy_loss against float64 and against fused_policy_loss of the same logits; skipped rows; bits."""
 
 from dataclasses import replace
 
@@ -83,7 +83,10 @@ def test_few_tokens(tokens, backend):
 
 @pytest.mark.parametrize("tiles", [1, 8, 64])
 def test_gradient_of_the_weight_does_not_lose_accuracy_with_tiles(tiles, monkeypatch):
-    """In bfloat16; a sum rounded to it after every tile would be off by many times as much with 64 of them."""
+    """The sum over tiles is not rounded to bfloat16.
+
+    With 64 tiles, a rounding after every tile would give many times the error.
+    """
     head, batch = head_and_batch(16, 200, torch.bfloat16, lengths=[128] * 8)
     exact = by_equations(head, batch, PolicyLossConfig(clip=False), torch.float64)[-1]
     monkeypatch.setattr(cpu, "rows_per_tile", lambda rows, _: -(-rows // tiles))
@@ -106,7 +109,7 @@ def test_rows_of_zero_advantage_are_left_out_exactly(dtype, monkeypatch):
     out, (grad_hidden, grad_weight) = call(head, batch, "cpu", config=config)
     assert shapes == [(19, 12), (14, 40), (40, 14)]
     assert bool((out.entropy > 0).all())
-    # NaN instead of their hidden states must not reach the gradients
+    # the gradients do not depend on the hidden states of rows of zero advantage
     kept = torch.ones(19, dtype=torch.bool)
     kept[6:11] = False
     hidden, weight, token_ids, _ = head
@@ -193,7 +196,7 @@ def test_any_grad_output_and_one_backward(backend):
 
 
 def test_tied_embeddings(backend):
-    """The head is the embedding: both of its gradients add up."""
+    """The head is the embedding: the gradients of both uses add up."""
     (_, table, token_ids, _), batch = head_and_batch(12, 40)
     table.requires_grad_()
     hidden = table[token_ids.roll(1)]

@@ -1,4 +1,4 @@
-"""fused_linear_policy_loss by Triton kernels on each tile, in Triton's interpreter: maths and masks, not hardware."""
+"""fused_linear_policy_loss by Triton kernels on each tile, in the interpreter: values and masks, not hardware."""
 
 import math
 from dataclasses import replace
@@ -55,7 +55,7 @@ def test_objectives(preset, extra, tiles_of_five):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [20_011, 40_000], ids=["odd", "aligned"])
 def test_rows_of_many_blocks(vocab_size, dtype, config):
-    """16-bit gradients are written over float32 logits that are still to be read, in one sweep and in two phases."""
+    """16-bit gradients overwrite float32 logits, of which some are still to be read; in one sweep and in two phases."""
     options = {"logit_softcap": 4.0}
     head = random_head(9, 16, vocab_size, dtype, with_bias=True)
     batch = replace(batch_of(head, [5, 4], **options), loss_mask=torch.ones(9, dtype=torch.bool))
@@ -103,7 +103,7 @@ def test_few_tokens(tokens):
 
 
 def halves(dtype=torch.float32):
-    """(head, batch) of three responses, the second at zero advantage; nothing is masked, on policy."""
+    """(head, batch) of three responses on policy, without a mask; the second has zero advantage."""
     head, batch = head_and_batch(12, 40, dtype, lengths=[6, 5, 8])
     return head, replace(
         batch, advantages=torch.tensor([1.0, 0.0, -0.5]), loss_mask=torch.ones(19, dtype=torch.bool),
@@ -131,7 +131,7 @@ def test_a_bonus_gives_every_row_a_gradient(config, matmuls):
 
 
 def test_in_several_tiles_rows_with_a_gradient_come_first(matmuls, tiles_of_five):
-    """14 rows with a gradient in three tiles of five, and no gradient's matmul for the tile after them."""
+    """14 rows with a gradient fill three tiles of five; the last tile runs no matmul for gradients."""
     head, batch = halves()
     check_against_equations(head, batch, UNCLIPPED, "triton")
     one_call = matmuls[: len(matmuls) // 2]
@@ -210,7 +210,7 @@ def test_any_grad_output_and_one_backward():
 
 
 def test_a_bias_can_be_scaled():
-    """What the backward on a GPU does to the gradient of a bias."""
+    """The backward on a GPU scales the gradient of a bias."""
     grad = random_logits(1001)
     expected = grad * -0.37
     scale_in_place(grad, torch.tensor(-0.37))

@@ -1,4 +1,4 @@
-"""fused_policy_loss against the equations in float64, from logits to their gradient, on every backend."""
+"""fused_policy_loss against the equations in float64, from the logits to their gradient, on every backend."""
 
 import math
 from dataclasses import replace
@@ -11,7 +11,7 @@ from policy_batches import LENGTHS, PRESETS, assert_as_exact_as_eager, batch_at_
 
 from minirl_kernels import PolicyLossConfig, fused_policy_loss, policy_loss, token_logprobs
 
-# every objective, every level of the correction, both phases, and what is added to a loss
+# every objective, every level of the correction, one and two phases, and the additional terms of a loss
 CONFIGS = {
     "minirl": PolicyLossConfig(),
     "minirl-no-is": PolicyLossConfig(rollout_is=None),
@@ -42,7 +42,7 @@ every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def call(batch, config, layout, backend, *, factor=1.0, **options):
-    """(output, gradient of the logits [T, V] under a loss multiplied by factor)."""
+    """(output, gradient of the logits [T, V] of the loss times factor)."""
     logits = batch.lay_out(batch.logits.clone(), layout).requires_grad_()
     token_ids = batch.lay_out(batch.token_ids, layout)
     out = fused_policy_loss(
@@ -58,7 +58,7 @@ def call(batch, config, layout, backend, *, factor=1.0, **options):
 
 
 def eager_leaf(batch, dtype):
-    """The logits, in float64 or as the eager path has them: in their own dtype."""
+    """A leaf of the logits in float64, or in their own dtype for the eager path."""
     return batch.logits.to(torch.float64 if dtype == torch.float64 else batch.logits.dtype, copy=True).requires_grad_()
 
 
@@ -72,14 +72,14 @@ def by_equations(batch, config, dtype, temperature):
 
 
 def gradient_from(token_grad, entropy_grad, batch, dtype, temperature):
-    """The logits' gradient that those of the log-probabilities and the entropy bring, computed in `dtype`."""
+    """The gradient of the logits under gradients of the log-probabilities and the entropy, computed in `dtype`."""
     leaf = eager_leaf(batch, dtype)
     results = equations.token_log_probs(leaf.to(dtype), batch.token_ids, temperature)
     return torch.autograd.grad(results, leaf, (token_grad.to(dtype), entropy_grad.to(dtype)))[0]
 
 
 def check_against_equations(batch, config, backend, temperature=1.0, **options):
-    """Values and gradients by the tolerance rule; both layouts bit for bit."""
+    """Values and gradients are as exact as the eager path's, and the same bits in both layouts."""
     exact, eager = (by_equations(batch, config, dtype, temperature) for dtype in (torch.float64, torch.float32))
     results = []
     for layout in ("padded", "packed"):
@@ -88,12 +88,12 @@ def check_against_equations(batch, config, backend, temperature=1.0, **options):
         ours = [batch.pack(values, layout) for values in (out.log_probs, out.entropy, out.token_grad)] + [grad]
         for result, theirs, truth in zip(ours, eager[1], exact[1], strict=True):
             assert_as_exact_as_eager(result, theirs, truth)
-        # row by row beside the token_grad that came with it, whose own error is measured above
+        # the gradient row by row, under the returned token_grad: the error of token_grad is measured above
         theirs, truth = (
             gradient_from(ours[2], exact[2], batch, dtype, temperature) for dtype in (torch.float32, torch.float64)
         )
         assert_as_exact_as_eager(grad, theirs, truth, per_row(truth))
-        # the tokens' losses may cancel
+        # the losses of the tokens may cancel in their sum
         assert_as_exact_as_eager(out.loss, eager[0], exact[0], scale=out.token_loss.abs().sum())
         torch.testing.assert_close(out.token_loss.double().sum().float(), out.loss, rtol=1e-6, atol=1e-9)
         results.append((out.loss, batch.pack(out.token_loss, layout), *ours))
@@ -105,7 +105,7 @@ def check_against_equations(batch, config, backend, temperature=1.0, **options):
 def test_on_either_side_of_every_bound(config, backend):
     batch = batch_at_bounds(config, vocab_size=19)
     out = check_against_equations(batch, config, backend)
-    if config.clip and config.objective != "cispo":  # or the batch would prove nothing of the mask
+    if config.clip and config.objective != "cispo":  # the batch must reach the mask
         metrics = out.metrics.compute()
         assert metrics["clip_fraction_high"] > 0.05
         assert metrics["clip_fraction_low"] > 0.05
@@ -164,7 +164,7 @@ def test_micro_batches_sum_to_the_batch(preset, backend):
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("preset", ["minirl", "gspo"])
 def test_ignored_ids_are_masked_tokens(preset, ids_dtype, backend):
-    """-100 in token_ids does what 0 in loss_mask does."""
+    """-100 in token_ids has the effect of 0 in loss_mask."""
     batch, config = random_batch(LENGTHS, vocab_size=21), PolicyLossConfig.preset(preset, entropy_coef=0.1)
     expected, expected_grad = call(batch, config, "packed", backend)
     ids = batch.token_ids.masked_fill(~batch.loss_mask, -100).to(ids_dtype)
@@ -179,7 +179,10 @@ def test_ignored_ids_are_masked_tokens(preset, ids_dtype, backend):
 @pytest.mark.parametrize("poison", [-200.0, -1e4, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_masked_tokens_may_hold_anything(preset, poison, backend):
-    """Logits, ids, temperatures and every log-probability; a ratio of exp(200) there would be inf, and inf * 0 NaN."""
+    """Logits, ids, temperatures and log-probabilities of masked tokens are not used.
+
+    A ratio of exp(200) there would be inf, and inf * 0 would be NaN.
+    """
     config = PolicyLossConfig.preset(preset, kl_coef=0.1, entropy_coef=0.1)
     clean = random_batch(LENGTHS, vocab_size=21)
     masked = ~clean.loss_mask
@@ -214,7 +217,7 @@ def test_overflowing_ratio_of_a_token_without_advantage(preset, far, backend):
 @pytest.mark.parametrize("first", [0, 2048], ids=["padded vocabulary", "empty first block"])
 @pytest.mark.parametrize("preset", ["minirl", "gspo"])
 def test_logits_of_minus_infinity(preset, first, backend):
-    """As if those logits were not there, in the entropy and its gradient too."""
+    """Logits of -inf have no effect, in the entropy and its gradient too."""
     config = PolicyLossConfig.preset(preset, entropy_coef=0.1)
     batch = random_batch([3, 4], vocab_size=1000)
     logits = torch.full((7, 4097), -math.inf)
@@ -241,7 +244,10 @@ def test_overwritten_logits_hold_the_same_gradient(config, dtype, backend):
 @pytest.mark.parametrize("strides", [(90, 18), (18, 36), (90, 17), (17, 34)], ids=str)
 @pytest.mark.parametrize("preset", ["minirl", "gspo"])
 def test_overwriting_a_view_leaves_its_neighbours(preset, strides, cpu):
-    """Responses or positions first in memory, with gaps and without: nothing beside the rows is written."""
+    """Only the rows are overwritten.
+
+    Responses or positions are the outer dimension in memory, with and without gaps.
+    """
     B, L, V = 2, 4, 17
     batch = random_batch([4, 4], vocab_size=V)
     arguments = {"token_ids": batch.token_ids.reshape(B, L), "advantages": torch.ones(B), "loss_mask": None}
@@ -265,7 +271,7 @@ def test_overwriting_a_view_leaves_its_neighbours(preset, strides, cpu):
 
 
 def test_autograd_notices_overwritten_logits(cpu):
-    """A use of the logits that was saved before must raise, and not silently read gradients."""
+    """An earlier operation that saved the logits must raise, and not silently use gradients in their place."""
     for preset in ("minirl", "gspo"):
         batch = random_batch(LENGTHS, vocab_size=21)
         logits = batch.logits.clone().requires_grad_() * 1
@@ -286,7 +292,7 @@ def test_autograd_notices_overwritten_logits(cpu):
 @pytest.mark.parametrize("factor", [1.0, -2.5])
 @pytest.mark.parametrize("preset", ["minirl", "gspo"])
 def test_second_backward(preset, factor, overwrite, cpu):
-    """The gradient was made once and handed over: a second backward says so, whatever the first one multiplied by."""
+    """The forward makes the gradient and the first backward consumes it. A second backward raises."""
     batch = random_batch(LENGTHS, vocab_size=21)
     leaf = batch.logits.clone().requires_grad_()
     out = fused_policy_loss(
@@ -304,7 +310,7 @@ def test_second_backward(preset, factor, overwrite, cpu):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # float16 has subnormals to round
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)  # subnormals of float16 would be rounded
 def test_gradient_scales_with_grad_output(dtype, overwrite, backend):
     batch = random_batch(LENGTHS, vocab_size=21, dtype=dtype)
     _, once = call(batch, PolicyLossConfig(), "packed", backend)
@@ -314,7 +320,7 @@ def test_gradient_scales_with_grad_output(dtype, overwrite, backend):
 
 
 def test_the_reference_may_be_run_backward_twice():
-    """It hands over no buffer, and writes to none."""
+    """The reference backend gives away no buffer, and overwrites none."""
     batch = random_batch(LENGTHS, vocab_size=21)
     leaf = batch.logits.clone().requires_grad_()
     out = fused_policy_loss(
@@ -326,7 +332,7 @@ def test_the_reference_may_be_run_backward_twice():
 
 
 def test_gradient_accumulates_into_logits_used_twice(backend):
-    """The buffer that is handed over is nobody else's."""
+    """Nothing else writes to the returned buffer of the gradient."""
     batch = random_batch(LENGTHS, vocab_size=21)
     config = PolicyLossConfig()
     _, once = call(batch, config, "packed", backend)
@@ -339,7 +345,7 @@ def test_gradient_accumulates_into_logits_used_twice(backend):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_without_gradient_the_values_are_the_same(preset, backend):
-    """The forward alone is another way through the kernels."""
+    """The forward without a gradient is another path through the kernels."""
     config = PolicyLossConfig.preset(preset, kl_coef=0.1, entropy_coef=0.1)
     batch = random_batch(LENGTHS, vocab_size=131)
     expected, _ = call(batch, config, "packed", backend)
@@ -406,7 +412,7 @@ def test_more_than_65535_tokens(backend):
 )
 @pytest.mark.parametrize("preset", ["minirl", "gspo"])
 def test_addresses_beyond_2_to_the_31(preset, overwrite, tmp_path, backend):
-    """Rows 2^30 elements apart, in a file of 6 GiB that is nearly all holes."""
+    """Rows lie 2^30 elements apart in a sparse file of 6 GiB."""
     stride, vocab_size = 2**30, 1025
     batch = random_batch([2, 2], vocab_size=vocab_size, dtype=torch.bfloat16)
     config = PolicyLossConfig.preset(preset)

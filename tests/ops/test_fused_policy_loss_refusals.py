@@ -1,4 +1,4 @@
-"""What fused_policy_loss refuses: each message names the argument, and the logits are as they were."""
+"""Invalid arguments of fused_policy_loss: each error names the argument, and the logits stay unchanged."""
 
 import re
 
@@ -34,7 +34,7 @@ def test_rows_that_share_memory_are_not_overwritten(strides, backend):
 @pytest.mark.parametrize("bad", [-1, 7, 2**32 + 3])
 @pytest.mark.parametrize("preset", ["minirl", "gspo"])
 def test_id_out_of_range_leaves_the_logits_alone(preset, bad, overwrite, check, backend):
-    """The last token's id is looked at before the first row is overwritten."""
+    """The last token's id is checked before the first row is overwritten."""
     ids = IDS.clone()
     ids[1, 2] = bad
     logits = LOGITS.clone().requires_grad_()
@@ -79,7 +79,7 @@ def test_id_out_of_range_leaves_the_logits_alone(preset, bad, overwrite, check, 
     ],
 )
 def test_bad_input(bad, error, named, was, must_be, backend):
-    """Each message names the argument, what it was and what it must be, and the logits are as they were."""
+    """Each error names the argument, its value and the permitted values. The logits stay unchanged."""
     logits = bad.get("logits", LOGITS).clone(memory_format=torch.preserve_format)
     if logits.is_floating_point():
         logits.requires_grad_()

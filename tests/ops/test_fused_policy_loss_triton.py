@@ -1,4 +1,4 @@
-"""fused_policy_loss by its Triton kernel, in Triton's interpreter: maths and masks, not hardware."""
+"""The Triton kernel of fused_policy_loss in Triton's interpreter: values and masks; hardware is not tested."""
 
 import math
 from dataclasses import replace
@@ -31,7 +31,7 @@ LENGTHS = [3, 1, 2, 4]
 
 
 def call(logits, token_ids, *, out=None, **changes):
-    """forward_backward on MiniRL with everything neutral but for `changes`; (results, gradient)."""
+    """(results, gradient) of MiniRL; options that are not in `changes` have no effect on the loss."""
     ones = torch.ones(token_ids.shape)
     loss = LossRows(
         old_log_probs=None,
@@ -155,9 +155,9 @@ def test_the_objective_is_that_of_the_reference(objective, clip, low, high, thre
     )
     log_prob, log_r, log_w, log_d, advantage, gap = torch.tensor(tokens, dtype=torch.float32).T.contiguous()
     log_r, log_w = (ratio.where(log_prob > -math.inf, -math.inf) for ratio in (log_r, log_w))
-    log_d = log_d.where(log_prob > -math.inf, 0.0)  # a correction that underflows in float32 meets no infinite log_prob
+    log_d = log_d.where(log_prob > -math.inf, 0.0)  # else float32 would multiply 0 by infinity
     r = log_r.double().exp()
-    # a ratio within a rounding error of its bound may fall on either side
+    # rounding may move a ratio across a bound that is this close
     assume(all(((r - bound).abs() > 1e-5).all() for bound in (1 - low, 1 + high)))
     ref = log_prob + gap
     results = [torch.empty(8) for _ in range(4)]
@@ -172,13 +172,16 @@ def test_the_objective_is_that_of_the_reference(objective, clip, low, high, thre
     expected = reference.token_objective(log_prob, log_r, log_w, log_d, advantage, config)
     expected += reference.kl_penalty(log_prob, ref, estimator)
     for ours, theirs in zip(results, expected, strict=True):
-        # infinite where float32 does not hold it, and nowhere else
+        # infinite exactly where the result exceeds float32
         torch.testing.assert_close(ours, theirs.float(), rtol=2e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("preset", [*TOKEN_LEVEL, "gspo"])
 def test_a_token_that_overflows_or_is_no_number_is_nan_alone(preset):
-    """And raises with check=True, before any logits are overwritten."""
+    """A token that overflows or is NaN does not affect others.
+
+    With check=True it raises before any logits are overwritten.
+    """
     batch = random_batch(LENGTHS, vocab_size=20, spread=0.1)
     batch.loss_mask[:], batch.advantages[:] = True, -1.0
     sequence = preset == "gspo"
@@ -216,7 +219,7 @@ def test_a_token_that_overflows_or_is_no_number_is_nan_alone(preset):
 
 
 def test_k3_of_policies_that_hardly_differ():
-    """exp(x) - 1 - x is x**2 / 2 there, far below the rounding error of its terms."""
+    """exp(x) - 1 - x is about x**2 / 2 for small x, far below the rounding error of its terms."""
     gap = torch.tensor([1e-4, -1e-4, 1e-3, -0.01, 0.3, -0.499, 0.501, -3.0])
     zeros, results = torch.zeros(8), [torch.empty(8) for _ in range(4)]
     objective_kernel[(1,)](
@@ -227,7 +230,7 @@ def test_k3_of_policies_that_hardly_differ():
 
 
 def test_masked_tokens_whose_ratio_overflows():
-    """inf * 0 in the padding: whatever stands there, the loss and the gradient do not see it."""
+    """A ratio that overflows in the padding would give inf * 0 = NaN in the loss and the gradient."""
     batch = random_batch([3, 3], vocab_size=20)
     batch.loss_mask[:] = torch.tensor([1, 1, 0, 0, 1, 1], dtype=torch.bool)
     expected = check_fused_policy_loss(batch, PolicyLossConfig())
@@ -326,7 +329,7 @@ def test_zero_tokens():
 
 
 def test_the_bits_of_a_row_do_not_depend_on_its_batch():
-    """In the interpreter: that a program looks at nothing but its own row."""
+    """A program of the kernel reads its own row only."""
     logits, token_ids = random_logits(5, 999, dtype=torch.bfloat16), torch.arange(5)
     together = call(logits, token_ids, entropy_coef=0.1)
     for row in range(5):
@@ -341,7 +344,7 @@ def test_more_tokens_than_a_grid_axis_but_the_first_can_count():
 
 
 def test_rows_more_than_2_to_the_31_elements_apart():
-    """The memory between them is never touched, so that the system never has to find it."""
+    """The memory between the rows is never touched, so the system need not provide it."""
     stride = 2**31 + 48
     logits = torch.empty(stride + 40, dtype=torch.bfloat16).as_strided((2, 40), (stride, 1))
     logits.copy_(random_logits(2, 40, dtype=torch.bfloat16))

@@ -36,7 +36,7 @@ def test_against_a_loop(dtype, ids_dtype, norm_by_std):
 
 
 def test_the_mean_includes_the_response_itself():
-    """Leaving it out would give 1 and -0.5."""
+    """Without the response itself in the mean, the advantages would be 1 and -0.5."""
     advantages = group_advantages(torch.tensor([1.0, 0.0, 0.0]), torch.zeros(3, dtype=torch.int64))
     assert advantages.tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3])
 
@@ -46,7 +46,7 @@ def test_the_mean_includes_the_response_itself():
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, -0.7, 1e-30, 3e38])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_give_exactly_zero(reward, size, norm_by_std, dtype):
-    """The mean of ten 0.1 is not 0.1 in floating point; beside another group, too."""
+    """The floating-point mean of ten times 0.1 is not 0.1. The group stands beside another one."""
     rewards = torch.tensor([reward, 1.0, 0.0] + [reward] * (size - 1), dtype=dtype)
     group_ids = torch.tensor([1, 2, 2] + [1] * (size - 1))
     advantages = group_advantages(rewards, group_ids, norm_by_std=norm_by_std)

@@ -1,7 +1,7 @@
-"""The same bits on every instruction set, with any number of threads, and for any batch and place that a row is in.
+"""A row has the same bits on every instruction set, for any number of threads, in any batch and at any place.
 
-Random logits would hide most changes of order: a last bit of a large sum does not reach a large logarithm. Here the
-sampled token is nearly certain, so that its log-probability and entropy are small and show the last bit of the sum.
+Random logits would hide most changes of order: the last bit of a large sum does not change a large logarithm. Here the
+sampled token is nearly certain. So its log-probability and entropy are small, and show the last bit of the sum.
 """
 
 from dataclasses import replace
@@ -51,7 +51,10 @@ def logprob_bits(logits, token_ids, backend="cpu"):
 
 
 def loss_bits(batch, config, layout="packed", **options):
-    """Every result, [T] or [T, V], of the fused loss; the counts are given, as they would be of a mini-batch."""
+    """Every result of the fused loss, [T] or [T, V].
+
+    The counts are fixed, as if the batch were part of a mini-batch.
+    """
     logits = batch.lay_out(batch.logits.clone(), layout).requires_grad_()
     out = fused_policy_loss(
         logits * 1,
@@ -70,7 +73,7 @@ def loss_bits(batch, config, layout="packed", **options):
 
 
 def test_the_data_would_show_another_order():
-    """The same exponentials in other orders of float32 addition: most rows come out with other bits."""
+    """The same exponentials in another order of float32 addition give most rows other bits."""
     logits, token_ids = sensitive_rows(100, 4097)
     p = (logits - logits.amax(-1, keepdim=True)).exp()[:, :4096]
 
@@ -118,7 +121,7 @@ def test_fused_policy_loss_on_every_instruction_set(config, dtype, overwrite, cp
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_subnormal_gradients_on_every_instruction_set(dtype, cpu, set_isa):
-    """The hardware's rounding to bfloat16 flushes them."""
+    """bfloat16 conversion in hardware flushes subnormal gradients to 0; not all instruction sets have it."""
     logits, token_ids = sensitive_rows(6, 1000)
     results = []
     for isa in native().isa_supported():
@@ -135,7 +138,7 @@ def test_subnormal_gradients_on_every_instruction_set(dtype, cpu, set_isa):
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_threads(config, cpu, threads):
-    """Rows are split over threads, the sums over a row are not."""
+    """Threads share the rows; no sum over a row is split."""
     batch = sensitive_batch([40, 1, 30, 29], 4097)
     results = []
     for count in (1, 2, 3):
@@ -150,7 +153,7 @@ def test_threads(config, cpu, threads):
     [("minirl", (1, 70_000)), ("sequence_is", (3, 34_000)), ("gspo", (1, 70_000)), ("minirl", (34_000, 2))],
 )
 def test_threads_of_the_losses_sums(preset, shape, threads):
-    """Torch splits a sum of one long row over threads; the loss and the metrics must not show it."""
+    """Torch splits the sum of one long row over threads. Loss and metrics must not depend on it."""
     batch = random_batch([shape[1]] * shape[0], spread=0.001)
     results = []
     for count in (1, 2, 3):
@@ -167,7 +170,7 @@ def test_threads_of_the_losses_sums(preset, shape, threads):
 @pytest.mark.parametrize("vocab_size", [1000, 4097])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_in_any_batch_and_place(dtype, vocab_size, cpu):
-    """Alone, among others, in another order, as [B, L], at odd addresses: the bits of a row are its own."""
+    """A row has the same bits alone, among others, in another order, as [B, L], and at odd addresses."""
     logits, token_ids = sensitive_rows(12, vocab_size, dtype)
     together = logprob_bits(logits, token_ids)
     for row in range(12):
@@ -192,7 +195,7 @@ def test_a_row_in_any_batch_and_place(dtype, vocab_size, cpu):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_a_response_in_any_batch(config, dtype, cpu):
-    """Its tokens have the same bits in a micro-batch of its own, behind others, and however far it is padded."""
+    """The tokens of a response have the same bits alone, after other responses, and with any padding."""
     batch = sensitive_batch([5, 1, 4, 9, 3], 1000, dtype)
     together = loss_bits(batch, config)
     assert_same_bits(loss_bits(batch, config, "padded"), together)
@@ -204,7 +207,7 @@ def test_a_response_in_any_batch(config, dtype, cpu):
 
 @pytest.mark.parametrize("preset", ["sequence_is", "gspo"])
 def test_a_response_built_to_cancel(preset):
-    """Log-ratios of 1e9 and 0.01, whose sum in any other order than the tokens' has other digits."""
+    """The sum of log-ratios of 1e9 and 0.01 has other digits in any order except the order of the tokens."""
     gen = torch.Generator().manual_seed(0)
     big = torch.randn(250, generator=gen) * 1e9
     log_r = torch.cat([big, -big, torch.randn(500, generator=gen) / 100])[torch.randperm(1000, generator=gen)]

@@ -1,4 +1,4 @@
-"""Log-probabilities over the tokens that the sampler kept: against float64, bits, gradients, and what is refused."""
+"""Log-probabilities over the tokens that the sampler kept: float64 accuracy, bits, gradients and invalid masks."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_a_padded_batch_by_its_strides(ids_dtype, backend):
 
 
 def test_the_sampled_token_alone_was_kept(backend):
-    """A sure token: log-probability, entropy and gradient are 0, whatever its logit."""
+    """A set of one token has log-probability, entropy and gradient 0 for any logit."""
     logits, token_ids = random_rows((4,), 300)
     results = forward_backward(logits, token_ids, SamplingMask.from_sets([[t] for t in token_ids.tolist()]), backend)
     for values in results:
@@ -50,7 +50,7 @@ def test_a_set_of_all_tokens_or_none_changes_no_bit(backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_of_a_position_depend_on_its_own_set_alone(dtype, cpu, threads):
-    """Not on how many tokens others keep, on the order in which its own are named, nor on the number of threads."""
+    """Other positions' sets, the order of a set's tokens and the number of threads do not change the bits."""
     logits, token_ids = random_rows((60,), 5000, dtype)
     sets = random_sets(token_ids, 5000)
     threads(1)
@@ -80,7 +80,7 @@ def test_bits_are_those_of_every_instruction_set(set_isa):
 
 
 def test_whatever_was_not_kept_is_not_looked_at(backend):
-    """Logits outside of the set may be anything, NaN and infinity too."""
+    """Logits outside of the set may have any value, also NaN and infinity."""
     logits, token_ids = random_rows((10,), 200)
     sets = [one or list(range(200)) for one in random_sets(token_ids, 200)]
     kept = SamplingMask.from_sets(sets)
@@ -93,7 +93,7 @@ def test_whatever_was_not_kept_is_not_looked_at(backend):
 
 
 def test_kept_logits_that_are_all_minus_infinity(backend):
-    """Such a position has no distribution: NaN there, and nowhere else."""
+    """A position without a finite kept logit has no distribution: NaN at that position only."""
     logits, token_ids = random_rows((3,), 50)
     sets = [[int(token), (int(token) + 1) % 50] for token in token_ids]
     expected = forward_backward(logits, token_ids, SamplingMask.from_sets(sets), backend)
@@ -135,7 +135,7 @@ def test_a_second_backward(backend):
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiled(compiler, backend):
-    """One graph for masks of any size, which raises too."""
+    """One graph serves masks of any size. An invalid mask raises in compiled code too."""
     torch.compiler.reset()
     logits, token_ids = random_rows((10,), 21)
 
@@ -196,14 +196,14 @@ def test_an_id_out_of_range_is_told_as_ever(backend):
 
 
 def nucleus(logits, top_p):
-    """The tokens that top-p sampling keeps of each row: the likeliest, until they have that much of the mass."""
+    """The tokens of each row that top-p sampling keeps: the most likely ones, until their mass reaches top_p."""
     probs, order = torch.softmax(logits, -1).sort(-1, descending=True)
     before = probs.cumsum(-1) - probs
     return [ids[mass < top_p].tolist() for ids, mass in zip(order, before, strict=True)]
 
 
 def test_ratios_of_a_top_p_rollout_are_1_on_policy(backend):
-    """Without the sets each is off by the kept mass: the trainer's probability is that much of the sampler's."""
+    """Without the sets, each ratio is the kept mass: the trainer's probability is that fraction of the sampler's."""
     logits, _ = random_rows((200,), 50)
     sets = nucleus(logits.double(), 0.8)
     keep = torch.zeros(200, 50, dtype=torch.bool)

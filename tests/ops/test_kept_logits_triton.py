@@ -1,4 +1,4 @@
-"""Kept tokens by the Triton kernels, in Triton's interpreter: maths and masks, not hardware."""
+"""Kept tokens in the Triton kernels, in Triton's interpreter: values and masks; hardware is not tested."""
 
 import math
 
@@ -43,7 +43,7 @@ def test_rows_by_their_strides():
 
 @pytest.mark.parametrize("first", [0, 700, 20_000])
 def test_a_tile_has_any_part_of_a_set(first):
-    """Kept tokens at both ends of tiles, in none of them, in all, and of other shards of the vocabulary."""
+    """Kept tokens lie at both ends of a tile, in no tile, in all tiles, or in other shards of the vocabulary."""
     vocab_size = 20_011
     tile = kernels.launch_config(vocab_size, torch.float32).tile
     sets = [
@@ -66,7 +66,7 @@ def test_a_tile_has_any_part_of_a_set(first):
         kernels.keep_(kept, KeptRows.of(one.token_ids - first, one.offsets))
         rows = slice(0, 5) if one is with_others else slice(None)
         assert torch.equal(kept[rows], expected[rows])
-    assert not kept[5].isfinite().any()  # all that it keeps is in other shards
+    assert not kept[5].isfinite().any()  # all kept tokens of this row are in other shards
 
 
 @pytest.mark.parametrize("vocab_size", [999, 20_011])
@@ -79,13 +79,13 @@ def test_bits_of_a_position_depend_on_its_own_set_alone(vocab_size):
     others = forward_backward(logits, token_ids, SamplingMask.from_sets(wider), "triton")
     assert all(torch.equal(a[::3], b[::3]) for a, b in zip(others, together, strict=True))
     whole = forward_backward(logits, token_ids, None, "triton")
-    assert all(torch.equal(a[::5], b[::5]) for a, b in zip(whole, together, strict=True))  # those have no set
+    assert all(torch.equal(a[::5], b[::5]) for a, b in zip(whole, together, strict=True))  # these rows have no set
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_linear_token_logprobs(options, dtype, monkeypatch):
-    """With every option of the head, and ignored rows, in tiles of three rows: a softcap leaves -inf what it is."""
+    """Every option of the head, with ignored rows, in tiles of three rows. A softcap must keep -inf."""
     monkeypatch.setattr(head_kernels, "rows_per_tile", lambda *_: 3)
     options = dict(options)
     head = random_head(7, 40, 515, dtype, with_bias=options.pop("with_bias", False))
@@ -125,7 +125,7 @@ def test_losses_are_those_of_the_reference(preset):
     ],
 )
 def test_a_set_that_cannot_be_is_nan_or_raises(sets, message):
-    """NaN for its own position alone, since a ratio of 0 would be taken for a token that may be left out."""
+    """NaN at the invalid position only. A ratio of 0 would look like a token that is legally left out."""
     logits, token_ids = random_logits(3, 40), torch.tensor([3, 7, 5])
     good = forward_backward(logits, token_ids, SamplingMask.from_sets([[3], [7, 6], [5]]), "triton")
     ours = forward_backward(logits, token_ids, SamplingMask.from_sets(sets), "triton")

@@ -23,7 +23,7 @@ from minirl_kernels.ops.linear_token_logprobs import cpu as cpu_head
 
 
 def batch_and_sets(vocab_size, dtype=torch.float32, logits=None, token_ids=None):
-    """Log-probabilities of the rollout are around those over the sets."""
+    """A batch and its sets; the old, rollout and reference log-probabilities are near the ones over the sets."""
     batch = random_batch(LENGTHS, vocab_size=vocab_size, dtype=dtype)
     if logits is not None:
         batch = replace(batch, logits=logits, token_ids=token_ids)
@@ -49,7 +49,7 @@ def by_equations(leaves, logits, batch, sets, config):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_fused_policy_loss(preset, dtype, backend):
-    """In both layouts, over the logits and beside them; the gradient is exactly 0 outside of the sets."""
+    """Both layouts, with and without overwriting. The gradient is exactly 0 outside of the sets."""
     config = PolicyLossConfig.preset(preset, kl_coef=0.1, entropy_coef=0.1)
     batch, sets = batch_and_sets(300, dtype)
     wide, narrow = batch.logits.double().requires_grad_(), batch.logits.clone().requires_grad_()
@@ -147,7 +147,7 @@ def test_a_set_of_all_tokens_or_none_changes_no_bit(backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_linear_token_logprobs(options, dtype, backend, monkeypatch):
-    """With every option of the head, and ignored rows, in tiles of three rows."""
+    """Every option of the head, with ignored rows, in tiles of three rows."""
     monkeypatch.setattr(cpu_head, "rows_per_tile", lambda *_: 3)
     options = dict(options)
     head = random_head(7, 40, 1025, dtype, with_bias=options.pop("with_bias", False))
@@ -160,7 +160,10 @@ def test_the_head_is_told_nothing_of_what_was_not_kept(backend):
 
 
 def test_bits_of_the_linear_form_are_those_of_its_logits(cpu, monkeypatch):
-    """In tiles of any size; and with sets that are all empty those without any."""
+    """The bits do not depend on the size of tiles.
+
+    Sets of the whole vocabulary give the bits of a call without sets.
+    """
     head = random_head(20, 16, 500)
     hidden, weight, token_ids, _ = head
     kept = random_mask(token_ids, 500)
@@ -178,7 +181,7 @@ def test_bits_of_the_linear_form_are_those_of_its_logits(cpu, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_fused_linear_policy_loss(preset, dtype, backend, monkeypatch):
-    """In tiles of four rows, of which some have no gradient and so come last."""
+    """Tiles of four rows; rows without a gradient come last."""
     monkeypatch.setattr(cpu_head, "rows_per_tile", lambda *_: 4)
     config = PolicyLossConfig.preset(preset)
     hidden, weight, token_ids, _ = random_head(sum(LENGTHS), 24, 300, dtype)
@@ -191,7 +194,7 @@ def test_fused_linear_policy_loss(preset, dtype, backend, monkeypatch):
         logits = torch.nn.functional.linear(*leaves)
         results.append(by_equations(leaves, logits if wide else logits.float(), batch, sets, config))
     exact, eager = results
-    # hidden states of the padding are NaN, which the eager head multiplies by gradients of 0
+    # the padding of hidden states is NaN, which the eager path would multiply by 0
     for layout in ("packed",) if backend == "reference" else ("packed", "padded"):
         leaves = [x.clone().requires_grad_() for x in (batch.lay_out(hidden, layout), weight)]
         out = fused_linear_policy_loss(
@@ -233,7 +236,7 @@ def test_compiled(compiler, cpu):
 
 
 def test_under_autocast(cpu):
-    """It casts hidden states and weight, and nothing else."""
+    """Autocast casts hidden states and weight, and nothing else."""
     head = random_head(10, 24, 60)
     hidden, weight, token_ids, _ = head
     kept = random_mask(token_ids, 60)

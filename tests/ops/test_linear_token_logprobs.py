@@ -1,4 +1,4 @@
-"""linear_token_logprobs against float64: values and gradients in every dtype and option, invariance, bad input."""
+"""linear_token_logprobs against float64: values and gradients in every dtype and option, bits, invalid arguments."""
 
 import pytest
 import sharded_head
@@ -52,7 +52,7 @@ def test_ignored_tokens_are_zero_whatever_their_hidden_state(backend):
 
 
 def test_rows_without_a_gradient_are_left_out(monkeypatch):
-    """Their hidden states may be anything: no matmul of the backward sees them."""
+    """No matmul of the backward reads the hidden states of rows without a gradient."""
     hidden, weight, token_ids, _ = random_head(6, 9, 33)
     grad = torch.tensor([1.0, 0.0, -2.0, 0.0, 0.0, 0.5])
     counts = grad != 0
@@ -67,7 +67,7 @@ def test_rows_without_a_gradient_are_left_out(monkeypatch):
         cpu, "matmul_into", lambda out, a, b, **kw: (depths.append(a.shape), matmul_into(out, a, b, **kw))[1]
     )
     grad_hidden, grad_weight = gradients(slice(None), grad)
-    assert depths == [(6, 9), (3, 9), (3, 33), (33, 3)]  # logits; logits again, d hidden, d weight of three rows
+    assert depths == [(6, 9), (3, 9), (3, 33), (33, 3)]  # logits; logits of three rows again, d hidden, d weight
     alone = gradients(counts, grad[counts])
     assert torch.equal(grad_hidden[counts], alone[0])
     assert torch.equal(grad_hidden[~counts], torch.zeros(3, 9))
@@ -106,7 +106,7 @@ def test_equal_to_token_logprobs_of_the_same_logits():
 
 
 def test_padded_vocabulary(backend):
-    """A bias of -inf is a token that does not exist."""
+    """A token with a bias of -inf does not exist."""
     hidden, weight, token_ids, bias = random_head(5, 8, 40, with_bias=True)
     token_ids %= 30
     bias[30:] = -torch.inf
@@ -120,7 +120,7 @@ def test_padded_vocabulary(backend):
 
 
 def test_tied_embeddings(backend):
-    """The head is the embedding: both of its gradients add up."""
+    """The head is the embedding: the gradients of both uses add up."""
     gen = torch.Generator().manual_seed(0)
     table = torch.randn(30, 8, generator=gen).requires_grad_()
     tokens, targets = torch.randint(30, (2, 6), generator=gen)

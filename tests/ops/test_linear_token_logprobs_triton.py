@@ -1,4 +1,4 @@
-"""linear_token_logprobs by Triton kernels on each tile, in Triton's interpreter: maths and masks, not hardware."""
+"""linear_token_logprobs by Triton kernels on each tile, in the interpreter: values and masks, not hardware."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_values_and_gradients(options, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [20_011, 40_000], ids=["odd", "aligned"])
 def test_rows_of_many_blocks(vocab_size, dtype, options):
-    """16-bit gradients are written over float32 logits that are still to be read."""
+    """16-bit gradients overwrite float32 logits, of which some are still to be read."""
     options = dict(options)
     head = random_head(3, 8, vocab_size, dtype, with_bias=options.pop("with_bias", False))
     check_against_equations(head, "triton", **options)
@@ -95,7 +95,7 @@ def test_rows_without_a_token_or_a_gradient_are_left_out(matmuls):
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     log_probs = linear_token_logprobs(*leaves, token_ids, backend="triton")
     grads = torch.autograd.grad(log_probs, leaves, grad)
-    assert matmuls == [(5, 9), (2, 9), (2, 33), (33, 2)]  # logits; logits again, d hidden, d weight of two rows
+    assert matmuls == [(5, 9), (2, 9), (2, 33), (33, 2)]  # logits; logits of two rows again, d hidden, d weight
     assert not grads[0][[1, 2, 3, 5]].any()
     assert all(values.isfinite().all() for values in (log_probs, *grads))
 
@@ -113,7 +113,7 @@ def test_frozen_parts_cost_no_matmul(frozen, matmuls):
 
 
 def test_padded_vocabulary():
-    """A bias of -inf is a token that does not exist."""
+    """A token with a bias of -inf does not exist."""
     hidden, weight, token_ids, bias = random_head(5, 8, 40, with_bias=True)
     token_ids %= 30
     bias[30:] = -torch.inf
@@ -128,7 +128,7 @@ def test_padded_vocabulary():
 
 @pytest.mark.parametrize("logit", [0.0, 1e-4, 0.63, 0.65, 2.0, 30.0, 1e4, math.inf, math.nan])
 def test_softcap(logit):
-    """Against torch's tanh, on both of its branches and at their ends."""
+    """softcap agrees with torch's tanh on both branches and at their ends."""
     x = torch.tensor([[0.3, logit], [0.3, -logit]]).requires_grad_()
     capped = 1.5 * torch.tanh(x / 1.5)
     expected = torch.log_softmax(capped, -1)[:, 1]
@@ -203,7 +203,7 @@ def test_vocabulary_over_two_processes():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 127, 128, 1025, 4097, 20_000])
 def test_rows_per_tile(tokens, dtype):
-    """All rows, in tiles of nearly equal size, whose per-token arguments begin at multiples of 16 bytes."""
+    """The tiles hold all rows and have nearly equal sizes. Their per-token arguments begin at multiples of 16 bytes."""
     size = head.rows_per_tile(tokens, torch.empty(0, 4, dtype=dtype))
     assert size <= min(head.MOST_ROWS[dtype], tokens)
     if size < tokens:
@@ -215,7 +215,7 @@ def test_rows_per_tile(tokens, dtype):
 
 @pytest.mark.parametrize(("vocab_size", "aligned"), [(515, False), (512, True)])
 def test_rows_of_a_tile_begin_where_any_access_can(vocab_size, aligned):
-    """Whatever V: what is narrow where V is odd are the accesses, never the rows' beginnings."""
+    """Rows of a tile are aligned for any V. With an odd V only the accesses are narrow."""
     hidden, weight, token_ids, _ = random_head(3, 8, vocab_size, torch.bfloat16)
     with captured() as launches:
         linear_token_logprobs(hidden, weight, token_ids, backend="triton")

@@ -1,4 +1,4 @@
-"""PolicyLossInputs: made once of a mini-batch, split into micro-batches, and given in place of the arguments."""
+"""PolicyLossInputs: prepared once for a mini-batch, split into micro-batches, and given in place of the arguments."""
 
 import math
 
@@ -35,7 +35,7 @@ def from_log_probs(logits, token_ids, **options):
 
 
 def from_hidden(logits, token_ids, **options):
-    """The head is the identity, so that the hidden states are the logits."""
+    """fused_linear_policy_loss with the identity as head, so that the hidden states are the logits."""
     return fused_linear_policy_loss(logits, torch.eye(logits.shape[-1]), token_ids, **options)
 
 
@@ -44,7 +44,7 @@ LAYOUTS = pytest.mark.parametrize("layout", ["padded", "packed"])
 
 
 def mini_batch(layout):
-    """(logits, token_ids, arguments), without poison in the logits, which from_log_probs reads."""
+    """(logits, token_ids, arguments). The logits have no poison in the padding, because from_log_probs reads it."""
     batch = random_batch(LENGTHS, vocab_size=17)
     logits, token_ids = (batch.lay_out(values, layout) for values in (batch.logits, batch.token_ids))
     return logits.nan_to_num(0.0), token_ids, batch.arguments(layout)
@@ -57,7 +57,7 @@ def run(call, logits, token_ids, **options):
 
 
 def micro_batches(values, parts):
-    """A per-token tensor cut as the parts are."""
+    """A per-token tensor, split into the same parts."""
     return values.split([part.layout.shape[0] for part in parts])
 
 
@@ -81,7 +81,7 @@ def test_same_bits_as_the_arguments(call, layout, preset):
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode["loss_agg_mode"])
 @pytest.mark.parametrize("sizes", [1, 4, [1, 3, 2]], ids=str)
 def test_micro_batches_sum_to_the_whole(call, layout, mode, sizes):
-    """Whatever a token weighs by, although no micro-batch is told of the others; a group may be in several."""
+    """Losses and gradients add up for every weight of a token, also if a group spans micro-batches."""
     logits, token_ids, arguments = mini_batch(layout)
     config = PolicyLossConfig(kl_coef=0.1, entropy_coef=0.01, **mode)
     expected, expected_grad = run(call, logits, token_ids, config=config, **arguments)
@@ -98,7 +98,7 @@ def test_micro_batches_sum_to_the_whole(call, layout, mode, sizes):
 
 
 def test_counts_of_several_ranks():
-    """Two ranks, each with half of a mini-batch, tell its number of tokens, and nothing else is needed."""
+    """Two ranks with half of a mini-batch each need only its number of tokens."""
     logits, token_ids, arguments = mini_batch("padded")
     config = PolicyLossConfig(loss_agg_mode="token-mean")
     expected, _ = run(fused_policy_loss, logits, token_ids, config=config, **arguments)
@@ -143,7 +143,7 @@ def test_ids_ignored_in_the_call_alone_have_no_gradient():
 
 
 def test_shortened_rows():
-    """A micro-batch that is padded to its own longest response."""
+    """A micro-batch may be padded to its own longest response."""
     logits, token_ids, arguments = mini_batch("padded")
     expected, expected_grad = run(fused_policy_loss, logits, token_ids, **arguments)
     part = PolicyLossInputs.prepare(token_ids, **arguments).shorten(9)
