@@ -7,15 +7,16 @@ import torch
 
 from minirl_kernels import backends
 
-# Triton runs its kernels in its interpreter where no GPU can; it asks once, when somebody first imports it.
+# Triton uses its interpreter on machines without a GPU. It reads this variable at its first import.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config):
-    """One thread, unless a test asks for more: the error of an eager sum, which many a bar is, depends on how many.
+    """One thread, unless a test asks for more.
 
-    Workers of pytest-xdist, which start after this, share the cores: threads that share one wait for each other.
+    The error of an eager sum depends on the number of threads, and many tests use this error as their bound. The
+    workers of pytest-xdist start after this call and share the cores. Their threads would wait for each other.
     """
     torch.set_num_threads(1)
     if config.getoption("numprocesses", None):
@@ -24,7 +25,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreted_dot():
-    """The interpreter's products in one order for every element: BLAS for Haswell has others for some rows."""
+    """The interpreter's products have one order of summation for every element. BLAS for Haswell has several."""
     try:
         from triton.runtime import interpreter
     except ImportError:
@@ -42,7 +43,10 @@ def interpreted_dot():
 
 @pytest.fixture
 def cpu():
-    """The native kernels by their backend's name; where they are missing the tests fail, unless that was asked for."""
+    """The backend's name of the native kernels.
+
+    Without the kernels, tests fail unless MINIRL_NO_NATIVE=1 is set; then they are skipped.
+    """
     if os.environ.get("MINIRL_NO_NATIVE") == "1":
         pytest.skip("MINIRL_NO_NATIVE=1")
     return "cpu"
@@ -56,7 +60,7 @@ def backend(request):
 
 @pytest.fixture
 def threads():
-    """Sets the number of torch's threads, and puts it back."""
+    """torch.set_num_threads; the number of threads is restored after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -64,7 +68,7 @@ def threads():
 
 @pytest.fixture
 def set_isa(cpu):
-    """Picks the table of kernels of an instruction set, and puts back the one that was picked."""
+    """A function that selects the kernels of an instruction set; the selection is restored after the test."""
     native = backends.native()
     before = native.isa_picked()
     yield native.set_isa

@@ -16,7 +16,7 @@ def resolve(backend, device, supported=ALL):
 
 @pytest.fixture
 def no_native(monkeypatch):
-    """As if the package had been installed with MINIRL_NO_NATIVE=1."""
+    """The package as it is when installed with MINIRL_NO_NATIVE=1."""
     monkeypatch.setattr(backends, "_native", None)
     monkeypatch.setattr(backends, "_native_reason", None)
     monkeypatch.setitem(sys.modules, "minirl_kernels._C", None)

@@ -1,4 +1,4 @@
-"""PolicyLossConfig: the presets' values as the papers have them, and what is refused."""
+"""PolicyLossConfig: presets have the values of their papers, and invalid fields raise."""
 
 import copy
 import dataclasses
@@ -64,7 +64,7 @@ def test_overrides_and_ablations():
 
 
 def test_it_is_a_value():
-    """Frozen and hashable: torch.compile guards on it, and a default argument may be one."""
+    """The config is frozen and hashable, so torch.compile can guard on it, and it can be a default argument."""
     config = PolicyLossConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.clip = False
@@ -115,7 +115,7 @@ def test_it_is_a_value():
     ],
 )
 def test_what_means_nothing_is_refused(fields, error, named, was, must_be):
-    """Each message names the field, what it was and what it must be."""
+    """Each error names the field, its value and the permitted values."""
     with pytest.raises(error, match=rf"^{named}\b.*{was}.*must be.*{must_be}"):
         PolicyLossConfig(**fields)
 

@@ -1,4 +1,4 @@
-"""The counting sort: the same stable order on any number of segments, of which the CPU uses one and a GPU many."""
+"""The counting sort gives the same stable order for one segment, as on the CPU, and for many, as on a GPU."""
 
 import ctypes
 import random
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-# What a GPU does, with as many workers as segments, and those of a phase in any order.
+# The sort of a GPU: as many workers as segments, which run in any order within a phase.
 SOURCE = """
 #include "common/counting_sort.h"
 
@@ -52,7 +52,7 @@ def test_against_sorted(items, num_keys, segments, counting_sort):
 
 @pytest.mark.parametrize(("items", "num_experts"), [(0, 3), (1, 1), (300, 7), (5000, 60)])
 def test_as_a_gpu_is_asked_for_it(items, num_experts, counting_sort, monkeypatch):
-    """With experts that are none, which come last; the same as torch's."""
+    """Invalid experts come last, in the order of torch's sort."""
     pytest.importorskip("triton", reason="triton is not installed")
     from minirl_kernels.ops.moe_experts import triton
 

@@ -1,4 +1,4 @@
-"""The python blocks in docs/ run after the blocks of the losses, and every command in the documents exists."""
+"""The python blocks in docs/ run after the loss blocks, and every command in the documents exists."""
 
 import shlex
 from pathlib import Path
@@ -11,7 +11,7 @@ from minirl.config import TrainConfig
 from minirl.config_file import load_config
 from minirl.discrepancy.target import Target
 
-# a line with brackets is a usage, not a call
+# a line with brackets describes the usage and is not a call
 COMMANDS = [line for path in [README, *DOCS] for line in commands(path, "minirl discrepancy") if "[" not in line]
 
 
@@ -39,7 +39,7 @@ def test_toml_blocks_are_configurations(path, tmp_path):
 
 @pytest.mark.parametrize("path", [README, *DOCS], ids=lambda path: path.name)
 def test_bash_blocks_are_calls_of_the_report(path):
-    """And so are tried below: others must be marked."""
+    """The commands in unmarked bash blocks are tried below; other blocks must be marked."""
     lines = [line for block in blocks(path, "bash") for line in block.splitlines()]
     assert all(line.startswith("minirl discrepancy ") for line in lines)
 

@@ -1,9 +1,9 @@
-"""`import minirl_kernels` needs no GPU, no Triton, no transformers and no `_C`, and asks no device anything."""
+"""`import minirl_kernels` needs no GPU, no Triton, no transformers and no `_C`, and does not query a device."""
 
 import subprocess
 import sys
 
-# Torch first: what it loads or asks by itself is not ours.
+# Torch is imported first, so that its own imports and queries do not count.
 PRELUDE = """
 import sys, torch
 before = set(sys.modules)

@@ -1,4 +1,4 @@
-"""What an op needs of its folder: a file for each backend, imported no sooner than it is asked for."""
+"""The folder of an op has one file for each backend, which is imported at its first use."""
 
 import sys
 
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def make_op(tmp_path, monkeypatch):
-    """An op of a folder with these files; none of it is left after the test."""
+    """Makes an op from a folder with the given files; the op is removed after the test."""
     monkeypatch.setattr(library, "OPS", [])
     monkeypatch.syspath_prepend(str(tmp_path))
 

@@ -1,4 +1,4 @@
-"""Large buffers that an op gives away."""
+"""Rounding in place, which returns the free part of a large buffer to the system."""
 
 import sys
 
@@ -7,7 +7,7 @@ import torch
 
 from minirl_kernels.common.memory import rounded
 
-LARGE = 2**20  # float32, from where it is done in place
+LARGE = 2**20  # float32 elements from which rounding is in place
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,4 +1,4 @@
-"""The native functions refuse tensors and records that they would misread, by name, before they write anything."""
+"""The native functions refuse tensors and records that they would misread. The error names the argument."""
 
 from types import SimpleNamespace
 
@@ -91,7 +91,7 @@ def test_a_field_of_another_type_or_an_unknown_name_is_refused():
 
 
 def test_results_do_not_depend_on_the_default_dtype():
-    """Results are float32 whatever torch.empty makes by default."""
+    """Results are float32 for any default dtype of torch."""
     logits, ids = torch.randn(3, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3])
     calls = [
         lambda: token_logprobs(logits, ids, with_entropy=True, backend="cpu"),

@@ -1,4 +1,4 @@
-"""What the native module exports and needs, and the build's own check of the kernel tables."""
+"""Exports and dependencies of the native module, and the check of the kernel tables in the build."""
 
 import shutil
 import subprocess
@@ -30,7 +30,7 @@ def test_needs_neither_torch_nor_a_second_thread_pool():
     assert needed <= {"libstdc++", "libm", "libgcc_s", "libc", "ld-linux-x86-64", "ld-linux-aarch64"}
 
 
-# The build links only after csrc/check_symbols.py has passed every object of the tables; here: that it can refuse.
+# The build links only if csrc/check_symbols.py passes for every object of the tables. This test shows that it can fail.
 @pytest.mark.parametrize(
     ("source", "weak"),
     [

@@ -1,4 +1,4 @@
-"""The shared matmul: accurate in every dtype and way round, and its bits a function of K and the dtype alone."""
+"""The shared matmul is accurate in every dtype and layout, and its bits depend on K and the dtype only."""
 
 import itertools
 
@@ -11,7 +11,7 @@ from minirl_kernels import backends
 from minirl_kernels.common.native_matmul import matmul_into
 
 pytestmark = pytest.mark.usefixtures("cpu")
-# around the panels (6, 14 rows; 8, 16, 32 columns), the blocks (512 columns, 1008 rows) and the chunks (256, 512)
+# around the panels (6 and 14 rows; 8, 16, 32 columns), the blocks (512 columns, 1008 rows), the chunks (256, 512)
 SHAPES = [
     (1, 1, 1), (1, 5, 3), (2, 7, 1023), (3, 16, 31), (15, 33, 17), (14, 32, 512), (29, 70, 513), (40, 530, 1025),
     (1010, 3, 2), (5, 1, 300),
@@ -19,7 +19,7 @@ SHAPES = [
 
 
 def matrix(rows, columns, dtype, turned, seed=0):
-    """[rows, columns] whose memory runs along rows, or along columns."""
+    """[rows, columns], contiguous along the rows or, if turned, along the columns."""
     gen = torch.Generator().manual_seed(seed)
     shape = (columns, rows) if turned else (rows, columns)
     x = torch.randn(shape, generator=gen).to(dtype)
@@ -31,7 +31,7 @@ def product(a, b):
 
 
 def cancelling(rows, depth, columns, dtype):
-    """[x, x] [w, -w]^T is 0 but for rounding, so that any other order of the sum shows in nearly every element."""
+    """The exact product [x, x] [w, -w]^T is 0, so nearly every element shows any other order of its sum."""
     half = depth // 2
     x, w = matrix(rows, half, dtype, False), matrix(half, columns, dtype, False, seed=1)
     return torch.cat([x, x], 1), torch.cat([w, -w], 0)
@@ -46,7 +46,7 @@ def test_against_float64(dtype, isa, set_isa):
     for (m, n, k), a_turned, b_turned in itertools.product(SHAPES, (False, True), (False, True)):
         a, b = matrix(m, k, dtype, a_turned), matrix(k, n, dtype, b_turned, seed=1)
         exact = a.double() @ b.double()
-        # a sum of K terms in float32, by chains of at most 512
+        # the error of K terms, summed in float32 in chains of at most 512
         bound = 2.0**-24 * 40 * (a.double().abs() @ b.double().abs())
         out = product(a, b)
         assert bool(((out - exact).abs() <= bound).all()), (m, n, k, a_turned, b_turned)
@@ -57,7 +57,10 @@ def test_against_float64(dtype, isa, set_isa):
 @pytest.mark.parametrize("rows", [3, 40])
 @pytest.mark.parametrize("depth", [256, 1100, 4096])
 def test_long_sums_of_float32_lose_little(depth, rows):
-    """A chain of 256 products loses 2.8e-7 of the norm, more than the sums of MKL and of gradients that cancel may."""
+    """A chain of 256 products loses 2.8e-7 of the norm.
+
+    The bound is lower, as for MKL and for gradients that cancel.
+    """
     a, b = matrix(rows, depth, torch.float32, False), matrix(depth, 300, torch.float32, False, seed=1)
     exact = a.double() @ b.double()
     assert (product(a, b) - exact).norm() < 2e-7 * exact.norm()
@@ -93,7 +96,10 @@ def test_bits_are_equal_on_tables_with_a_fused_multiply_add(dtype, set_isa):
 
 
 def chain(sums, a, b, terms):
-    """Fused multiply-adds onto `sums`: a product of two bfloat16 is exact in float32, so only the sum is rounded."""
+    """Add products to `sums` as fused multiply-adds do.
+
+    The product of two bfloat16 numbers is exact in float32, so only the sum is rounded.
+    """
     for k in terms:
         sums = sums + a[:, k, None] * b[k]
     return sums

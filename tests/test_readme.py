@@ -1,4 +1,4 @@
-"""The python blocks of the README, docs/losses.md and docs/batch_invariance.md run in this order, in one interpreter.
+"""The python blocks of the README, docs/losses.md and docs/batch_invariance.md run in order in one interpreter.
 
 All blocks with a loss give the same loss and gradient.
 """
@@ -11,12 +11,12 @@ import torch
 from documents import loss_blocks
 
 BLOCKS = loss_blocks()
-# logits; hidden states; a transformers model; replayed experts; experts that are ours
+# blocks for logits, hidden states, a transformers model, replayed experts, and the library's experts
 LOSSES = [number for number, block in enumerate(BLOCKS) if "loss.backward()" in block]
 
 
 def test_a_new_interpreter_runs_them(tmp_path):
-    """Each prints something or asserts something at its end, but for those that make what the next ones use."""
+    """Every block from the first loss on ends with a print or an assert."""
     code = "\n".join(BLOCKS)
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -39,7 +39,7 @@ def test_all_ways_to_the_loss_agree():
             names["model"].zero_grad()
         if number == LOSSES[-1]:
             assert seen[0].numel()
-            assert not any(values.numel() for values in seen[-5:])  # the three blocks of a transformers model
+            assert not any(values.numel() for values in seen[-5:])  # from the three blocks of a transformers model
             scored = names["loss_mask"]
             assert torch.equal(names["token_ids"][scored], names["input_ids"][names["is_response"]])
     assert names["model"].config._experts_implementation == "minirl"
@@ -63,7 +63,7 @@ def test_gradient_is_where_the_loss_mask_is():
 
 
 def test_same_bits_are_those_of_the_mode(monkeypatch):
-    """Without the mode, the block's last line does not hold."""
+    """Without the mode, the assertion in the block's last line fails."""
     names = {}
     for block in BLOCKS[:-1]:
         exec(block, names)

@@ -1,4 +1,4 @@
-"""SamplingMask from what engines and trainers hand over, its layouts, and what it refuses."""
+"""SamplingMask made from the records of engines and trainers, its layouts, and invalid arguments."""
 
 import itertools
 import re
@@ -15,7 +15,7 @@ SETS = [[3, 1, 5], [], [7], [0, 9]]
 
 
 def sets_of(mask):
-    """The sets as lists, of the flattened positions."""
+    """The sets of the flattened positions, as lists."""
     offsets = mask.offsets.tolist()
     return [mask.token_ids[start:end].tolist() for start, end in itertools.pairwise(offsets)]
 
@@ -34,7 +34,7 @@ def test_sets_in_compressed_rows():
 
 
 def test_none_and_an_empty_list_are_the_whole_vocabulary():
-    """SGLang has None for a token without a mask; a count of 0 is no mask in prime-rl."""
+    """SGLang uses None for a token without a mask, and prime-rl a count of 0."""
     expected = sets_of(SamplingMask.from_sets(SETS))
     assert sets_of(SamplingMask.from_sets([one if one else None for one in SETS])) == expected
     ids = np.array([token for one in SETS for token in one], np.int32)
@@ -55,7 +55,7 @@ def test_nothing_recorded():
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_vllm_has_a_set_for_each_generated_token(flat):
-    """Of a prompt of 3 and 4 generated tokens, the first generated one is scored by the logits of the prompt's last."""
+    """With a prompt of 3 tokens, the logits at the prompt's last token score the first of 4 generated tokens."""
     output = SimpleNamespace(token_ids=SETS)
     if flat:
         output = SimpleNamespace(token_ids=[3, 1, 5, 7, 0, 9], offsets=[0, 3, 3, 4, 6])

@@ -1,4 +1,4 @@
-"""A type checker learns from the package which result comes with which arguments."""
+"""A type checker learns from the package how the type of a result depends on the arguments."""
 
 import inspect
 from typing import Any, assert_type
@@ -12,7 +12,7 @@ from minirl_kernels import linear_token_logprobs, token_logprobs
 
 
 def test_the_entropy_comes_with_its_flag() -> None:
-    """The type checker of .ci/run reads this file too: it fails where an assert_type does not hold."""
+    """The type checker of .ci/run also reads this file, and fails if an assert_type does not hold."""
     logits, ids = torch.zeros(2, 3), torch.tensor([0, 1])
     flags = [False, True]
     alone = assert_type(token_logprobs(logits, ids, backend="reference"), Tensor)
@@ -31,7 +31,7 @@ def test_the_entropy_comes_with_its_flag() -> None:
 
 
 def functions_of(value: Any) -> list[Any]:
-    """A function itself; of a class its public methods and those that make one."""
+    """A function itself, or the public methods and class methods of a class."""
     if inspect.isfunction(value):
         return [value]
     members = (getattr(value, name) for name in vars(value) if not name.startswith("_"))
@@ -45,7 +45,7 @@ def test_public_calls_say_their_types(name: str) -> None:
         untyped = [
             parameter.name
             for parameter in signature.parameters.values()
-            # fields of a configuration, given by name, have types of their own
+            # overrides are fields of a configuration, which declares their types
             if parameter.annotation is parameter.empty and parameter.name not in ("self", "overrides")
         ]
         assert not untyped, function.__qualname__

@@ -1,4 +1,4 @@
-"""The oldest releases that pyproject.toml admits, that the library accepts and that are tested are the same ones."""
+"""The oldest releases are the same in pyproject.toml, in the library's checks and in the tests."""
 
 import re
 import tomllib

@@ -1,4 +1,4 @@
-"""The chart is the same text in every run, shows the figures of the results, and outlives a new matplotlib."""
+"""The chart shows the figures of the results. It is the same in every run, and is valid for other matplotlibs."""
 
 import chart
 import matplotlib
@@ -22,7 +22,7 @@ def test_the_chart_is_the_same_in_every_run(results, svg):
 
 
 def test_the_chart_shows_every_figure(results, svg):
-    """Text is drawn as outlines; matplotlib's comments beside them tell it."""
+    """matplotlib draws text as outlines, and writes the text in a comment beside them."""
     labels = [
         label for work_panels in chart.panels(results) for bars in work_panels for label in (*bars.names, *bars.labels)
     ]

@@ -1,4 +1,4 @@
-"""The full tables show every contender, bar and source of a result, and no column without figures."""
+"""The full tables show every contender, bar and source of a result, and leave out columns without figures."""
 
 import pytest
 import records

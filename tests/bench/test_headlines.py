@@ -1,4 +1,4 @@
-"""The README's table says in words how ours compares, which cases it shows, and which results are old."""
+"""The README's table says how the library compares, which cases it shows, and which results are old."""
 
 import pytest
 from headlines import Comparison, Work, render_readme

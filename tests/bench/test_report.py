@@ -1,4 +1,4 @@
-"""The README's table, the full tables and the charts come from bench/results and from nothing else."""
+"""The README's table, the full tables and the charts come from bench/results only."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ LOSS = "bench/results/fused_policy_loss-cpu-amd-epyc"
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The committed results, in a checkout where nothing was generated yet."""
+    """A checkout with the committed results, before anything is generated from them."""
     (tmp_path / report.RESULTS).mkdir(parents=True)
     for path in (report.ROOT / report.RESULTS).glob("*.json"):
         shutil.copy(path, tmp_path / report.RESULTS)

@@ -1,4 +1,4 @@
-"""A result tells which commit was measured, and says so where nobody can know."""
+"""A result names the commit that was measured, or says that the commit is unknown."""
 
 import shutil
 import subprocess
@@ -30,7 +30,7 @@ def head(folder):
 def test_the_commit_of_a_checkout_and_whether_it_was_changed(checkout):
     commit = head(checkout)
     assert source(checkout / "package") == {"commit": commit, "dirty": False}
-    (checkout / "bench" / "results" / "op.json").write_text("{}")  # an output of the run
+    (checkout / "bench" / "results" / "op.json").write_text("{}")  # an output of the benchmark
     assert source(checkout / "package") == {"commit": commit, "dirty": False}
     (checkout / "package" / "__init__.py").write_text("changed = True\n")
     assert source(checkout / "package") == {"commit": commit, "dirty": True}

@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def gpu():
-    """Everything in this folder launches kernels."""
+    """Every test in this folder launches kernels, so it needs a GPU."""
     if not torch.cuda.is_available():
         pytest.skip("no GPU is visible to torch; tests/ops and tests/verify say what is known without one")
     triton = pytest.importorskip("triton", reason="triton is not installed")

@@ -1,4 +1,4 @@
-"""The mode on a GPU: what it overrides there has the same bits in any batch, forward and backward."""
+"""The mode on a GPU: the operations that it overrides have the same bits in any batch, forward and backward."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""fused_linear_policy_loss on a GPU: what the interpreter checks, and what only hardware can say."""
+"""fused_linear_policy_loss on a GPU: the interpreter's checks, and checks that need hardware."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ DEVICE = "cuda"
 
 
 def on_gpu(head, batch, layout="packed"):
-    """(hidden, weight, token_ids, the others) on the GPU; the first two require a gradient."""
+    """(hidden, weight, token_ids, other arguments) on the GPU; the first two require a gradient."""
     hidden, weight, token_ids, _ = head
     arguments = {
         name: values.to(DEVICE) if isinstance(values, torch.Tensor) else values
@@ -45,7 +45,7 @@ def test_objectives(preset, extra):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [1, 4096, 16_384, 20_011, 40_000, 50_257, 151_936])
 def test_rows_of_many_blocks(vocab_size, dtype, config):
-    """16-bit gradients are written over float32 logits that are still to be read, in one sweep and in two phases."""
+    """16-bit gradients overwrite float32 logits, of which some are still to be read; in one sweep and in two phases."""
     options = {"logit_softcap": 4.0}
     head = random_head(48, 64, vocab_size, dtype, with_bias=True)
     batch = replace(batch_of(head, [20, 28], **options), loss_mask=torch.ones(48, dtype=torch.bool))
@@ -106,18 +106,18 @@ def test_the_logits_never_exist():
     fused_linear_policy_loss(hidden, weight, token_ids, **arguments)
     peak = torch.cuda.max_memory_allocated() - before
     tile = 4 * rows_per_tile(tokens, weight) * (vocab_size + 16)
-    # beside the tile: d weight in float32, d hidden twice, a few numbers for each token
+    # additional memory: d weight in float32, d hidden twice, a few numbers for each token
     assert peak < tile + 6 * weight.numel() + 8 * hidden.numel() + 2**20 * 8
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_whole(mode):
-    """CUDA graphs, which reduce-overhead makes, leave it out: the host waits in it."""
+    """reduce-overhead makes CUDA graphs. The loss stays out of them, because the host waits in it."""
     head, batch = head_and_batch(20, 130)
     hidden, weight, token_ids, arguments = on_gpu(head, batch)
     grads = []
     for function in (fused_linear_policy_loss, torch.compile(fused_linear_policy_loss, fullgraph=True, mode=mode)):
-        for _ in range(3):  # a graph is made in the second call
+        for _ in range(3):  # the second call records a graph
             out = function(hidden, weight, token_ids, **arguments)
             last = torch.autograd.grad(out.loss, (hidden, weight))
         grads.append(last)

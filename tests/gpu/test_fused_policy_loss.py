@@ -1,4 +1,4 @@
-"""fused_policy_loss by its Triton kernel, on a GPU: what the interpreter checks, and what only hardware can say."""
+"""The Triton kernel of fused_policy_loss on a GPU: the interpreter's checks, and checks that need hardware."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ LENGTHS = [3, 1, 2, 4]
 
 
 def arguments_of(batch, layout="padded"):
-    """(logits, token_ids, the others) on the GPU."""
+    """(logits, token_ids, other arguments) on the GPU."""
     arguments = {
         name: values.to(DEVICE) if isinstance(values, torch.Tensor) else values
         for name, values in batch.arguments(layout).items()
@@ -68,7 +68,7 @@ def test_any_vocabulary(vocab_size, dtype, overwrite):
 
 @pytest.mark.parametrize("vocab_size", [999, 32_000, 151_936])
 def test_the_bits_of_a_row_depend_on_nothing_but_the_row(vocab_size):
-    """Nor on whether it lies over its own logits."""
+    """The bits are also the same when the gradient overwrites the logits."""
     config = PolicyLossConfig(entropy_coef=0.01)
     batch = random_batch([60] * 5, vocab_size=vocab_size, dtype=torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""Kept tokens by the Triton kernels, on a GPU: what the interpreter checks, and what only hardware can say."""
+"""Kept tokens in the Triton kernels on a GPU: the interpreter's checks, and checks that need hardware."""
 
 import pytest
 import torch

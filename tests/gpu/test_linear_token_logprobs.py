@@ -1,4 +1,4 @@
-"""linear_token_logprobs on a GPU: what the interpreter checks, and what only hardware can say."""
+"""linear_token_logprobs on a GPU: the interpreter's checks, and checks that need hardware."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_values_and_gradients(options, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [1, 4096, 20_011, 40_000, 50_257, 151_936])
 def test_rows_of_many_blocks(vocab_size, dtype, options):
-    """16-bit gradients are written over float32 logits that are still to be read."""
+    """16-bit gradients overwrite float32 logits, of which some are still to be read."""
     options = dict(options)
     head = random_head(48, 64, vocab_size, dtype, with_bias=options.pop("with_bias", False))
     check_against_equations(head, "triton", DEVICE, **options)

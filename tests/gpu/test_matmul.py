@@ -1,4 +1,4 @@
-"""matmul, linear and bmm by their Triton kernel, on a GPU: what the interpreter checks, and what hardware can say."""
+"""The Triton kernel of matmul, linear and bmm on a GPU: the interpreter's checks, and checks that need hardware."""
 
 import pytest
 import torch
@@ -51,7 +51,10 @@ def test_groups(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_stock_operation_depends_on_the_batch(dtype):
-    """What the data show of the vendor's own; where that holds still on this GPU, the skip says so."""
+    """The data show that the vendor's operation has other bits in another batch.
+
+    Where it has not, the test is skipped.
+    """
     x, weight = cancelling(4096, 512, 2048, dtype, device=DEVICE)
     together = x @ weight.T
     if all(torch.equal(x[:count] @ weight.T, together[:count]) for count in (1, 2, 16, 17, 64, 255, 1024)):

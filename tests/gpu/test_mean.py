@@ -1,4 +1,4 @@
-"""mean and sum by their Triton kernels, on a GPU: what the interpreter checks, and what only hardware can say."""
+"""The Triton kernels of mean and sum on a GPU: the interpreter's checks, and checks that need hardware."""
 
 import pytest
 import torch

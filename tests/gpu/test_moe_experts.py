@@ -1,4 +1,4 @@
-"""moe_experts by its Triton kernels, on a GPU: what the interpreter checks, and what only hardware can say."""
+"""The Triton kernels of moe_experts on a GPU: the interpreter's checks, and checks that need hardware."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def test_a_token_in_any_batch_and_place(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_every_time(dtype):
-    """The gradients of the projections too."""
+    """The gradients of the projections keep their bits too."""
     operands, upstream = cancelling_case(2000, 3, 4, 150, 140, dtype, DEVICE)
     assert_same_bits(*(ours(operands, upstream, "triton") for _ in range(2)))
 

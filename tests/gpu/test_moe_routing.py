@@ -1,4 +1,4 @@
-"""moe_routing by its Triton kernels, on a GPU: what the interpreter checks, and what only hardware can say."""
+"""The Triton kernels of moe_routing on a GPU: the interpreter's checks, and checks that need hardware."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""rms_norm by its Triton kernels, on a GPU: what the interpreter checks, and what only hardware can say."""
+"""The Triton kernels of rms_norm on a GPU: the interpreter's checks, and checks that need hardware."""
 
 import pytest
 import torch

@@ -1,5 +1,4 @@
-"""softmax and log_softmax by their Triton kernels, on a GPU: what the interpreter checks, and what only hardware can
-say."""
+"""The Triton kernels of softmax and log_softmax on a GPU: the interpreter's checks, and checks that need hardware."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""token_logprobs by its Triton kernels, on a GPU: what the interpreter checks, and what only hardware can say."""
+"""The Triton kernels of token_logprobs on a GPU: the interpreter's checks, and checks that need hardware."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""matmul, linear and bmm: values, gradients, bits that depend on K and the dtype alone, and torch's names for them."""
+"""matmul, linear and bmm: values, gradients, torch's own names, and bits that depend on K and the dtype only."""
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ from minirl_kernels.backends import native
 from minirl_kernels.ops.matmul import aten
 from minirl_kernels.ops.matmul import cpu as kernels
 
-# (M, N, K): around the panels (rows 6, 14; columns 8, 16, 32), the rows that are not packed (4), the chunks (256, 512)
+# (M, N, K): around the panels (6 and 14 rows; 8, 16, 32 columns), the unpacked rows (4), the chunks (256, 512)
 SIZES = [(1, 1, 1), (1, 33, 513), (2, 7, 300), (3, 16, 31), (4, 70, 64), (5, 32, 17), (29, 70, 513), (3, 600, 1025)]
-# rows of a batch
+# numbers of rows in a batch
 COUNTS = [*range(1, 20), *range(20, 250, 23), 255, 256, 257]
 
 
@@ -41,7 +41,7 @@ def test_linear(outer, dtype, backend):
 @pytest.mark.parametrize("op", [lambda a, b: a @ b, F.linear], ids=["mm", "linear"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_stock_operation_depends_on_the_batch(dtype, op):
-    """What the data show of torch's own; where that holds still on this machine, the skip says so."""
+    """The data show that torch's operation has other bits in another batch. Where it has not, the test is skipped."""
     x, weight = cancelling(300, 64, 1600, dtype)
     weight = weight.T.contiguous() if op is not F.linear else weight
     together = op(x, weight)
@@ -65,7 +65,7 @@ def test_a_row_in_any_batch_and_place(dtype, count, cpu, threads):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_number_of_threads(dtype, cpu, threads):
-    """On shapes that are cut by rows, by columns and by neither."""
+    """The work on these shapes is split by rows, by columns, or not at all."""
     for m, n in ((1, 1200), (3, 2000), (1500, 40), (130, 600)):
         x, weight = cancelling(m, n, 700, dtype)
         results = []
@@ -77,7 +77,7 @@ def test_any_number_of_threads(dtype, cpu, threads):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set_with_a_fused_multiply_add(dtype, set_isa):
-    """On rows that are packed and on those that are not, of weights whose memory runs either way."""
+    """Packed and unpacked rows, with weights that are contiguous along rows or columns."""
     x, weight = cancelling(20, 90, 1102, dtype)
     results = []
     for isa in tables_of_one_order(dtype):
@@ -90,7 +90,7 @@ def test_every_instruction_set_with_a_fused_multiply_add(dtype, set_isa):
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_rows_on_every_instruction_set(dtype, isa, set_isa):
-    """They are multiplied in ways of their own, which must not show."""
+    """Few rows are multiplied by other code, which must give the same bits."""
     if isa not in native().isa_supported():
         pytest.skip(f"this processor does not run {isa}")
     set_isa(isa)
@@ -112,12 +112,12 @@ def test_few_rows_on_every_instruction_set(dtype, isa, set_isa):
 )
 @pytest.mark.usefixtures("cpu")
 def test_any_block_of_any_product(sizes, dtype, turned, data):
-    """Drawn shapes: some rows and columns alone have the bits that they have among all, in memory of any layout."""
+    """Any block of rows and columns has the same bits alone as in the whole product, in any memory layout."""
     rows, columns, depth = sizes
     x, weight = cancelling(rows, columns, 2 * depth, dtype)
     whole = matmul(x, weight.T)
     exact = x.double() @ weight.double().T
-    # a sum of K terms in float32, by chains of at most 512, rounded once; exact is nearly 0
+    # the error of K terms, summed in float32 in chains of at most 512 and rounded once; the exact sum is nearly 0
     bound = 2.0**-24 * 40 * (x.double().abs() @ weight.double().abs().T)
     assert bool(((whole.double() - exact).abs() <= bound * (1 + torch.finfo(dtype).eps)).all())
     first_row, first_column = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
@@ -134,7 +134,7 @@ def test_any_block_of_any_product(sizes, dtype, turned, data):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides(dtype, cpu):
-    """Steps in both dimensions, broadcast rows, columns and matrices, rows of a longer sequence: the same bits."""
+    """The bits do not depend on strides: steps in both dimensions, broadcast operands, rows of a longer sequence."""
     a, b = matrix(9, 40, dtype=dtype), matrix(40, 13, dtype=dtype, seed=1)
     wide_a, wide_b = a.new_zeros(18, 120), b.new_zeros(80, 26)
     wide_a[::2, ::3], wide_b[::2, ::2] = a, b
@@ -242,11 +242,11 @@ def test_errors(call, error, message):
         call()
 
 
-# torch's own names
+# by torch's own names
 
 
 def outputs(shape, dtype):
-    """Memory for an output in every layout."""
+    """None, and memory for the output in every layout."""
     wide = torch.full((*shape[:-2], 2 * shape[-2], 3 * shape[-1]), float("nan"), dtype=dtype)
     yield None
     yield torch.full(shape, float("nan"), dtype=dtype)
@@ -312,7 +312,7 @@ def test_vectors(dtype, cpu):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups(dtype, cpu, threads):
-    """Each group has the bits of a product of its own; what is of no group is 0."""
+    """Each group has the bits of a separate product. Elements that belong to no group are 0."""
     offs = torch.tensor([0, 3, 3, 40, 41, 100], dtype=torch.int32)
     groups, begins = len(offs), [0, *offs.tolist()[:-1]]
     rows, depth, columns = 110, 530, 50

@@ -1,4 +1,4 @@
-"""matmul, linear and bmm by their Triton kernel, in Triton's interpreter: maths and masks, not hardware."""
+"""The Triton kernel of matmul, linear and bmm in Triton's interpreter: values and masks; hardware is not tested."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_a_row_in_any_batch_and_place(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups(dtype):
-    """Each group is a product of its own; what is of no group is 0."""
+    """Each group is a separate product. Elements that belong to no group are 0."""
     offs = torch.tensor([0, 3, 3, 70, 71, 75], dtype=torch.int32)
     groups, begins = len(offs), [0, *offs.tolist()[:-1]]
     a, b = matrix(80, 40, dtype=dtype), matrix(groups, 40, 50, dtype=dtype, seed=1)
@@ -73,7 +73,7 @@ def test_groups_that_end_nowhere_touch_nothing_else(ends):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_by_torchs_names(dtype):
-    """Addends of every shape, outputs of every layout, vectors: as the CPU's tests have them, by the same code."""
+    """Addends of every shape, outputs of every layout, and vectors, through the code that the CPU's tests use."""
     a, b = matrix(9, 40, dtype=dtype), matrix(40, 20, dtype=dtype, seed=1)
     plain, wide = matmul(a, b, backend="triton"), a.float() @ b.float()
     for out in (
@@ -120,7 +120,7 @@ def test_more_tokens_than_a_grid_axis_but_the_first_can_count():
 
 
 def test_a_large_batch_and_a_small_one_run_the_same_binary():
-    """On hardware another tile may add up in another order."""
+    """A GPU could use another tile for another batch, and add up in another order."""
 
     def constants_of(rows):
         x, weight = cancelling(rows, 48, 64, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""mean and sum against float64, and the bits of each: of the elements and the dtype, and of nothing else."""
+"""mean and sum against float64; the bits of a result depend on its elements and their dtype only."""
 
 import math
 
@@ -15,7 +15,7 @@ from minirl_kernels import mean
 from minirl_kernels.backends import native
 from minirl_kernels.ops.mean.layout import layout_of
 
-BLOCK = 4096  # of the sum: sizes around it, around the vectors and around the strips of columns
+BLOCK = 4096  # of the sum; the sizes are around it, around the vectors and around the strips of columns
 SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 1000, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 70]
 CALLS = {"mean": (mean, torch.mean), "sum": (mk.sum, torch.sum)}
 META = torch.device("meta")
@@ -44,7 +44,7 @@ def check(calls, x, dim, backend, keepdim=False, with_gradient=True, **options):
     found = forward_backward(ours, x, dim, keepdim, backend=backend, **options)
     eager = forward_backward(theirs, x, dim, keepdim, **options)
     exact = forward_backward(theirs, x.double(), dim, keepdim)
-    # the terms of a sum, and not it, are what its rounding errors are of
+    # the rounding errors of a sum are relative to its terms
     terms = x.double().abs().sum(dim, keepdim) / (1 if theirs is torch.sum else x.numel() / max(exact[0].numel(), 1))
     assert_as_exact_as_eager(found[0], eager[0], exact[0], terms)
     if with_gradient:
@@ -81,7 +81,7 @@ def test_dimensions(dim, keepdim, calls, backend):
     ids=["slice", "row", "step", "transposed", "swapped", "permuted", "expanded", "spread", "vector", "number"],
 )
 def test_strides(view, calls, cpu):
-    """A view gives the bits of its copy, over whichever dimensions."""
+    """A view gives the bits of its copy, along any dimensions."""
     x = view(cancelling(20, 33).view(4, 5, 33))
     copy = x.clone(memory_format=torch.contiguous_format)
     dims = [None, *range(x.dim()), *((a, b) for a in range(x.dim()) for b in range(a))]
@@ -109,7 +109,7 @@ def test_no_copy_is_made_of_strided_memory(view, dims):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_a_column_has_the_bits_of_a_row(size, dtype, cpu):
-    """And the data would show another order: torch's own sums of rows and of columns are other numbers."""
+    """The data show the order of summation: torch's sums of rows and of columns differ."""
     x = cancelling(70, size, dtype)
     by_row = mk.sum(x, -1, backend=cpu, dtype=torch.float32)
     columns = x.T.contiguous()
@@ -125,7 +125,7 @@ def test_a_column_has_the_bits_of_a_row(size, dtype, cpu):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [130, 5003])
 def test_a_row_in_any_batch(size, dtype, cpu):
-    """torch's own keep theirs here; what they lose is a single long row, below."""
+    """torch's mean keeps its bits here too, except for a single long row (see the tests of threads)."""
 
     def call(x):
         return mean(x, -1, backend=cpu), mk.sum(x, -1, dtype=torch.float32, backend=cpu)
@@ -137,7 +137,7 @@ def test_a_row_in_any_batch(size, dtype, cpu):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_column_in_any_batch(dtype, cpu):
-    """The bits of a bias' gradient do not depend on how many outputs there are."""
+    """The gradient of a bias has the same bits for any number of outputs."""
     x = cancelling(257, 1027, dtype)
 
     def call(rows):
@@ -163,7 +163,7 @@ def test_threads(shape, cpu, threads):
 
 
 def test_the_data_would_show_other_threads(threads):
-    """torch's own sum of one long row is another number on two threads than on one."""
+    """torch's sum of one long row differs between one thread and two."""
     x = cancelling(1, 151_936)
     results = []
     for count in (1, 2):
@@ -184,7 +184,7 @@ def test_every_instruction_set(size, dtype, cpu, set_isa):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape(data, cpu, threads, set_isa):
-    """A row's sum alone, in a batch, as a column, by other threads and on the plainest table."""
+    """The baseline's sum of a row on one thread is found in a batch, as a column, on other tables and threads."""
     rows, size = data.draw(st.integers(1, 90)), data.draw(st.one_of(st.integers(1, 300), st.integers(1, 10_000)))
     dtype, row = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, rows - 1))
     x = cancelling(rows, size, dtype, seed=data.draw(st.integers(0, 2**31)))
@@ -218,8 +218,8 @@ def test_no_rows(shape, dim, calls, backend):
 @pytest.mark.parametrize("of", DTYPES, ids=str)
 @pytest.mark.parametrize("to", DTYPES, ids=str)
 def test_dtype(of, to, calls, backend):
-    """A sum of halves asked for in float32 is not rounded to them."""
-    widens = to in (of, torch.float32)  # else its gradient is rounded to both dtypes, in either order
+    """A sum of 16-bit values with a float32 result is not rounded to 16 bits."""
+    widens = to in (of, torch.float32)  # otherwise the gradient is rounded to both dtypes, in either order
     check(calls, random(4, 3000, dtype=of), -1, backend, with_gradient=widens, dtype=to)
     check(calls, random(3000, 4, dtype=of), 0, backend, with_gradient=widens, dtype=to)
 
@@ -236,7 +236,7 @@ def test_a_large_sum_of_halves_does_not_overflow_on_its_way(backend):
 
 
 def test_rows_2_to_the_30_apart(tmp_path, backend):
-    """In a file of 6 GiB that is nearly all holes."""
+    """Rows lie 2^30 elements apart in a sparse file of 6 GiB."""
     stride, rows = 2**30, random(3, 1025, dtype=torch.bfloat16)
     file = torch.from_file(str(tmp_path / "x"), shared=True, size=2 * stride + 1025, dtype=torch.bfloat16)
     x = file.as_strided((3, 1025), (stride, 1))

@@ -1,4 +1,4 @@
-"""mean and sum by their Triton kernels, in Triton's interpreter: maths and masks, not hardware."""
+"""The Triton kernels of mean and sum in Triton's interpreter: values and masks; hardware is not tested."""
 
 import pytest
 import torch
@@ -63,7 +63,7 @@ def test_dtype(of, to):
 
 
 @CALLS
-@pytest.mark.filterwarnings("ignore:invalid value")  # by NumPy, of the division of nothing by nothing
+@pytest.mark.filterwarnings("ignore:invalid value")  # a warning of NumPy for 0 / 0
 def test_of_nothing(divide):
     ours, theirs = (mk.mean, torch.mean) if divide else (mk.sum, torch.sum)
     for shape, dim in (((0, 5), 0), ((5, 0), -1), ((0, 5), -1), ((5, 0), 0)):
@@ -99,7 +99,7 @@ def test_all_programs_are_on_the_first_axis_of_the_grid(shape, dim, grids):
 
 
 def test_rows_more_than_2_to_the_31_elements_apart():
-    """The memory between them is never touched, so that the system never has to find it."""
+    """The memory between the rows is never touched, so the system need not provide it."""
     stride = 2**31 + 48
     x = torch.empty(stride + 40, dtype=torch.bfloat16).as_strided((2, 40), (stride, 1))
     x.copy_(random_logits(2, 40, dtype=torch.bfloat16))

@@ -1,4 +1,4 @@
-"""Every metric against a plain loop, and how metrics of parts become those of the whole."""
+"""Every metric against a plain loop, and the metrics of a whole batch from the metrics of its parts."""
 
 import math
 import re
@@ -73,19 +73,20 @@ def test_every_number_against_a_loop(spread, layout):
     computed = metrics_of(batch, layout=layout).compute()
     assert computed.keys() == expected.keys()
     assert computed == pytest.approx(expected, rel=1e-9, abs=1e-15)
-    if spread > 1:  # or the fractions would be compared at 0
+    if spread > 1:  # only then are the fractions above 0
         assert min(expected[name] for name in ("clip_fraction_high", "clip_fraction_low", "truncation_fraction")) > 0
 
 
 @pytest.mark.parametrize(
     ("config", "high", "low", "truncated"),
     [
-        # of the five ratios of batch_at_bounds one is above, one below; of its three advantages one has the sign
+        # of the five ratios of batch_at_bounds one is above and one below; one of three advantages has the sign that
+        # counts
         (PolicyLossConfig(), 1 / 15, 1 / 15, None),
         (PolicyLossConfig(clip=False), 0, 0, None),
         (PolicyLossConfig.grpo(), 1 / 15, 1 / 15, 0),
         (PolicyLossConfig.gspo(), 1 / 15, 1 / 15, 0),
-        (PolicyLossConfig.cispo(), 1 / 5, 1 / 5, 0),  # whatever the sign
+        (PolicyLossConfig.cispo(), 1 / 5, 1 / 5, 0),  # for any sign of the advantage
         (PolicyLossConfig(rollout_is_threshold=None), 1 / 15, 1 / 15, 0),
     ],
 )
@@ -156,7 +157,7 @@ def test_no_tokens():
 
 
 def test_they_are_tensors_without_gradient():
-    """Nothing waits for the device, and no graph is kept alive, until compute()."""
+    """Before compute(), no metric waits for the device or keeps a graph alive."""
     batch = random_batch(LENGTHS)
     metrics = policy_loss(
         batch.log_probs.clone().requires_grad_(), entropy=batch.entropy.requires_grad_(), **batch.arguments("packed")

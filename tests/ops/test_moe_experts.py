@@ -1,4 +1,4 @@
-"""moe_experts against float64 and transformers: results, gradients, and bits that nothing else in the batch moves."""
+"""moe_experts against float64 and transformers: results, gradients, and bits that do not depend on the batch."""
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ from minirl_kernels import moe_experts
 from minirl_kernels.backends import native
 from minirl_kernels.ops.moe_experts.reference import moe_experts_reference
 
-# (T, K, E, H, I): around vectors, panels, blocks (252 rows; 256 and 512 columns) and chunks (256, 512); empty experts,
-# K = E, and one expert for all
+# (T, K, E, H, I): around vectors, panels, blocks (252 rows; 256 and 512 columns) and chunks (256, 512). Also empty
+# experts, K = E, and one expert for all.
 SIZES = [(23, 4, 4, 33, 31), (300, 1, 1, 20, 301), (40, 3, 9, 530, 17), (9, 2, 60, 64, 48), (270, 2, 2, 17, 40)]
 META = torch.device("meta")
 
@@ -100,7 +100,7 @@ def test_a_token_in_any_batch_and_place(dtype, cpu):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads(dtype, cpu, threads):
-    """The gradients of the projections too."""
+    """The gradients of the projections keep their bits too."""
     operands, upstream = cancelling_case(300, 3, 4, 150, 140, dtype)
     results = []
     for count in (1, 2, 3, 1):
@@ -250,7 +250,10 @@ def test_bad_input(bad, error, named, was, must_be, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_expert_without_tokens_has_no_gradient_where_memory_was_used(dtype, cpu):
-    """Large enough that its pages are given back rather than written."""
+    """The gradient is 0 in reused memory too.
+
+    The tensors are so large that their pages are returned to the system instead of written.
+    """
     (hidden, weights, experts, gate_up, down), upstream = random_case(5, 1, 3, 1100, 501, dtype)
     operands = (hidden, weights, torch.ones_like(experts), gate_up, down)
     used = [torch.full_like(weight, torch.nan) for weight in (gate_up, down)]
@@ -262,7 +265,10 @@ def test_an_expert_without_tokens_has_no_gradient_where_memory_was_used(dtype, c
 
 
 def test_the_gradient_by_routing_weights_that_cancels(cpu):
-    """A dot product of what two long sums give, 20 to 75 times smaller than its terms: the sums must lose little."""
+    """The gradient is a dot product of two long sums, 20 to 75 times smaller than its terms.
+
+    The sums must be accurate enough for it.
+    """
     (hidden, weights, experts, gate_up, down), upstream = random_case(5, 1, 3, 1100, 501)
     operands = (hidden, weights, torch.ones_like(experts), gate_up, down)
     *_, grad, _, _ = ours(operands, upstream, cpu)

@@ -1,4 +1,4 @@
-"""moe_experts by its Triton kernels, in Triton's interpreter: maths and masks, not hardware."""
+"""The Triton kernels of moe_experts in Triton's interpreter: values and masks; hardware is not tested."""
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ from minirl_kernels.ops.moe_experts import kernels, triton
 
 pytestmark = triton_cases.interpreter_only()
 
-# (T, K, E, H, I): around blocks of rows (64), of columns (32 to 128) and of what is summed over (16 to 64); empty
-# experts, K = E, one expert for all
+# (T, K, E, H, I): around blocks of rows (64), columns (32 to 128) and summed elements (16 to 64). Also empty experts, K
+# = E, and one expert for all.
 SIZES = [(23, 4, 4, 33, 31), (65, 1, 1, 20, 129), (64, 1, 2, 128, 64), (40, 3, 9, 130, 17), (9, 2, 60, 64, 48)]
 
 
@@ -112,7 +112,7 @@ def test_sorting_by_torch():
 
 @pytest.mark.parametrize("counts", [[0, 0, 5], [64, 0, 1], [63, 65, 1], [1] * 200, [300, 0, 0, 0], [0, 127, 2, 63, 64]])
 def test_blocks_hold_every_row_once(counts):
-    """Of the expert's own rows alone; there are no fewer blocks than it takes."""
+    """A block has rows of its own expert only, and there are enough blocks."""
     begins = torch.tensor([0, *counts, 0]).cumsum(0)
     rows = kernels.Rows(torch.arange(sum(counts)), begins, 1)
     config = kernels.product_config(torch.float32)
@@ -151,7 +151,7 @@ def test_more_tokens_than_a_grid_axis_but_the_first_can_count():
 
 
 def test_a_large_batch_and_a_small_one_run_the_same_binaries():
-    """On hardware another tile may add up in another order."""
+    """A GPU could use another tile for another batch, and add up in another order."""
 
     def constants_of(tokens):
         operands, upstream = random_case(tokens, 2, 4, 32, 16, torch.bfloat16)

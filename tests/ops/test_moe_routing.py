@@ -1,4 +1,4 @@
-"""moe_routing against its definition and float64: natural and replayed experts, their weights, and the gradient."""
+"""moe_routing against its definition and float64: natural and replayed experts, their weights, the gradient."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ def by_reference(dtype, logits, top_k, upstream, **options):
 
 
 def by_definition(x, top_k, replayed=None, *, norm=True, scoring="softmax", bias=None, groups=None, scale=1.0):
-    """One row in Python's floats: (weights, experts, natural experts, agreement, mass, margin)."""
+    """(weights, experts, natural experts, agreement, mass, margin) of one row, in Python's floats."""
     num_experts, everyone = len(x), range(len(x))
     exps = [math.exp(v) for v in x]
     scores = [e / sum(exps) if scoring == "softmax" else e / (1 + e) for e in exps]
@@ -92,7 +92,7 @@ def test_definition(scoring, norm, with_bias, groups, backend):
             norm=norm,
             scoring=scoring,
             bias=bias.double().tolist() if with_bias else None,
-            # one group is none
+            # one group means no groups
             groups=None if groups == (1, 1) else groups,
             scale=2.5,
         )
@@ -128,7 +128,7 @@ def test_values_and_gradients(num_experts, top_k, dtype, backend):
             elif values is ours.margin:
                 assert torch.equal(values.isinf(), truth.isinf())
                 finite = truth.isfinite()
-                # a difference of scores, in units of the largest that a score can be
+                # the error of the margin, a difference of scores, is relative to the largest possible score
                 assert_as_exact_as_eager(values[finite], theirs[finite], truth[finite], torch.ones(()))
             else:
                 assert_as_exact_as_eager(values, theirs, truth)
@@ -138,7 +138,7 @@ def test_values_and_gradients(num_experts, top_k, dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("scoring", "norm"), KINDS)
 def test_replaying_the_natural_experts_changes_no_bit(scoring, norm, dtype, backend):
-    """Max |log r| of the first mini-batch is 0 by this: weights and gradient, whatever the ids' dtype."""
+    """With ids of any dtype; otherwise |log r| would not be exactly 0 in the first mini-batch."""
     logits, upstream = random_logits(200, 60, dtype), random_logits(200, 8, seed=3)
     options = {"norm_topk_prob": norm, "scoring": scoring, "correction_bias": random_bias(60), "backend": backend}
     natural, grad = forward_backward(logits, 8, upstream, **options)
@@ -152,7 +152,7 @@ def test_replaying_the_natural_experts_changes_no_bit(scoring, norm, dtype, back
 
 @pytest.mark.parametrize(("scoring", "norm"), KINDS)
 def test_what_gets_gradient(scoring, norm, backend):
-    """Normalised weights, and sigmoids, know the chosen logits only; a softmax over all E knows them all."""
+    """Normalised weights and sigmoids depend on the chosen logits only; a softmax over all experts, on all logits."""
     logits, experts = random_logits(5, 20), random_experts(5, 20, 4)
     bias = random_bias(20).requires_grad_()
     leaf = logits.requires_grad_()
@@ -171,7 +171,7 @@ def test_what_gets_gradient(scoring, norm, backend):
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_replayed_experts_whose_scores_underflow(dtype, scoring, backend):
-    """Softmax over all, gather, renormalise is 0 / 0 there."""
+    """A softmax over all experts, gathered and renormalised, would give 0 / 0 for them."""
     logits = torch.full((2, 128), -200.0, dtype=dtype)
     logits[:, 0], logits[:, 5], logits[:, 6] = 120.0, -149.0, -150.0
     experts = torch.tensor([[5, 6], [6, 5]])
@@ -188,7 +188,7 @@ def test_replayed_experts_whose_scores_underflow(dtype, scoring, backend):
 
 def test_sigmoids_that_all_underflow_have_weights_and_mass(backend):
     logits = random_logits(3, 16) - 300
-    expected = torch.softmax(logits.double(), -1)  # what a sigmoid far below 0 is
+    expected = torch.softmax(logits.double(), -1)  # a sigmoid far below 0 is an exponential
     routing = moe_routing(logits, 4, scoring="sigmoid", backend=backend)
     chosen = expected.gather(1, routing.experts)
     torch.testing.assert_close(routing.mass.double(), chosen.sum(-1), rtol=3e-5, atol=0)
@@ -197,7 +197,7 @@ def test_sigmoids_that_all_underflow_have_weights_and_mass(backend):
 
 @pytest.mark.parametrize("ids_dtype", ID_DTYPES, ids=str)
 def test_ids_of_any_width_and_stride(ids_dtype, backend):
-    """A layer of [tokens, layers, K] is no copy, and neither need the logits be one."""
+    """A slice of ids [tokens, layers, K] and a slice of logits are read without a copy."""
     experts = torch.stack([random_experts(7, 90, 3, seed) for seed in range(4)], 1)
     buffer = random_logits(7, 100)
     for layer in range(4):
@@ -238,7 +238,7 @@ def test_margin_where_nothing_follows(backend):
 
 
 def test_logits_of_minus_infinity(backend):
-    """Experts that are not there: weight 0, no gradient, no mass."""
+    """An expert with a logit of -inf has weight 0, no gradient and no mass."""
     logits = torch.tensor([[1.0, -math.inf, 0.0, -math.inf], [-math.inf, 3.0, -math.inf, -math.inf]])
     experts = torch.tensor([[0, 1], [2, 1]])
     for scoring, norm in KINDS:
@@ -273,7 +273,7 @@ def test_rows_that_are_not_valid_route_naturally(backend):
     valid = torch.tensor([True, False, True, False, False, True])
     natural = moe_routing(logits, 4, backend=backend)
     replayed = moe_routing(logits, 4, routed_experts=experts, backend=backend)
-    for garbage in (-1, 20, 2**40, 3):  # the last one: each expert the same
+    for garbage in (-1, 20, 2**40, 3):  # the last value repeats an expert
         mixed = moe_routing(
             logits, 4, routed_experts=experts.where(valid[:, None], garbage), valid=valid, check=True, backend=backend
         )
@@ -330,7 +330,7 @@ def test_few_tokens(tokens, replay, backend):
 
 
 def sensitive(tokens, num_experts, dtype):
-    """One expert far above the others, whose sum then shows its last bits in the mass of the others."""
+    """One expert is far above the others, so the small mass of the others shows the last bits of their sum."""
     logits = random_logits(tokens, num_experts, dtype)
     logits[:, 0] += 6
     return logits, random_experts(tokens, num_experts - 1, 5) + 1
@@ -386,7 +386,7 @@ def test_more_than_65535_tokens(cpu):
 
 
 def test_rows_more_than_2_to_the_31_elements_apart(tmp_path, cpu):
-    """In a file that is nearly all holes."""
+    """Rows lie more than 2^31 elements apart in a sparse file."""
     stride = 2**31 + 64
     rows = random_logits(2, 40, torch.bfloat16)
     file = torch.from_file(str(tmp_path / "logits"), shared=True, size=stride + 40, dtype=torch.bfloat16)

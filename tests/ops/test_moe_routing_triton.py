@@ -1,4 +1,4 @@
-"""moe_routing by its Triton kernels, in Triton's interpreter: maths and masks, not hardware."""
+"""The Triton kernels of moe_routing in Triton's interpreter: values and masks; hardware is not tested."""
 
 import itertools
 import math
@@ -53,7 +53,7 @@ def test_replaying_the_natural_experts_changes_no_bit(ids_dtype, scoring, norm):
 
 
 def test_natural_and_replayed_calls_run_the_same_binary():
-    """On hardware two specialisations may add up in different orders."""
+    """On a GPU, two specialisations of a kernel may add up in different orders."""
     logits, experts = triton_cases.random_logits(4, 60), random_experts(4, 60, 5)
     valid = torch.ones(5, dtype=torch.bool)[1:]
     with captured() as launches:
@@ -77,7 +77,7 @@ def test_replayed_experts_whose_scores_underflow(scoring):
 
 @pytest.mark.parametrize("bad", [[3, 20, 1], [3, -1, 5], [3, 2**40, 1], [7, 3, 7]], ids=str)
 def test_a_bad_row_is_nan_and_reads_nothing(bad):
-    """Its experts are the natural ones, so that what uses them reads no other memory either."""
+    """The row falls back to its natural experts, so that later operations read no memory out of range."""
     logits, experts = triton_cases.random_logits(4, 20), random_experts(4, 20, 3)
     expected = forward_backward(logits, 3, routed_experts=experts)
     experts[1] = torch.tensor(bad)
@@ -126,7 +126,7 @@ def test_few_tokens(tokens):
 
 
 def test_the_bits_of_a_row_do_not_depend_on_its_batch():
-    """In the interpreter: that a program looks at nothing but its own row."""
+    """A program of the kernel reads its own row only."""
     logits, experts = triton_cases.random_logits(5, 60), random_experts(5, 60, 4)
     together = moe_routing(logits, 4, routed_experts=experts, backend="triton")
     for row in range(5):

@@ -1,4 +1,4 @@
-"""A NaN or an infinity in an argument of a loss, inside the mask: named, or NaN in the results of its token."""
+"""A NaN or an infinity in a token of a loss: the error names the argument, or the token's results are NaN."""
 
 import math
 
@@ -21,7 +21,7 @@ from minirl_kernels.ops.policy_loss.op import differentiable_loss
 ARGUMENTS = ("old_log_probs", "rollout_log_probs", "ref_log_probs", "advantages")
 WRONG = (math.nan, math.inf, -math.inf)
 LENGTHS = [2, 3, 2]
-ROW = 3  # token 1 of response 1
+ROW = 3  # row of token 1 of response 1
 
 
 def batch_with(name, wrong, *, masked=False):
@@ -36,7 +36,7 @@ def batch_with(name, wrong, *, masked=False):
 
 
 def losses(batch, layout, config, **options):
-    """(name, call) of the three losses."""
+    """Calls of the three losses, the fused ones on two backends."""
     arguments = {**batch.arguments(layout), "config": config, **options}
     logits, ids = (batch.lay_out(x, layout) for x in (batch.logits, batch.token_ids))
     log_probs = torch.log_softmax(batch.logits, -1).gather(-1, batch.token_ids[:, None]).squeeze(-1)
@@ -63,7 +63,10 @@ def test_the_argument_and_its_first_place_are_named(name, wrong, cpu):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_without_a_look_it_is_nan_in_its_tokens_results(name, preset, wrong):
-    """As on a GPU. A NaN in old_log_probs once switched MiniRL's mask off: every comparison with it is false."""
+    """Nothing raises on a GPU, so the token must be NaN.
+
+    A comparison with NaN is false, so a NaN in old_log_probs could switch MiniRL's mask off.
+    """
     batch = batch_with(name, wrong)
     log_probs = -torch.linspace(0.5, 2, sum(LENGTHS))
     config = PolicyLossConfig.preset(preset, kl_coef=0.1, loss_agg_mode="seq-mean-token-sum")
@@ -79,7 +82,7 @@ def test_without_a_look_it_is_nan_in_its_tokens_results(name, preset, wrong):
         assert out.loss.isnan()
         nan = grad.isnan().tolist()
         assert nan[ROW]
-        # the response's own tokens share its ratio where the objective is of responses
+        # the tokens of a response share the ratio if the objective is per response
         assert not any(nan[:2] + nan[5:])
         assert config.is_sequence_level or nan.count(True) == 1
         assert out.metrics.compute()["num_overflow_tokens"] == nan.count(True)
@@ -113,7 +116,7 @@ def test_an_entropy_that_is_no_number():
 
 
 def test_log_probs_of_a_model_that_gives_no_number(cpu):
-    """No argument is to blame: NaN in the token, also where its advantage is 0, and counted."""
+    """The token is NaN and counted, also with an advantage of 0. No error names an argument, because none is wrong."""
     for advantage in (1.0, 0.0):
         batch = batch_with("", 0)
         batch.advantages[ROW] = advantage
@@ -143,7 +146,7 @@ def test_logits_that_are_no_number_are_overwritten_by_nan(preset, cpu):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("wrong", [*WRONG, 0.0, -1.0])
 def test_a_temperature_that_is_none(wrong, backend, cpu):
-    """Negative or infinite, it gives finite log-probabilities."""
+    """A negative or infinite temperature would give finite log-probabilities."""
     batch = batch_with("", 0)
     temperature = torch.ones(sum(LENGTHS))
     temperature[ROW] = wrong

@@ -1,4 +1,4 @@
-"""The objectives are written once per language: C++ against Python, over everything that float32 can hold."""
+"""The C++ objectives equal the Python objectives for all values that float32 can hold."""
 
 import math
 
@@ -24,7 +24,7 @@ def numbers(low, high):
     return st.floats(low, high, width=32)
 
 
-# where exp of a difference under- and overflows float32 and float64, and everything between
+# differences at which exp under- or overflows float32 and float64, and all values between
 log_prob = st.one_of(
     numbers(-12, 0),
     numbers(-200, 0),
@@ -60,7 +60,7 @@ def config(draw):
 
 
 def rows_with(log_probs):
-    """[T, 2] logits whose first token has about these log-probabilities."""
+    """[T, 2] logits whose first token has nearly these log-probabilities."""
     first = log_probs.double()
     other = torch.log(-torch.expm1(first)).clamp(min=-40)
     return torch.stack([first, other], -1).float()
@@ -79,7 +79,7 @@ def one_response(old, mu, ref, advantages, config):
 
 
 def by_cpp(log_probs, arguments):
-    """(log_probs, token_loss, token_grad), and the same two of the reference, where nothing raises."""
+    """log_probs, and (token_loss, token_grad) of C++ and of the reference, in a mode that never raises."""
     names = ("group_ids", "num_responses", "num_tokens", "num_groups")
     inputs = prepare_inputs(log_probs.shape, log_probs.device, raises=False, **dict.fromkeys(names), **arguments)
     logits, ids = rows_with(log_probs), torch.zeros(len(log_probs), dtype=torch.int64)
@@ -91,10 +91,10 @@ def by_cpp(log_probs, arguments):
 @settings(max_examples=400, derandomize=True, deadline=None, database=None)
 @given(config=config(), tokens=st.lists(token, min_size=4, max_size=12))
 def test_cpp_is_python(config, tokens):
-    """The same loss and c_t of each token, and NaN for the same tokens, wherever in float32 they are."""
+    """Loss and c_t of each token are equal, or NaN in both, for any float32 values."""
     log_probs, old, mu, ref, advantages = torch.tensor(tokens, dtype=torch.float32).T.contiguous()
     log_probs, cpp, python = by_cpp(log_probs, one_response(old, mu, ref, advantages, config))
-    # two exponentials of one number may be on either side of a bound that it meets exactly
+    # a ratio exactly at its bound may fall on either side, because the two exponentials are rounded differently
     r, d = (x.exp()[:, None] for x in (log_probs.double() - old, old.double() - mu))
     w = (log_probs.double() - mu).exp()[:, None]
     bounds = torch.tensor([1 - config.clip_ratio_low, 1 + config.clip_ratio_high], dtype=torch.float64)
@@ -104,7 +104,7 @@ def test_cpp_is_python(config, tokens):
         apart &= (((d - limit).abs() > 1e-12 * limit) & ((w - limit).abs() > 1e-12 * limit)).all(-1)
     size = torch.stack([torch.stack(python), torch.stack(cpp)]).abs().amax((0, 1))
     for ours, theirs in zip(cpp, python, strict=True):
-        # a difference of two large terms has the error of those; at the end of float32 either may be infinite
+        # near the largest float32, either result may be infinite
         close = (ours - theirs).abs() <= 1e-6 * theirs.abs() + 2.0**-149
         near_the_end = size > 0.999 * torch.finfo(torch.float32).max
         assert bool((close | (ours.isnan() & theirs.isnan()) | near_the_end | ~apart).all()), (ours, theirs)
@@ -123,7 +123,7 @@ def test_both_say_which_token_overflows(objective, overflowing):
 @pytest.mark.parametrize("objective", WITH_KERNEL)
 @pytest.mark.parametrize("far", [-200.0, -1e4, torch.finfo(torch.float32).min])
 def test_overflow_without_advantage_is_zero(objective, far):
-    """Every ratio is infinite, and 0 times it is 0."""
+    """Every ratio is infinite, and its product with an advantage of 0 must be 0."""
     config = PolicyLossConfig.preset(objective, rollout_is="token", **SUMMED)
     gone = torch.full((2,), far)
     arguments = one_response(gone, gone, gone, torch.tensor([0.0, -0.0]), config)
@@ -136,7 +136,7 @@ def test_overflow_without_advantage_is_zero(objective, far):
 @pytest.mark.parametrize("advantage", [1.0, 0.0])
 @pytest.mark.parametrize("objective", WITH_KERNEL)
 def test_nan_is_not_repaired(objective, advantage):
-    """A NaN in a token that counts is the caller's to find: no comparison may turn it into a bound, or 0 into 0."""
+    """A NaN must reach the caller: no comparison may replace it by a bound, and an advantage of 0 may not hide it."""
     config = PolicyLossConfig.preset(objective, rollout_is="token", **SUMMED)
     values = torch.tensor([-1.0, math.nan])
     arguments = one_response(values, values, values, torch.full((2,), advantage), config)
@@ -152,7 +152,7 @@ def test_nan_is_not_repaired(objective, advantage):
 @pytest.mark.parametrize("objective", ["minirl", "grpo", "cispo"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_a_ratio_at_its_bound_is_inside(objective, backend):
-    """r = d = w = 1 with every bound at 1: neither stopped nor truncated, for either sign of advantage."""
+    """At r = d = w = 1 with every bound at 1, nothing is stopped or truncated, for both signs of advantage."""
     config = PolicyLossConfig(
         objective=objective, clip_ratio_low=0.0, clip_ratio_high=0.0, rollout_is="token", rollout_is_threshold=1.0
     )

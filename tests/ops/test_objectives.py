@@ -1,4 +1,4 @@
-"""Objectives that are given as classes: the examples against their papers' equations, in every loss."""
+"""Objectives given as classes: the examples equal the equations of their papers, in every loss."""
 
 import math
 
@@ -22,11 +22,11 @@ def config_of(name, **changes):
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_is_its_equation(name, corrected, layout):
-    """Loss and derivative in float64, with tokens on every side of every bound."""
+    """Loss and derivative agree in float64, for tokens on every side of every bound."""
     changes = {"rollout_is": "token"} if corrected or name.startswith("dppo") else {}
     config = config_of(name, loss_agg_mode="seq-mean-token-mean", **changes)
     batch = random_batch([60, 1, 5, 80], spread=1.2)
-    batch.rollout_log_probs.clamp_(max=-0.01)  # probabilities, as DPPO takes them
+    batch.rollout_log_probs.clamp_(max=-0.01)  # DPPO needs probabilities below 1
     exact = batch.log_probs.double().requires_grad_()
     expected = example_loss(name, config, exact, batch)
     (expected_grad,) = torch.autograd.grad(expected, exact)
@@ -71,7 +71,7 @@ def test_the_fused_losses_run_an_example(name, backend):
 @pytest.mark.parametrize("rollout_is", [None, "token", "sequence"])
 @pytest.mark.parametrize("objective", [Squared(), SquaredOfResponse(), SquaredOfMean()], ids=repr)
 def test_a_class_of_ones_own_at_every_level(objective, rollout_is):
-    """The derivative of the loss, and the correction beside it, which the class does not know of."""
+    """The gradient is the derivative of the class's loss, times the correction, which the library applies."""
     threshold = None if rollout_is is None else 1.5
     config = PolicyLossConfig(objective=objective, rollout_is=rollout_is, rollout_is_threshold=threshold)
     batch = random_batch(LENGTHS, spread=0.4)
@@ -85,14 +85,14 @@ def test_a_class_of_ones_own_at_every_level(objective, rollout_is):
         log_r, log_d = log_probs[tokens] - old, old - mu
         if objective.level == "sequence":
             log_r = log_r.sum(0, keepdim=True)
-        if objective.level == "sequence_mean":  # in its token form, which has the derivative of the response's
+        if objective.level == "sequence_mean":  # the token form, which has the derivative of the response
             log_r = log_r.mean().detach() + log_r - log_r.detach()
         if rollout_is == "sequence":
             log_d = log_d.sum().expand(len(tokens))
         d = torch.ones(len(tokens)) if rollout_is is None else log_d.exp().clamp(max=1.5)
         advantages = batch.token_advantages().double()[tokens]
         terms = -objective.scale * (2 * log_r).exp() * advantages[: len(log_r)]
-        if objective.level == "sequence":  # d_t weighs the token's part of the derivative
+        if objective.level == "sequence":  # d_t multiplies the derivative by token t
             here = (log_probs[tokens] - log_probs[tokens].detach()).exp()
             terms = terms.detach() * d * (1 / len(tokens) + here.square() - 1)
         else:
@@ -107,7 +107,7 @@ def test_a_class_of_ones_own_at_every_level(objective, rollout_is):
 
 @pytest.mark.parametrize("objective", [*EXAMPLES.values(), Squared()], ids=repr)
 def test_no_advantage_is_no_loss_and_nan_stays_nan(objective):
-    """Beside an infinite ratio of either direction; a NaN is the caller's to find."""
+    """This holds for infinite ratios in both directions. A NaN must reach the caller."""
     log_prob = torch.tensor([-1.0, -900.0, -1.0, -1.0], dtype=torch.float64)
     log_r = log_prob - torch.tensor([-900.0, -1.0, -1.0, math.nan])
     zeros = torch.zeros_like(log_r)
@@ -117,7 +117,7 @@ def test_no_advantage_is_no_loss_and_nan_stays_nan(objective):
 
 
 def test_a_class_without_bounds_clips_nothing():
-    """A class that the library does not know is not taken for one with the bounds of the config."""
+    """A class without bounds does not count as clipped at the bounds of the config."""
     batch = random_batch(LENGTHS, spread=1.5)
     out = policy_loss(batch.log_probs, config=PolicyLossConfig(objective=Squared()), **batch.arguments("packed"))
     computed = out.metrics.compute()

@@ -1,4 +1,4 @@
-"""A token whose loss float32 does not hold: named on the CPU, alone with its NaN elsewhere, and counted."""
+"""A loss that exceeds float32: the CPU names its token; elsewhere that token alone is NaN, and is counted."""
 
 import math
 from dataclasses import replace
@@ -13,7 +13,7 @@ from minirl_kernels.ops.policy_loss.inputs import prepare_inputs
 from minirl_kernels.ops.policy_loss.op import differentiable_loss
 
 LARGEST = torch.finfo(torch.float32).max
-# (log_prob, old, mu, ref): every log-ratio small, and large in either direction, alone and against another
+# (log_prob, old, mu, ref): all log-ratios small; then large in either direction, one alone or several
 TOKENS = [
     (-1.0, -1.25, -1.5, -1.125),
     *((-0.5, -0.5 - x, -0.5, -0.5) for x in (88.0, 95.0, 800.0, 1e6)),
@@ -44,7 +44,7 @@ def arguments_of(tokens, config):
 
 
 def without_raising(log_probs, arguments):
-    """What policy_loss does on a GPU."""
+    """policy_loss as it runs on a GPU, where it does not raise."""
     names = ("group_ids", "num_tokens", "num_groups")
     inputs = prepare_inputs(log_probs.shape, log_probs.device, raises=False, **dict.fromkeys(names), **arguments)
     return differentiable_loss(log_probs, None, inputs, None)
@@ -72,7 +72,7 @@ def test_what_is_finite_is_right_and_what_is_not_is_named(preset, kl):
             expected = torch.tensor([float(x) if abs(x) <= FLOAT32_MAX else math.nan for x in right])
             where = torch.tensor(fits)
             torch.testing.assert_close(values[where], expected.float()[where], rtol=1e-6, atol=1e-37)
-        for index in [i for i, fit in enumerate(fits) if fit][:3]:  # one at a time: nothing raises
+        for index in [i for i, fit in enumerate(fits) if fit][:3]:  # each alone, which must not raise
             policy_loss(log_probs[[index]].detach(), **arguments_of([tokens[index]], config))
         if False in fits:
             with pytest.raises(ValueError, match=rf"overflows at token 0 of response {fits.index(False)}, with log_pr"):
@@ -93,7 +93,7 @@ def test_one_log_ratio_of_95_does_not_touch_the_other_tokens(preset, advantage):
         arguments[name][4] -= 95 * (3 if preset == "gspo" else 1)
     out = without_raising(leaf, arguments)
     (grad,) = torch.autograd.grad(out.loss, leaf)
-    others = [0, 1, 2] if preset == "gspo" else [0, 1, 2, 3, 5]  # the ratio is a response's in GSPO
+    others = [0, 1, 2] if preset == "gspo" else [0, 1, 2, 3, 5]  # in GSPO the tokens of a response share a ratio
     assert torch.equal(grad[others], expected[others])
     assert grad[4].isnan()
     place = "token 0 of response 1" if preset == "gspo" else "token 1 of response 1"
@@ -117,7 +117,7 @@ def test_a_sum_that_overflows_is_named_by_its_largest_token():
 
 
 def overflowing_batch(preset, dtype=torch.float32):
-    """Token 1 of response 1 overflows, whatever the preset."""
+    """A batch and a config with which token 1 of response 1 overflows, for any preset."""
     batch = random_batch([3, 4], vocab_size=40, dtype=dtype)
     batch.loss_mask[:], batch.advantages[:] = True, -1.0
     for values in (batch.old_log_probs, batch.rollout_log_probs):
@@ -161,7 +161,7 @@ def test_logits_that_were_to_be_overwritten_are_as_they_were(preset, dtype, cpu)
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 @pytest.mark.parametrize("preset", TOKEN_LEVEL)
 def test_logits_survive_a_kl_term_that_overflows(preset, estimator, cpu):
-    """Of a token whose own log-probability is the reason, which only its logits say."""
+    """The token's own log-probability causes the overflow, and only the logits show it."""
     batch = random_batch([3, 4], vocab_size=9000, spread=0.1)
     batch.logits[4] = torch.where(torch.arange(9000) == batch.token_ids[4], -1e25, batch.logits[4])
     before, leaf = batch.logits.clone(), batch.logits.requires_grad_()
@@ -176,7 +176,10 @@ def test_logits_survive_a_kl_term_that_overflows(preset, estimator, cpu):
 
 @pytest.mark.parametrize("preset", TOKEN_LEVEL)
 def test_a_large_ratio_that_is_bounded_overwrites_as_ever(preset, cpu):
-    """Truncated, clipped, or of advantage 0: looked at before, and finite."""
+    """A large ratio is truncated, clipped, or multiplied by an advantage of 0.
+
+    The check before the overwriting must find it finite.
+    """
     batch = random_batch([3, 4], vocab_size=40)
     batch.loss_mask[:] = True
     batch.advantages[:] = torch.tensor([1.0, 0.0])

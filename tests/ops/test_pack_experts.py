@@ -1,4 +1,4 @@
-"""Packed experts give the bits that the weights give, and say what they are not for."""
+"""Packed experts give the bits of the weights, and an unsuitable use raises."""
 
 import pytest
 import torch

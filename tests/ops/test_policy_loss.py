@@ -1,4 +1,4 @@
-"""policy_loss against the equations in float64: values, gradients, layouts, normalisers, traps, bad input."""
+"""policy_loss against the equations in float64: values, gradients, layouts, normalisers, traps, invalid arguments."""
 
 from dataclasses import replace
 
@@ -44,7 +44,7 @@ def check_against_equations(batch, config, **counts):
         out, *grads = results[layout] = call(batch, config, layout, **counts)
         for ours, theirs, truth in zip(grads, eager[1:], exact[1:], strict=True):
             assert_as_exact_as_eager(ours, theirs, truth)
-        # the tokens' losses may cancel
+        # the losses of the tokens may cancel in their sum
         assert_as_exact_as_eager(out.loss, eager[0], exact[0], scale=out.token_loss.abs().sum())
         assert torch.equal(batch.pack(out.token_grad, layout), grads[0])
         torch.testing.assert_close(out.token_loss.double().sum().float(), out.loss, rtol=1e-6, atol=1e-9)
@@ -94,7 +94,10 @@ def test_advantages_per_token(preset):
 
 
 def test_gspo_has_the_gradient_of_its_sequence_ratio():
-    """The token form used above is the derivative of min(s A, clip(s) A) itself, s = (prod r)^(1/|y|)."""
+    """The gradient is the derivative of min(s A, clip(s) A), where s = (prod r)^(1/|y|).
+
+    The equations of the other tests use the token form.
+    """
     config = PolicyLossConfig.gspo()
     batch = batch_at_bounds(config)
     log_probs = batch.log_probs.double().requires_grad_()
@@ -111,7 +114,7 @@ def test_gspo_has_the_gradient_of_its_sequence_ratio():
 @pytest.mark.parametrize("lengths", [[], [1], [0, 0], [0, 3, 0]], ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_few_tokens(preset, lengths):
-    """No response, a single token, no tokens, empty responses beside a full one (which count)."""
+    """No response, a single token, no tokens, and empty responses beside a full one; empty responses count."""
     batch = random_batch(lengths)
     for mode in MODES:
         check_against_equations(batch, with_mode(PolicyLossConfig.preset(preset), mode))
@@ -145,7 +148,7 @@ def test_micro_batches_sum_to_the_batch(preset, mode):
 
 
 def test_liger_cispo_is_minirl_whose_mask_is_inactive():
-    """old := mu and an upper bound of 5 make Liger's CISPO sg[min(pi/mu, 5)] A log pi."""
+    """With old = mu and an upper bound of 5, MiniRL is Liger's CISPO: sg[min(pi/mu, 5)] A log pi."""
     liger = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
     gen = torch.Generator().manual_seed(0)
     B, L, H, V = 4, 6, 8, 13
@@ -180,7 +183,7 @@ def test_liger_cispo_is_minirl_whose_mask_is_inactive():
 @pytest.mark.parametrize("poison", [-200.0, -1e4, float("-inf"), float("nan"), float("inf")])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_masked_tokens_may_hold_anything(preset, poison):
-    """A ratio of exp(200) at padding would be inf, and inf * 0 is NaN."""
+    """A ratio of exp(200) in the padding would be inf, and inf * 0 is NaN."""
     config = PolicyLossConfig.preset(preset, kl_coef=0.1, entropy_coef=0.1)
     clean = random_batch(LENGTHS)
     masked = ~clean.loss_mask
@@ -195,7 +198,7 @@ def test_masked_tokens_may_hold_anything(preset, poison):
 @pytest.mark.parametrize("far", [-200.0, -1e4])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_overflowing_ratio_of_a_token_without_advantage(preset, far):
-    """exp(200) overflows float32, exp(1e4) float64; an advantage of 0 still means no loss and no gradient."""
+    """exp(200) overflows float32 and exp(1e4) float64. An advantage of 0 must still give no loss and no gradient."""
     out = policy_loss(
         torch.tensor([[-0.1, -0.2]]),
         old_log_probs=torch.full((1, 2), far),
@@ -210,7 +213,7 @@ def test_overflowing_ratio_of_a_token_without_advantage(preset, far):
 
 
 def test_a_ratio_at_its_bound_is_inside():
-    """Eq. 7 masks r > 1 + high and r < 1 - low; a ratio of exactly 1 with bounds of 1 passes, and so does w = C."""
+    """Eq. 7 masks r > 1 + high and r < 1 - low: a ratio of exactly 1 with bounds of 1 passes. So does w = C."""
     config = PolicyLossConfig(clip_ratio_low=0.0, clip_ratio_high=0.0, rollout_is_threshold=1.0)
     log_probs = torch.tensor([[-0.5], [-0.5]])
     arguments = dict.fromkeys(("old_log_probs", "rollout_log_probs"), log_probs)
@@ -222,7 +225,7 @@ def test_a_ratio_at_its_bound_is_inside():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_log_probs_of_another_dtype(dtype):
-    """Everything is computed in float32, and the gradient has the dtype of what it is of."""
+    """The loss is computed in float32, and the gradient has the dtype of log_probs."""
     batch = random_batch(LENGTHS)
     rounded = batch.log_probs.to(dtype)
     out, grad, _ = call(replace(batch, log_probs=rounded), PolicyLossConfig(), "packed")
@@ -267,7 +270,7 @@ def test_no_gradient_where_none_is_wanted():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_under_autocast(preset):
-    """Autocast changes nothing, not even counts of tokens that bfloat16 cannot hold."""
+    """Autocast has no effect, not even on counts of tokens that bfloat16 cannot represent."""
     batch, config = random_batch([700, 501, 203, 1]), PolicyLossConfig.preset(preset)
     expected = call(batch, config, "padded")
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -338,7 +341,7 @@ GROUPED = PolicyLossConfig.cispo()
     ],
 )
 def test_bad_input(bad, error, named, was, must_be):
-    """Each message names the argument, what it was and what it must be."""
+    """Each error names the argument, its value and the permitted values."""
     good = {
         "log_probs": LOG_PROBS,
         "old_log_probs": LOG_PROBS,

@@ -1,4 +1,4 @@
-"""rms_norm against float64: values and both gradients; and the bits of a row: its own and the weight's."""
+"""rms_norm against float64: values and both gradients. The bits of a row depend on the row and the weight only."""
 
 import math
 
@@ -25,7 +25,7 @@ from minirl_kernels.backends import native
 from minirl_kernels.ops.rms_norm import aten
 from minirl_kernels.ops.rms_norm import cpu as kernels
 
-# around the widths of vectors and strips, and around a block of a sum
+# around the widths of vectors and strips, and around the block of a sum
 SIZES = [1, 2, 15, 16, 17, 63, 64, 65, 128, 1000, 4095, 4097, 9000]
 EPS = 1e-6
 META = torch.device("meta")
@@ -40,7 +40,7 @@ def weight_of(size, dtype=torch.float32):
 
 
 def forward_backward(call, x, weight, upstream):
-    """(out, d x, d weight or None)"""
+    """(out, d x, d weight), with None for a gradient without its operand."""
     leaves = [x.detach().requires_grad_()] + ([] if weight is None else [weight.detach().requires_grad_()])
     out = call(*leaves, *[None] * (2 - len(leaves)))
     grads = torch.autograd.grad(out, leaves, upstream.to(out.dtype))
@@ -61,7 +61,7 @@ def check(x, weight, backend):
     eager = forward_backward(theirs, x, weight, upstream)
     wide = None if weight is None else weight.double()
     exact = forward_backward(theirs, x.double(), wide, upstream.double())
-    # d x is what is left of its first term
+    # d x is a difference: its error is relative to its first term
     first = upstream.double() * (1 if weight is None else wide) / (x.double().square().mean(-1, True) + EPS).sqrt()
     scales = (per_row(exact[0]), per_row(first), None)
     for result, of_torch, truth, scale in zip(found, eager, exact, scales, strict=True):
@@ -93,7 +93,7 @@ def test_more_rows_than_a_block_of_their_sum(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_float32_weight_beside_halves(dtype, backend):
-    """What training in mixed precision keeps: the result is of x's dtype, d weight of the weight's."""
+    """Mixed-precision training keeps a float32 weight: the result has the dtype of x, d weight the weight's."""
     x, weight, upstream = random(50, 65, dtype=dtype), weight_of(65), random(50, 65, dtype=dtype, seed=1)
     out, grad_x, grad_weight = forward_backward(ours(backend), x, weight, upstream)
     exact = forward_backward(theirs, x.double(), weight.double(), upstream.double())
@@ -104,8 +104,10 @@ def test_a_float32_weight_beside_halves(dtype, backend):
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15])
 def test_very_small_and_very_large_rows(scale, cpu):
-    """Where eps is all of the denominator, none of it, or x^3 would leave float32, as it does in the reference's
-    gradient."""
+    """eps dominates the denominator, or is negligible, or x^3 exceeds float32.
+
+    The gradient of the reference overflows in the last case.
+    """
     x, weight, upstream = random(4, 100) * scale, weight_of(100), random(4, 100, seed=1)
     found = forward_backward(ours(cpu), x, weight, upstream)
     exact = forward_backward(theirs, x.double(), weight.double(), upstream.double())
@@ -136,22 +138,22 @@ def test_no_rows(shape, backend):
 
 
 def bits(x, weight):
-    """(out, rstd): the second shows the last bit of the sum where the first is rounded."""
+    """(out, rstd). rstd shows the last bit of the sum, also where out is rounded."""
     return kernels.forward(x, weight, EPS)
 
 
 def gradient_bits(x, grad):
-    """d x, without a weight and with rstd 1: where grad is 0 it is the row's sum times x."""
+    """d x without a weight and with rstd 1. Where grad is 0, d x is the row's sum times x."""
     return kernels.backward(grad, x, None, torch.ones(len(x), 1), True, False)[:1]
 
 
 def sensitive(rows, size, dtype=torch.float32, seed=0):
-    """x whose squares are over many powers of two."""
+    """x whose squares cover many powers of two."""
     return cancelling(rows, size, dtype, seed) / 4
 
 
 def gradient_rows(rows, size, dtype=torch.float32, seed=0):
-    """(x, grad), whose product sums to 0: half of the row has no gradient, in the rest they cancel."""
+    """(x, grad). The exact sum of their product is 0: half of a row has no gradient, the other half cancels."""
     grad = torch.zeros(rows, size, dtype=dtype)
     grad[:, : size // 2] = cancelling(rows, size // 2, dtype, seed)
     return torch.full((rows, size), 0.75, dtype=dtype), grad
@@ -168,7 +170,7 @@ def test_the_data_would_show_another_order():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [60, 5000])
 def test_a_row_in_any_batch_and_place(size, dtype, cpu):
-    """torch's own keeps its bits on the machines that we know: here the rule is only not to lose that."""
+    """torch's rms_norm keeps its bits too on the machines that were tested."""
     x, of_gradient = sensitive(257, size, dtype), gradient_rows(257, size, dtype)
     few = range(1, 258) if size < 100 else (1, 2, 3, 16, 31, 257)
 
@@ -182,7 +184,7 @@ def test_a_row_in_any_batch_and_place(size, dtype, cpu):
 
 
 def weight_gradient(rows, size, dtype):
-    """d weight where the sum over the rows cancels."""
+    """d weight of a gradient that cancels in the sum over the rows."""
     grad = cancelling(size, rows, dtype).T.contiguous()
     return kernels.backward(grad, torch.ones_like(grad), None, torch.ones(rows, 1), False, True)[1:]
 
@@ -216,7 +218,7 @@ def test_every_instruction_set(size, dtype, cpu, set_isa):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape(data, cpu, threads, set_isa):
-    """A row alone on one thread of the plainest table, and in a batch elsewhere."""
+    """A row alone on one thread of the baseline has the bits that it has in a batch, on any table and threads."""
     rows, size = data.draw(st.integers(1, 60)), data.draw(st.one_of(st.integers(1, 200), st.integers(1, 10_000)))
     dtype, row = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, rows - 1))
     seed, padding = data.draw(st.integers(0, 2**31)), data.draw(st.integers(0, 20))
@@ -243,7 +245,7 @@ def test_rows_by_any_strides(cpu):
 
 
 def test_rows_2_to_the_30_apart(tmp_path, cpu):
-    """In a file of 6 GiB that is nearly all holes."""
+    """Rows lie 2^30 elements apart in a sparse file of 6 GiB."""
     stride, rows = 2**30, random(3, 1025, dtype=torch.bfloat16)
     file = torch.from_file(str(tmp_path / "x"), shared=True, size=2 * stride + 1025, dtype=torch.bfloat16)
     x = file.as_strided((3, 1025), (stride, 1))
@@ -254,7 +256,7 @@ def test_rows_2_to_the_30_apart(tmp_path, cpu):
 
 @pytest.mark.parametrize(("of_x", "of_weight"), [(True, True), (True, False), (False, True)])
 def test_gradients_that_are_wanted(of_x, of_weight, backend):
-    """Each alone is what it is beside the other."""
+    """Each gradient is the same with and without the other one."""
     x, weight, upstream = random(7, 33), weight_of(33), random(7, 33, seed=1)
     both = forward_backward(ours(backend), x, weight, upstream)[1:]
     leaves = [x.clone().requires_grad_(of_x), weight.clone().requires_grad_(of_weight)]
@@ -320,7 +322,7 @@ def test_the_cpu_backend_refuses_tensors_of_another_device():
 
 @pytest.mark.parametrize("with_weight", [True, False])
 def test_rms_norm_in_the_words_of_a_gpu(with_weight):
-    """Where torch has an operation for it; its arguments are those that a CPU's kernels then get."""
+    """torch has an operation for rms_norm on a GPU; its arguments give the same results in the CPU's kernels."""
     x, weight = random(7, 64).requires_grad_(), random(64, seed=1).requires_grad_() if with_weight else None
     upstream = random(7, 64, seed=2)
     expected = F.rms_norm(x, (64,), weight, 1e-5)

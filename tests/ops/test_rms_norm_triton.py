@@ -1,4 +1,4 @@
-"""rms_norm by its Triton kernels, in Triton's interpreter: maths and masks, not hardware."""
+"""The Triton kernels of rms_norm in Triton's interpreter: values and masks; hardware is not tested."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def test_more_rows_than_a_grid_axis_but_the_first_can_count():
 
 
 def test_rows_more_than_2_to_the_31_elements_apart():
-    """The memory between them is never touched, so that the system never has to find it."""
+    """The memory between the rows is never touched, so the system need not provide it."""
     stride = 2**31 + 48
     x = torch.empty(stride + 40, dtype=torch.bfloat16).as_strided((2, 40), (stride, 1))
     x.copy_(random_logits(2, 40, dtype=torch.bfloat16))

@@ -1,4 +1,4 @@
-"""softmax and log_softmax against float64, logits that break them, and the bits of a row: its own."""
+"""softmax and log_softmax against float64, with extreme logits; the bits of a row depend on the row only."""
 
 import math
 
@@ -23,7 +23,7 @@ from minirl_kernels import log_softmax, softmax
 from minirl_kernels.backends import native
 from minirl_kernels.ops.softmax import cpu as kernels
 
-# around the widths of vectors, and around a block of a sum
+# around the widths of vectors, and around the block of a sum
 SIZES = [1, 2, 15, 16, 17, 63, 65, 1000, 4095, 4096, 4097, 9000]
 CALLS = {"softmax": (softmax, torch.softmax), "log_softmax": (log_softmax, torch.log_softmax)}
 META = torch.device("meta")
@@ -31,7 +31,7 @@ META = torch.device("meta")
 
 @pytest.fixture(params=CALLS)
 def calls(request):
-    """(ours, torch's)"""
+    """(the library's function, torch's function)"""
     return CALLS[request.param]
 
 
@@ -52,11 +52,15 @@ def check(calls, x, backend, dim=-1):
     eager = forward_backward(calls[1], x, upstream, dim)
     check_against_eager(calls, x, upstream, found, eager, backend, dim)
     if backend == "reference" and x.dtype == torch.float32:
-        assert torch.equal(found[1], eager[1])  # torch's own, of the same memory
+        assert torch.equal(found[1], eager[1])  # both call torch on the same memory
 
 
 def check_against_eager(calls, x, upstream, found, eager, backend, dim=-1):
-    """The kernels' gradient is a function of the output, as torch's is; the reference's of what was not yet rounded."""
+    """Compare output and gradient with float64 and eager torch.
+
+    The kernels compute the gradient from the rounded output, as torch does. The reference computes it from the
+    unrounded output.
+    """
     x, upstream, *results = (values.movedim(dim, -1) for values in (x, upstream, *found, *eager))
     exact = calls[1](x.double(), -1)
     assert_as_exact_as_eager(results[0], results[2], exact, per_row(exact))
@@ -69,7 +73,7 @@ def check_against_eager(calls, x, upstream, found, eager, backend, dim=-1):
 
 
 def check_gradient(calls, output, grad, upstream):
-    """Correctly rounded, but for what float32 is off by, in units of what it is made of by subtraction."""
+    """The gradient is correctly rounded, up to float32 errors relative to the terms whose difference it is."""
     output, upstream = output.double(), upstream.double()
     if calls[0] is log_softmax:
         exact = upstream - output.exp() * upstream.sum(-1, keepdim=True)
@@ -105,7 +109,7 @@ def test_all_far_from_zero(offset, calls, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("finite", [slice(2048, 3000), slice(4090, 4500), slice(0, 1), slice(4499, 4500)], ids=str)
 def test_minus_infinity_is_no_probability(finite, dtype, calls, backend):
-    """As if those were not there; their gradient is none, or for a logarithm what came in: their e^q is 0."""
+    """Logits of -inf have no effect. Their gradient is 0, for log_softmax the upstream gradient: their exp(q) is 0."""
     x, upstream = random(3, 4500, dtype=dtype), random(3, 4500, dtype=dtype, seed=1)
     masked = torch.full_like(x, -math.inf)
     masked[:, finite] = x[:, finite]
@@ -125,7 +129,7 @@ def test_minus_infinity_is_no_probability(finite, dtype, calls, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [5, 100, 5000])
 def test_what_is_no_number_makes_its_row_none(size, dtype, calls, backend):
-    """NaN, infinity, and a row of nothing but -inf: as torch has it."""
+    """The results are torch's for NaN, infinity, and rows of -inf only."""
     x = random(6, size, dtype=dtype)
     x[1] = -math.inf
     x[2, size // 2], x[3, size - 1], x[4, 0] = math.nan, math.inf, -math.inf
@@ -148,7 +152,7 @@ def test_more_than_65535_rows(calls, backend):
 
 
 def sure(rows, size, dtype=torch.float32, seed=0):
-    """One likely token in each row: the logarithm of its probability is small, and shows the last bit of the sum."""
+    """One likely token in each row. The logarithm of its probability is small, and shows the last bit of the sum."""
     gen = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, size, generator=gen)
     x[torch.arange(rows), torch.randint(size, (rows,), generator=gen)] = 8.0
@@ -156,7 +160,7 @@ def sure(rows, size, dtype=torch.float32, seed=0):
 
 
 def bits(x):
-    """Results of both calls in x's dtype and of the aten ones in float32, and their gradients by random ones."""
+    """Outputs of both functions, in the dtype of x and in float32."""
     results = []
     for log in (False, True):
         results += [kernels.forward(x, -1, log, x.dtype), kernels.forward(x, -1, log, torch.float32)]
@@ -164,7 +168,10 @@ def bits(x):
 
 
 def gradient_bits(output, grad):
-    """Where the upstream gradient is 0, that of a softmax is the row's sum times the probability."""
+    """Gradients of both functions, from the given dtype and from float32.
+
+    Where the upstream gradient is 0, the gradient of softmax is the row's sum times the probability.
+    """
     wide = [values.float() for values in (grad, output)]
     return (
         *(kernels.backward(grad, output, -1, log, output.dtype) for log in (False, True)),
@@ -173,7 +180,10 @@ def gradient_bits(output, grad):
 
 
 def gradient_rows(rows, size, dtype=torch.float32, seed=0):
-    """(output, gradient of it), whose product sums to 0: half of the row has no gradient, the rest cancels."""
+    """(output, its gradient).
+
+    The exact sum of their product is 0: half of a row has no gradient, the other half cancels.
+    """
     grad = torch.zeros(rows, size, dtype=dtype)
     grad[:, : size // 2] = cancelling(rows, size // 2, dtype, seed)
     return torch.full((rows, size), 0.375, dtype=dtype), grad
@@ -191,7 +201,7 @@ def test_the_data_would_show_another_order():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [60, 5000])
 def test_a_row_in_any_batch_and_place(size, dtype, cpu):
-    """torch's own keep theirs on the machines that we know: here the rule is only not to lose that."""
+    """torch's functions keep their bits too on the machines that were tested."""
     x, of_gradient = sure(257, size, dtype), gradient_rows(257, size, dtype)
     few = range(1, 258) if size < 100 else (1, 2, 3, 16, 31, 257)
     check_batches(bits, x, sizes=few)
@@ -216,7 +226,7 @@ def test_every_instruction_set(size, dtype, cpu, set_isa):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape(data, cpu, threads, set_isa):
-    """A row alone on one thread of the plainest table, and in a batch elsewhere."""
+    """A row alone on one thread of the baseline has the bits that it has in a batch, on any table and threads."""
     rows, size = data.draw(st.integers(1, 60)), data.draw(st.one_of(st.integers(1, 200), st.integers(1, 10_000)))
     dtype, row = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, rows - 1))
     seed, padding = data.draw(st.integers(0, 2**31)), data.draw(st.integers(0, 20))
@@ -240,7 +250,7 @@ def test_rows_by_any_strides(calls, cpu):
 
 
 def test_rows_2_to_the_30_apart(tmp_path, calls, cpu):
-    """In a file of 6 GiB that is nearly all holes."""
+    """Rows lie 2^30 elements apart in a sparse file of 6 GiB."""
     stride, rows = 2**30, random(3, 1025, dtype=torch.bfloat16)
     file = torch.from_file(str(tmp_path / "x"), shared=True, size=2 * stride + 1025, dtype=torch.bfloat16)
     x = file.as_strided((3, 1025), (stride, 1))
@@ -251,7 +261,7 @@ def test_rows_2_to_the_30_apart(tmp_path, calls, cpu):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("log", [False, True])
 def test_halves_to_float32_and_back(log, dtype, cpu):
-    """As aten has it for a softmax that is asked for in float32, and for its gradient."""
+    """A softmax of 16-bit logits with a float32 result, and its gradient, follow aten's conversions."""
     x, grad = random(4, 700, dtype=dtype), random(4, 700)
     out = kernels.forward(x, -1, log, torch.float32)
     assert torch.equal(out, kernels.forward(x.float(), -1, log, torch.float32))

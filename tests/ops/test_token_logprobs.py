@@ -1,4 +1,4 @@
-"""token_logprobs against float64: values and both gradients, every length of row, and logits that break a softmax."""
+"""token_logprobs against float64: values, both gradients, rows of every length, and extreme logits."""
 
 import math
 
@@ -17,7 +17,7 @@ META = torch.device("meta")
 
 
 def forward_backward(logits, token_ids, backend, **options):
-    """(log_probs, entropy, gradient of the logits) with gradients into both results that differ from token to token."""
+    """(log_probs, entropy, gradient of the logits) under gradients of both results that differ from token to token."""
     logits = logits.detach().requires_grad_()
     log_probs, entropy = token_logprobs(logits, token_ids, with_entropy=True, backend=backend, **options)
     (grad,) = torch.autograd.grad((log_probs, entropy), logits, upstream(token_ids))
@@ -25,7 +25,7 @@ def forward_backward(logits, token_ids, backend, **options):
 
 
 def by_equations(logits, token_ids, dtype, temperature=1.0):
-    """The same of logits [T, V], computed in `dtype`; the eager path keeps the dtype of the logits."""
+    """forward_backward by the equations, for logits [T, V] in `dtype`. The eager path keeps the dtype of the logits."""
     logits = logits.detach().to(torch.float64 if dtype == torch.float64 else logits.dtype).requires_grad_()
     return equations.token_log_probs_and_gradients([logits], logits.to(dtype), token_ids, temperature)
 
@@ -52,7 +52,7 @@ def test_temperature(temperature, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_logit_above_all_others(dtype, backend):
-    """A sure token: its probability rounds to 1, its log-probability must not be lost with it."""
+    """The probability of the top token rounds to 1, but its log-probability must stay accurate."""
     logits = torch.full((3, 1000), -20.0, dtype=dtype)
     logits[torch.arange(3), torch.tensor([0, 500, 999])] = 5.0
     check_against_equations(logits, torch.tensor([0, 500, 3]), backend)
@@ -63,7 +63,7 @@ def test_one_logit_above_all_others(dtype, backend):
     [(torch.float32, -1e4), (torch.float32, 1e4), (torch.bfloat16, -1e4), (torch.float16, -6e4), (torch.float16, 6e4)],
 )
 def test_all_logits_far_from_zero(dtype, offset, backend):
-    """A maximum that starts at 0 would underflow every exponential, or overflow them."""
+    """A maximum that starts at 0 would make every exponential underflow, or overflow."""
     logits, token_ids = random_rows((4,), 1025)
     check_against_equations((logits + offset).to(dtype), token_ids, backend)
 
@@ -71,7 +71,7 @@ def test_all_logits_far_from_zero(dtype, offset, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("finite", [slice(2048, 3000), slice(0, 3000), slice(4090, 4097), slice(0, 1)], ids=str)
 def test_logits_of_minus_infinity(finite, dtype, backend):
-    """A padded vocabulary, or whole first blocks of it: as if those logits were not there, the entropy included."""
+    """Logits of -inf have no effect, entropy included: a padded vocabulary, or whole first blocks of -inf."""
     logits, token_ids = random_rows((3,), 4097, dtype)
     token_ids = token_ids % (finite.stop - finite.start) + finite.start
     padded = torch.full_like(logits, -math.inf)
@@ -121,7 +121,7 @@ def test_id_out_of_range(bad, check, ids_dtype, backend):
 
 
 def test_id_out_of_range_of_int32(backend):
-    """2**32 + 3 is 3 once it is cut to 32 bits."""
+    """2**32 + 3 becomes 3 if it is truncated to 32 bits."""
     logits, token_ids = random_rows((3,), 17)
     token_ids[1] = 2**32 + 3
     with pytest.raises(ValueError, match=r"^token_ids has the id 4294967299 at row 1: "):
@@ -150,7 +150,7 @@ def test_more_than_65535_tokens(backend):
 
 
 def test_addresses_beyond_2_to_the_31(tmp_path, backend):
-    """Rows 2^30 elements apart, in a file of 6 GiB that is nearly all holes."""
+    """Rows lie 2^30 elements apart in a sparse file of 6 GiB."""
     stride, vocab_size = 2**30, 1025
     rows, token_ids = random_rows((2, 2), vocab_size, torch.bfloat16)
     file = torch.from_file(str(tmp_path / "logits"), shared=True, size=3 * stride + vocab_size, dtype=torch.bfloat16)
@@ -211,7 +211,7 @@ def test_entropy_is_asked_for_or_not(backend):
 
 
 def test_each_gradient_alone(backend):
-    """The gradient of one result adds up with that of the other."""
+    """The gradients of the two results add up to the gradient of both."""
     logits, token_ids = random_rows((6,), 33)
     *_, both = forward_backward(logits, token_ids, backend)
     total = torch.zeros_like(both)
@@ -235,7 +235,7 @@ def test_gradient_may_be_taken_twice(backend):
 
 
 def test_changed_logits_have_no_gradient(cpu):
-    """The kernels read the logits again in the backward."""
+    """The kernels read the logits again in the backward, so changed logits must raise."""
     leaf, token_ids = random_rows((6,), 33)
     logits = leaf.requires_grad_() * 1
     log_probs = token_logprobs(logits, token_ids, backend=cpu)
@@ -295,7 +295,7 @@ IDS = torch.zeros(2, 3, dtype=torch.int64)
     ],
 )
 def test_bad_input(bad, error, named, was, must_be, backend):
-    """Each message names the argument, what it was and what it must be."""
+    """Each error names the argument, its value and the permitted values."""
     token_logprobs(LOGITS, IDS, backend=backend)
     with pytest.raises(error, match=rf"^{named}\b.*{was}.*must .*{must_be}"):
         token_logprobs(**{"logits": LOGITS, "token_ids": IDS, "backend": backend, **bad})

@@ -1,4 +1,4 @@
-"""token_logprobs by its Triton kernels, in Triton's interpreter: maths and masks, not hardware."""
+"""The Triton kernels of token_logprobs in Triton's interpreter: values and masks; hardware is not tested."""
 
 import itertools
 import math
@@ -49,7 +49,7 @@ def test_temperature(temperature):
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64], ids=str)
 def test_rows_by_their_strides(ids_dtype):
-    """[B, L, V] as a part of something larger, in either order of its outer dimensions."""
+    """[B, L, V] as a slice of a larger tensor, in either order of its outer dimensions."""
     buffer = random_logits(3, 4, 96)
     for logits in (buffer[:, 1:, :90], buffer.transpose(0, 1)[1:, :, 3:80], buffer[:, ::2]):
         check_token_logprobs(logits, random_ids(logits, dtype=ids_dtype))
@@ -84,7 +84,7 @@ def test_zero_tokens(shape):
     ids=["a padded vocabulary", "its end", "one logit", "a tile between empty ones", "the last ones"],
 )
 def test_logits_of_minus_infinity(finite, dtype):
-    """As if they were not there: no probability, no gradient, and the entropy of the others."""
+    """Logits of -inf have no probability, no gradient, and no effect on the entropy."""
     vocab_size = 2003 if finite.stop <= 2003 else 20_003
     logits = random_logits(3, vocab_size, dtype=dtype)
     token_ids = torch.full((3,), finite.stop - 1)
@@ -188,7 +188,7 @@ def test_gradient_over_the_logits_themselves():
 
 
 def test_the_bits_of_a_row_do_not_depend_on_its_batch():
-    """In the interpreter: that a program looks at nothing but its own row."""
+    """A program of the kernel reads its own row only."""
     logits = random_logits(7, 999, dtype=torch.bfloat16)
     token_ids = random_ids(logits)
     together = gradient(logits, token_ids)
@@ -208,7 +208,7 @@ def test_more_tokens_than_a_grid_axis_but_the_first_can_count():
 
 
 def test_rows_more_than_2_to_the_31_elements_apart():
-    """The memory between them is never touched, so that the system never has to find it."""
+    """The memory between the rows is never touched, so the system need not provide it."""
     stride = 2**31 + 48
     logits = torch.empty(stride + 40, dtype=torch.bfloat16).as_strided((2, 40), (stride, 1))
     logits.copy_(random_logits(2, 40, dtype=torch.bfloat16))

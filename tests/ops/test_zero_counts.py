@@ -43,7 +43,7 @@ def calls(batch, config, layout="packed", **counts):
         return policy_loss(log_probs, entropy=entropy, **arguments)
 
     per_token = torch.full(ids.shape, -1.0)
-    # whatever stands outside the mask
+    # the values outside of the mask are NaN
     yield of(from_log_probs, per_token.masked_fill(masked, math.nan), (-per_token).masked_fill(masked, math.nan))
     for backend in ("cpu", "reference"):
         yield of(lambda x, backend=backend: fused_policy_loss(x, ids, backend=backend, **arguments), logits)
@@ -69,7 +69,7 @@ def test_no_token_in_the_loss_and_a_count_of_zero(preset, mode, cpu):
 @pytest.mark.parametrize("count", [0.0, -1.0, math.nan, math.inf])
 @MODES
 def test_a_count_of_tokens_that_are_there(mode, count, cpu):
-    """No number to divide by: named on the CPU; NaN where nothing looks."""
+    """The CPU names the invalid count; without checks, the weights of the tokens are NaN."""
     batch = random_batch(LENGTHS, vocab_size=20)
     name, config = COUNT_OF_MODE[mode], config_of(mode)
     for call in calls(batch, config, **{name: torch.tensor(count)}):

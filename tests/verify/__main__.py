@@ -88,6 +88,6 @@ def _interpret(name: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    # the modules here are verify.…, and an op's cases are ops.…: both are found in the folder tests
+    # the modules here are in the package verify, the cases of an op in ops; both are in the folder tests
     sys.path[0] = str(FOLDER.parent)
     sys.exit(main())

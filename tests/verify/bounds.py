@@ -10,7 +10,7 @@ from verify.interpreter import Launch, recorded
 
 
 def outside(launch: Launch) -> list[str]:
-    """One line for each kind of access of which some addresses are no element of a tensor argument."""
+    """One line for each kind of access with addresses that are no element of a tensor argument."""
     faults = []
     for kind in ("load", "store", "atomic"):
         addresses, programs, _ = launch.addresses(kind)

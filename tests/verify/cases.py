@@ -1,4 +1,4 @@
-"""All cases: each op keeps its own in tests/ops/<op>_verify.py, and they are found there by the name of the file."""
+"""All cases. Each op has its own in tests/ops/<op>_verify.py, which is found by its name."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Launch:
     accesses: list[Access] = field(default_factory=list)
 
     def addresses(self, *kinds: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(address, program, size) of every lane of those kinds of access."""
+        """(address, program, size) of every lane of the accesses of these kinds."""
         chosen = [access for access in self.accesses if access.kind in kinds]
         lanes = [len(access.addresses) for access in chosen]
         return (
@@ -55,7 +55,7 @@ def recording(order: Sequence[int] | None = None) -> Iterator[list[Launch]]:
     if not triton.knobs.runtime.interpret:
         raise RuntimeError("Triton does not interpret: set TRITON_INTERPRET=1 before it is imported")
     launches: list[Launch] = []
-    # kernels bound the values that overflow to -inf
+    # kernels may overflow to -inf, and then bound the value
     with np.errstate(over="ignore"), ExitStack() as stack:
 
         def wrap(owner, name, make):

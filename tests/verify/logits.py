@@ -15,12 +15,12 @@ from minirl_kernels.ops.token_logprobs.rows import Epilogue, LogitRows
 from verify.case import Case
 from verify.rows import GPT2_VOCAB, QWEN3_VOCAB, RowKernel, launch_configurations
 
-EXPONENTS = range(9, 16)  # of the powers of two up to the largest row of one tile
+EXPONENTS = range(9, 16)  # exponents of the powers of two up to the largest row of one tile
 
 
 @dataclass(frozen=True)
 class LogitOperands:
-    """[T, V] logits, and [T] for each of the others but the bias."""
+    """[T, V] logits, and a tensor [T] for each other operand except the bias."""
 
     logits: Tensor
     token_ids: Tensor

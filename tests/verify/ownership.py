@@ -29,7 +29,7 @@ def conflicts(launch: Launch) -> list[str]:
 
 
 def unwritten(launches: list[Launch], outputs: tuple[Tensor, ...]) -> list[str]:
-    """Outputs of which no launch has written some elements."""
+    """Outputs with elements that no launch has written."""
     stored = np.concatenate([launch.addresses("store", "atomic")[0] for launch in launches])
     faults = []
     for number, output in enumerate(outputs):

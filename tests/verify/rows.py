@@ -20,12 +20,12 @@ def once(config: Config, size: int) -> float:
 
 
 def twice_less_a_tile(config: Config, size: int) -> float:
-    """A second sweep over a row, which keeps the last tile of the first."""
+    """Twice, without the last tile of the first sweep, which the second sweep keeps."""
     return 2 - min(config.tile / size, 1)
 
 
 def few_numbers(config: Config) -> int:
-    """Bytes of the id, the temperature, the gradient and other numbers of a single row."""
+    """Bytes of the id, the temperature, the gradient and the other numbers of a single row."""
     return 64
 
 

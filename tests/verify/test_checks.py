@@ -54,7 +54,7 @@ def test_an_integer_that_overflows_is_found():
 
 
 def test_the_command_tells_of_each_case(monkeypatch, capsys):
-    """Its status is 1 if one fails."""
+    """The command's status is 1 if a case fails."""
     for found, status in ([faulty_case("sound")], 0), ([faulty_case("sound"), faulty_case("reads beyond the row")], 1):
         monkeypatch.setattr(cases, "interpreter_cases", lambda found=found: iter(found))
         monkeypatch.setattr("sys.argv", ["verify", "bounds"])
@@ -65,7 +65,7 @@ def test_the_command_tells_of_each_case(monkeypatch, capsys):
 
 
 def test_every_kernel_is_listed():
-    """A kernel that no case launches is a kernel that no check sees."""
+    """No check sees a kernel that no case launches."""
     from pathlib import Path
 
     package = Path(minirl_kernels.__file__).parent

@@ -1,4 +1,4 @@
-"""The committed compile matrix is true, and its checks find the faults of a kernel.
+"""The committed compile matrix is correct, and its checks find the faults of a kernel.
 
 Triton compiles in other processes, because it interprets in this one.
 """
@@ -53,7 +53,7 @@ def compiling(program, *arguments, **options):
 
 
 def test_the_table_is_fresh():
-    """After a change of a kernel or its launch: python tests/verify compile"""
+    """If a kernel or its launch changed, run: python tests/verify compile"""
     assert f"Sources: `{compile_matrix.fingerprint()}`" in TABLE.read_text()
 
 
@@ -64,7 +64,7 @@ def test_the_table_lists_every_configuration():
 
 
 def test_the_table_is_what_the_compiler_says():
-    """For one row of every kernel, on all parts; the command compiles everything."""
+    """One row of every kernel, on all parts, is compiled again; the command compiles everything."""
     result = compiling(["-c", COMPILED], check=True)
     committed = TABLE.read_text()
     for line, faults in json.loads(result.stdout):
