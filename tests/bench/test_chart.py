@@ -22,7 +22,7 @@ def test_the_chart_is_the_same_in_every_run(results, svg):
 
 
 def test_the_chart_shows_every_figure(results, svg):
-    """matplotlib draws text as outlines, and writes the text in a comment beside them."""
+    """matplotlib draws text as outlines, and writes each text in a comment."""
     labels = [
         label for work_panels in chart.panels(results) for bars in work_panels for label in (*bars.names, *bars.labels)
     ]

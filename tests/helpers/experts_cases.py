@@ -182,7 +182,7 @@ def check_nan_in_an_expert_reaches_its_own_tokens_alone(backend, device="cpu"):
     assert rest.any()
     assert not rest.all()
     assert_same_bits([values[rest] for values in results[:3]], [values[rest] for values in expected[:3]])
-    others = [0, 1, 3, 4]  # expert 2 makes only the results of their tokens NaN
+    others = [0, 1, 3, 4]  # expert 2 made NaN of their tokens' results, not of the tokens' gradients
     assert_same_bits([grad[others] for grad in results[3:]], [grad[others] for grad in expected[3:]])
 
 

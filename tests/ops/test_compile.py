@@ -45,7 +45,7 @@ def op_arguments():
 
 
 def loss_arguments():
-    """Arguments for the ops of losses and checks; the other ops have theirs in <op>_opcheck.py."""
+    """Arguments for the ops of losses and checks; <op>_opcheck.py has the arguments of the other ops."""
     rows = (2, 3)
     logits, ids = torch.randn(*rows, 7), torch.randint(7, rows)
     ones, none = torch.ones(rows), None

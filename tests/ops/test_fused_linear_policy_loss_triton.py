@@ -102,7 +102,7 @@ def test_few_tokens(tokens):
     assert bool(out.loss) == bool(tokens)
 
 
-def halves(dtype=torch.float32):
+def three_responses(dtype=torch.float32):
     """(head, batch) of three responses on policy, without a mask; the second has zero advantage."""
     head, batch = head_and_batch(12, 40, dtype, lengths=[6, 5, 8])
     return head, replace(
@@ -113,7 +113,7 @@ def halves(dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_cannot_have_a_gradient_are_left_out(dtype, matmuls):
-    head, batch = halves(dtype)
+    head, batch = three_responses(dtype)
     out, grads = call(head, batch, "triton", config=UNCLIPPED)
     assert matmuls == [(19, 12), (14, 40), (40, 14)]
     assert bool((out.entropy > 0).all())
@@ -123,7 +123,7 @@ def test_rows_that_cannot_have_a_gradient_are_left_out(dtype, matmuls):
 
 @pytest.mark.parametrize("config", [replace(UNCLIPPED, entropy_coef=0.1), replace(UNCLIPPED, kl_coef=0.1)], ids=str)
 def test_a_bonus_gives_every_row_a_gradient(config, matmuls):
-    head, batch = halves()
+    head, batch = three_responses()
     _, grads = call(head, batch, "triton", config=config)
     assert matmuls == [(19, 12), (19, 40), (40, 19)]
     assert grads[0].any(1).all()
@@ -132,7 +132,7 @@ def test_a_bonus_gives_every_row_a_gradient(config, matmuls):
 
 def test_in_several_tiles_rows_with_a_gradient_come_first(matmuls, tiles_of_five):
     """14 rows with a gradient fill three tiles of five; the last tile runs no matmul for gradients."""
-    head, batch = halves()
+    head, batch = three_responses()
     check_against_equations(head, batch, UNCLIPPED, "triton")
     one_call = matmuls[: len(matmuls) // 2]
     assert [m for m, k in one_call if k == 12] == [5, 5, 5, 4]
@@ -141,7 +141,7 @@ def test_in_several_tiles_rows_with_a_gradient_come_first(matmuls, tiles_of_five
 
 
 def test_clipped_tokens_add_exactly_nothing():
-    head, batch = halves()
+    head, batch = three_responses()
     batch = replace(batch, advantages=torch.tensor([1.0, 1.0, -0.5]))
     clipped = torch.arange(19) % 3 == 0
     far = torch.where(batch.token_advantages() > 0, -1.0, 1.0)
@@ -186,7 +186,7 @@ def test_frozen_parts_cost_no_matmul(frozen, config, matmuls):
 @pytest.mark.parametrize("bad", [-1, 40, -101, 2**40])
 @pytest.mark.parametrize("row", [2, 8], ids=["a gradient", "no advantage"])
 def test_an_id_out_of_range_is_nan(bad, row):
-    (hidden, weight, token_ids, _), batch = halves()
+    (hidden, weight, token_ids, _), batch = three_responses()
     expected, _ = call((hidden, weight, token_ids, None), batch, "triton", config=UNCLIPPED)
     token_ids[row] = bad
     out, grads = call((hidden, weight, token_ids, None), batch, "triton", config=UNCLIPPED)

@@ -46,7 +46,7 @@ def test_the_mean_includes_the_response_itself():
 @pytest.mark.parametrize("reward", [0.1, 1 / 3, -0.7, 1e-30, 3e38])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_give_exactly_zero(reward, size, norm_by_std, dtype):
-    """The floating-point mean of ten times 0.1 is not 0.1. The group stands beside another one."""
+    """The floating-point mean of ten times 0.1 is not 0.1. Another group is in the batch."""
     rewards = torch.tensor([reward, 1.0, 0.0] + [reward] * (size - 1), dtype=dtype)
     group_ids = torch.tensor([1, 2, 2] + [1] * (size - 1))
     advantages = group_advantages(rewards, group_ids, norm_by_std=norm_by_std)

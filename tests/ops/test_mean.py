@@ -23,7 +23,7 @@ META = torch.device("meta")
 
 @pytest.fixture(params=CALLS)
 def calls(request):
-    """(ours, torch's)"""
+    """(the library's function, torch's function)"""
     return CALLS[request.param]
 
 

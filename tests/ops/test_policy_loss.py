@@ -114,7 +114,7 @@ def test_gspo_has_the_gradient_of_its_sequence_ratio():
 @pytest.mark.parametrize("lengths", [[], [1], [0, 0], [0, 3, 0]], ids=str)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_few_tokens(preset, lengths):
-    """No response, a single token, no tokens, and empty responses beside a full one; empty responses count."""
+    """No response, a single token, no tokens, and empty responses with a full one; empty responses count."""
     batch = random_batch(lengths)
     for mode in MODES:
         check_against_equations(batch, with_mode(PolicyLossConfig.preset(preset), mode))

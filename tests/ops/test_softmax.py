@@ -151,7 +151,7 @@ def test_more_than_65535_rows(calls, backend):
     torch.testing.assert_close(calls[0](x, backend=backend), calls[1](x, -1))
 
 
-def sure(rows, size, dtype=torch.float32, seed=0):
+def confident_rows(rows, size, dtype=torch.float32, seed=0):
     """One likely token in each row. The logarithm of its probability is small, and shows the last bit of the sum."""
     gen = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, size, generator=gen)
@@ -190,7 +190,7 @@ def gradient_rows(rows, size, dtype=torch.float32, seed=0):
 
 
 def test_the_data_would_show_another_order():
-    x = sure(100, 4096).exp()
+    x = confident_rows(100, 4096).exp()
     y, grad = gradient_rows(100, 4096)
     for terms in (x / 2**11, (y * grad)[:, :2048]):
         sums = [sum_by_lanes(terms, lanes) for lanes in (8, 16, 32)]
@@ -202,7 +202,7 @@ def test_the_data_would_show_another_order():
 @pytest.mark.parametrize("size", [60, 5000])
 def test_a_row_in_any_batch_and_place(size, dtype, cpu):
     """torch's functions keep their bits too on the machines that were tested."""
-    x, of_gradient = sure(257, size, dtype), gradient_rows(257, size, dtype)
+    x, of_gradient = confident_rows(257, size, dtype), gradient_rows(257, size, dtype)
     few = range(1, 258) if size < 100 else (1, 2, 3, 16, 31, 257)
     check_batches(bits, x, sizes=few)
     check_batches(gradient_bits, *of_gradient, sizes=few)
@@ -212,14 +212,14 @@ def test_a_row_in_any_batch_and_place(size, dtype, cpu):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threads(dtype, cpu, threads):
-    check_threads(bits, sure(65, 4100, dtype), threads=threads)
+    check_threads(bits, confident_rows(65, 4100, dtype), threads=threads)
     check_threads(gradient_bits, *gradient_rows(65, 4100, dtype), threads=threads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_instruction_set(size, dtype, cpu, set_isa):
-    check_tables(bits, sure(7, size, dtype), set_isa=set_isa)
+    check_tables(bits, confident_rows(7, size, dtype), set_isa=set_isa)
     check_tables(gradient_bits, *gradient_rows(7, size, dtype), set_isa=set_isa)
 
 
@@ -230,7 +230,7 @@ def test_any_shape(data, cpu, threads, set_isa):
     rows, size = data.draw(st.integers(1, 60)), data.draw(st.one_of(st.integers(1, 200), st.integers(1, 10_000)))
     dtype, row = data.draw(st.sampled_from(DTYPES)), data.draw(st.integers(0, rows - 1))
     seed, padding = data.draw(st.integers(0, 2**31)), data.draw(st.integers(0, 20))
-    x, of_gradient = sure(rows, size, dtype, seed), gradient_rows(rows, size, dtype, seed)
+    x, of_gradient = confident_rows(rows, size, dtype, seed), gradient_rows(rows, size, dtype, seed)
     set_isa("baseline")
     threads(1)
     expected = (*bits(x[row]), *gradient_bits(*(values[row] for values in of_gradient)))
@@ -241,7 +241,7 @@ def test_any_shape(data, cpu, threads, set_isa):
 
 
 def test_rows_by_any_strides(calls, cpu):
-    x = sure(24, 33).view(2, 3, 4, 33)
+    x = confident_rows(24, 33).view(2, 3, 4, 33)
     for view in (x[:, 1:], x.transpose(0, 2), x[..., 3:20], x[..., ::2], x.mT, x[:1].expand(5, -1, -1, -1), x[0, :, 1]):
         copy = view.clone(memory_format=torch.contiguous_format)
         upstream = torch.ones(1).expand(view.shape)

@@ -1,4 +1,4 @@
-"""Operands of the kernels over rows of logits, and the variants of those kernels on tiles of a linear head."""
+"""Operands of the kernels over rows of logits, and the variants of these kernels on tiles of a linear head."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ UNIT = 2  # bytes of the narrowest element
 
 
 def races(launch: Launch) -> list[str]:
-    """Programs that load what they have stored, or store over what they have loaded at another width.
+    """Programs that load an element which they have stored, or overwrite one that they have loaded at another width.
 
     A barrier ends the second kind: the loads before it are done.
     """

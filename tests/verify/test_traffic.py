@@ -78,7 +78,7 @@ def test_fused_loss_against_liger(rows):
     logits, token_ids = rows
 
     def theirs():
-        # theirs are shifted by one token
+        # the logits of Liger have one more position: each scores the next token
         leaf = torch.cat([logits, logits[:, :1]], dim=1).requires_grad_()
         mask = (token_ids >= 0).float()
         loss, *_ = grpo_loss.triton_grpo_loss(
