@@ -30,9 +30,9 @@ def cancelling(rows, columns, depth, dtype, *, seed=0, device="cpu"):
 
 
 def check_values_and_gradients(function, reference, operands):
-    """Against `reference` in float64, as exact as `reference` in the operands' dtype; also of the gradient's gradient.
+    """Values, gradients and their gradients are as exact as `reference` in the same dtype, against float64.
 
-    function and reference take the operands; the result's gradient is random, the same for all.
+    function and reference take the operands. The gradient of the result is random, the same for all.
     """
 
     def run(call, tensors):
