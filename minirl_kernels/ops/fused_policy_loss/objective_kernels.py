@@ -9,7 +9,7 @@ from ...objectives import CISPO, GRPO, MiniRL, Objective, Reinforce
 from ...objectives.clipped import ClippedRatio
 
 # by class, so that a derived class with a loss of its own does not run as its base. The names are in
-# csrc/bindings_losses.cpp and in the Triton kernel.
+# csrc/bindings/fused_policy_loss.cpp and in the Triton kernel.
 KERNELS: dict[type[Objective], str] = {MiniRL: "minirl", Reinforce: "reinforce", GRPO: "grpo", CISPO: "cispo"}
 
 
