@@ -14,6 +14,8 @@ from .numbers import round_to
 
 # one binary per dtype and alignment: ALIGN says all that a kernel needs to know of these
 SIZES = ["L", "V", "stride_b", "stride_l", "out_stride_b", "out_stride_l"]
+# triton 3.6 does not compile a plain string as the default of a parameter
+NO_EVICTION_HINT = tl.constexpr("")
 
 
 @triton.jit
@@ -35,7 +37,7 @@ def tile_offsets(LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def load_tile(p_row, i_tile, V, LANES: tl.constexpr, VEC: tl.constexpr, EVICT: tl.constexpr = ""):
+def load_tile(p_row, i_tile, V, LANES: tl.constexpr, VEC: tl.constexpr, EVICT: tl.constexpr = NO_EVICTION_HINT):
     """A tile as it is stored, -inf beyond V: packed values wait for their turn in half the registers."""
     start = i_tile * (LANES * VEC)
     o_v = tile_offsets(LANES, VEC)
@@ -51,7 +53,7 @@ def load_terms(p_row, i_tile, V, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def store_tile(p_row, b_x, i_tile, V, LANES: tl.constexpr, VEC: tl.constexpr, EVICT: tl.constexpr = ""):
+def store_tile(p_row, b_x, i_tile, V, LANES: tl.constexpr, VEC: tl.constexpr, EVICT: tl.constexpr = NO_EVICTION_HINT):
     start = i_tile * (LANES * VEC)
     o_v = tile_offsets(LANES, VEC)
     b_x = round_to(b_x, p_row.dtype.element_ty)
