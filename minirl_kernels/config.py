@@ -1,4 +1,4 @@
-"""Options of the policy loss: one frozen dataclass, its presets, and what it refuses."""
+"""Options of the policy loss: one frozen dataclass with its presets and its checks."""
 
 from __future__ import annotations
 
@@ -21,32 +21,35 @@ KLEstimator = Literal["k1", "k2", "k3"]
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyLossConfig:
-    """Which objective, with which bounds, summed how. `PolicyLossConfig()` is MiniRL (Eq. 7).
+    """The objective of the policy loss, its bounds and its aggregation. `PolicyLossConfig()` is MiniRL (Eq. 7).
 
     Symbols per token: r = pi_theta / pi_old, d = pi_old / mu_old, w = d * r = pi_theta / mu_old.
 
-    objective: "minirl", "reinforce" (Eq. 3/4), "sequence_is" (Eq. 1/2), "grpo", "cispo" (Appendix A), "gspo"; or an
-        instance of a class that derives from `objectives.Objective`, whose parameters are its own fields. clip,
-        clip_ratio_low and clip_ratio_high belong to the named objectives and then keep their defaults.
-    clip: apply the objective's bound on r; False gives the "no clipping" ablation.
-    clip_ratio_low, clip_ratio_high: the bounds are 1 - low and 1 + high (also for CISPO and GSPO; TRL's CISPO
-        bound of the same name is the ratio itself).
-    rollout_is: level of the train-inference correction d. "token": d_t. "sequence": the product of d over the
-        response. None: no correction (d = 1). MiniRL, REINFORCE and sequence IS use it inside w; GRPO, CISPO and
-        GSPO are multiplied by sg[min(d, rollout_is_threshold)]. A `Correction` says more: its value takes the place
-        of d, its bounds the place of rollout_is_threshold, which is then the bound of w alone.
-    rollout_is_threshold: upper bound C of that weight (of w itself in MiniRL and REINFORCE); None means none.
+    objective: "minirl", "reinforce" (Eq. 3/4), "sequence_is" (Eq. 1/2), "grpo", "cispo" (Appendix A) or "gspo"; or an
+        instance of a subclass of `objectives.Objective`. An instance has its parameters in its own fields. With an
+        instance, clip, clip_ratio_low and clip_ratio_high must keep their defaults.
+    clip: apply the objective's bounds on r. False is the "no clipping" ablation.
+    clip_ratio_low, clip_ratio_high: the bounds on r are 1 - clip_ratio_low and 1 + clip_ratio_high. CISPO and GSPO
+        follow the same rule. In TRL, epsilon_high is the upper bound itself for CISPO.
+    rollout_is: the level of the train-inference correction d.
+        "token": d_t of each token. "sequence": the product of d over the response. None: no correction (d = 1).
+        Objectives that weigh by w (MiniRL, REINFORCE, sequence IS, DPPO) use the correction inside w.
+        The other objectives are multiplied by sg[min(d, rollout_is_threshold)].
+        A `Correction` has a level, bounds and masks. Its weight replaces d and its bounds replace
+        rollout_is_threshold. Objectives that weigh by w can have rollout_is_threshold too, as the bound of w.
+    rollout_is_threshold: upper bound of the weight: of w for objectives that weigh by w, of d for the other
+        objectives. None means no bound.
     loss_agg_mode: how per-token losses become a scalar:
         "seq-mean-token-sum": sum over tokens, mean over responses (MiniRL);
         "seq-mean-token-mean": mean over a response's tokens, mean over responses;
         "seq-mean-token-sum-norm": sum over tokens / loss_scale_factor, mean over responses;
         "token-mean": mean over all tokens;
         "group-token-mean": mean over a group's tokens, mean over groups (CISPO; needs group_ids).
-    loss_scale_factor: the constant of "seq-mean-token-sum-norm", usually the maximum response length.
-    entropy_coef: subtracts entropy_coef * H from the loss, aggregated alike.
-    kl_coef, kl_estimator: adds kl_coef * KL(pi_theta || pi_ref), estimated per token by k1, k2 or k3.
+    loss_scale_factor: the divisor of "seq-mean-token-sum-norm", usually the maximum response length.
+    entropy_coef: the loss includes -entropy_coef * H, aggregated by loss_agg_mode.
+    kl_coef, kl_estimator: the loss includes kl_coef * KL(pi_theta || pi_ref), estimated per token by k1, k2 or k3.
 
-    Raises ValueError or TypeError, naming the field, for a combination that means nothing.
+    Raises ValueError or TypeError that names the field, for a wrong value or for fields that contradict each other.
     """
 
     objective: ObjectiveName | Objective = "minirl"
@@ -70,7 +73,7 @@ class PolicyLossConfig:
         if not isinstance(self.rollout_is, Correction):
             check_choice("rollout_is", self.rollout_is, (*get_args(RolloutIS), None))
         check_bool("clip", self.clip)
-        RatioBounds(clip_ratio_low=self.clip_ratio_low, clip_ratio_high=self.clip_ratio_high)  # checks them
+        RatioBounds(clip_ratio_low=self.clip_ratio_low, clip_ratio_high=self.clip_ratio_high)  # checks both values
         check_number("entropy_coef", self.entropy_coef, "finite", math.isfinite)
         check_number("kl_coef", self.kl_coef, "finite and at least 0", lambda v: 0 <= v < math.inf)
         if self.rollout_is_threshold is not None:
@@ -101,7 +104,7 @@ class PolicyLossConfig:
                 )
 
     def _make_objective(self) -> Objective:
-        """The instance given, or one of the named class with the fields of this config that are its own."""
+        """The given instance, or an instance of the named class with its fields taken from this config."""
         if isinstance(self.objective, Objective):
             for name in _OBJECTIVE_FIELDS:
                 value, default = getattr(self, name), getattr(PolicyLossConfig, name)
@@ -114,41 +117,43 @@ class PolicyLossConfig:
         own = _OWN_FIELDS[self.objective]
         if self.clip and "clip" not in own:
             raise ValueError(
-                f"clip is True with objective={self.objective!r}: it has no bound on the ratio, so clip must be "
-                "False (objective='minirl' is REINFORCE with one)"
+                f"clip is True with objective={self.objective!r}: this objective has no bound on the ratio, so clip "
+                "must be False (objective='minirl' is REINFORCE with such a bound)"
             )
         return NAMED[self.objective](**{name: getattr(self, name) for name in own})
 
     @property
     def policy_objective(self) -> Objective:
-        """The objective as an instance of its class, also where it was given by name."""
+        """The objective as an instance of its class, also if the config has its name."""
         return self._policy_objective
 
     @property
     def correction(self) -> Correction | None:
-        """rollout_is as a Correction; a level that was given by name has no bounds but rollout_is_threshold."""
+        """rollout_is as a Correction. For "token" and "sequence" it has no bounds: rollout_is_threshold applies."""
         return _CORRECTIONS.get(self.rollout_is, self.rollout_is)
 
     @property
     def is_sequence_level(self) -> bool:
-        """Whether a token's gradient depends on its response's other tokens (a fused call then takes two phases)."""
+        """Whether a token's gradient depends on the other tokens of its response. Fused calls then run two phases."""
         return self.policy_objective.is_sequence_level
 
     @property
     def weighs_by_w(self) -> bool:
-        """Whether the weight is w = pi_theta / mu_old itself; the other objectives correct by d beside their r."""
+        """Whether the weight is w = pi_theta / mu_old. The other objectives use r, and d as a separate factor."""
         return self.policy_objective.weighs_by_w
 
     @property
     def needs_rollout_log_probs(self) -> bool:
-        """Whether the loss (not only the metrics) uses mu_old."""
+        """Whether the loss itself, and not only the metrics, needs rollout_log_probs."""
         return self.rollout_is is not None
 
     @classmethod
     def preset(cls, name: ObjectiveName | Objective, **overrides) -> PolicyLossConfig:
         """The preset of an objective with some fields changed: `preset("grpo", clip_ratio_high=0.28)`.
 
-        name: of the objective; or an instance of a class that derives from Objective.
+        name: the name of an objective, or an instance of a subclass of `objectives.Objective`.
+        overrides: fields of PolicyLossConfig with their values.
+        Raises TypeError for an unknown field, and ValueError for an unknown name.
         """
         if not isinstance(name, Objective):
             check_choice("preset", name, get_args(ObjectiveName))
@@ -161,8 +166,11 @@ class PolicyLossConfig:
 
     @classmethod
     def minirl(cls, **overrides) -> PolicyLossConfig:
-        """MiniRL, Eq. 7, with truncation at 5. Its ablations: `loss_agg_mode="seq-mean-token-mean"` (length norm),
-        `rollout_is=None` (without train-inference IS), `clip=False` (without clipping)."""
+        """MiniRL, Eq. 7, with w truncated at 5.
+
+        The ablations of the paper are `loss_agg_mode="seq-mean-token-mean"` (length normalisation),
+        `rollout_is=None` (no train-inference correction) and `clip=False` (no clipping).
+        """
         return cls.preset("minirl", **overrides)
 
     @classmethod
@@ -172,27 +180,27 @@ class PolicyLossConfig:
 
     @classmethod
     def sequence_is(cls, **overrides) -> PolicyLossConfig:
-        """The sequence-level objective itself, Eq. 1/2: the product of the ratios over the response."""
+        """The sequence-level objective, Eq. 1/2: the weight is the product of w over the response."""
         return cls.preset("sequence_is", **overrides)
 
     @classmethod
     def grpo(cls, **overrides) -> PolicyLossConfig:
-        """GRPO, Appendix A; its advantages are `group_advantages(..., norm_by_std=True)`."""
+        """GRPO, Appendix A. Its advantages are `group_advantages(..., norm_by_std=True)`."""
         return cls.preset("grpo", **overrides)
 
     @classmethod
     def cispo(cls, **overrides) -> PolicyLossConfig:
-        """CISPO, Appendix A; its advantages are `group_advantages(..., norm_by_std=True)`. Needs `group_ids`."""
+        """CISPO, Appendix A. Its advantages are `group_advantages(..., norm_by_std=True)`. The loss needs group_ids."""
         return cls.preset("cispo", **overrides)
 
     @classmethod
     def gspo(cls, **overrides) -> PolicyLossConfig:
-        """GSPO (arXiv 2507.18071): one length-normalised ratio per response, clipped to 1 - 3e-4, 1 + 4e-4."""
+        """GSPO (arXiv 2507.18071): one length-normalised ratio per response, clipped to [1 - 3e-4, 1 + 4e-4]."""
         return cls.preset("gspo", **overrides)
 
 
 _FIELDS = tuple(field.name for field in fields(PolicyLossConfig))
 _CORRECTIONS = {level: Correction(level=level) for level in get_args(RolloutIS)}
 _OBJECTIVE_FIELDS = ("clip", "clip_ratio_low", "clip_ratio_high")
-# the fields that a named objective has, with its defaults; a table, since torch.compile does not trace `fields`
+# the fields of each named objective with their defaults; a table, because torch.compile does not trace `fields`
 _OWN_FIELDS = {name: {field.name: field.default for field in fields(cls)} for name, cls in NAMED.items()}

@@ -1,4 +1,4 @@
-"""The correction by d = pi_old / mu_old of the training engine against the inference engine, as one value."""
+"""The train-inference correction by d = pi_old / mu_old, as one value."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ Beyond = Literal["truncate", "mask_token", "mask_response"]
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
-    """How d weighs a token: `PolicyLossConfig(rollout_is=Correction(...))`. docs/corrections.md has the known ones.
+    """The weight of a token as a function of d, given as `PolicyLossConfig(rollout_is=Correction(...))`.
 
-    level: "token": d_t. "sequence": the product over the response. "sequence_mean": its geometric mean.
-    lower, upper: bounds of d at that level; None means none.
-    beyond: d outside of the bounds is moved to the bound ("truncate"), takes its token out of the policy term
-        ("mask_token"), or takes out the response in which it is ("mask_response"). A masked token still counts in the
-        aggregation, and keeps its KL and entropy terms.
-    weighs: False: the bounds mask, and a token that they keep has weight 1 (rejection).
-    normalise: divide the weights by their mean over the call's tokens (over its responses at the other levels) that
-        are not masked. A call must then see the whole mini-batch.
+    docs/corrections.md lists the corrections of TRL, verl and other frameworks in this form.
 
-    Raises ValueError or TypeError, naming the field, for a combination that means nothing.
+    level: "token": d_t of each token. "sequence": the product of d over the response. "sequence_mean": the geometric
+        mean of d over the response.
+    lower, upper: bounds of d at this level. None means no bound.
+    beyond: what happens if d is outside of the bounds. "truncate": d becomes the bound. "mask_token": the policy term
+        of the token is 0. "mask_response": the policy terms of all tokens of the response are 0. A masked token still
+        counts in the aggregation, and keeps its KL and entropy terms.
+    weighs: whether an unmasked token has the weight d. False: its weight is 1, and d only masks (rejection).
+    normalise: divide the weights by their mean over the unmasked tokens of the call, or over its unmasked responses
+        if level is not "token". A call must then see the whole mini-batch.
+
+    Raises ValueError or TypeError that names the field, for a wrong value or for fields that contradict each other.
     """
 
     level: Level = "token"
@@ -54,16 +57,17 @@ class Correction:
                 "response have its d"
             )
         if not self.weighs and not self.masks:
-            raise ValueError("weighs is False with beyond='truncate': it must be True, since nothing is left of d")
+            raise ValueError("weighs is False with beyond='truncate': it must be True, since d would have no effect")
         if not self.weighs and self.normalise:
             raise ValueError("normalise is True with weighs=False: it must be False, since all weights are 1")
 
     @property
     def masks(self) -> bool:
+        """Whether d outside of the bounds masks tokens."""
         return self.beyond != "truncate"
 
     def check_counts(self, **counts: object) -> None:
-        """Raise ValueError, naming the count, where one is given: the call then sees a part of a mini-batch alone."""
+        """Raise ValueError that names a given count: with a count, the call sees only a part of the mini-batch."""
         given = [name for name, count in counts.items() if count is not None]
         if given and self.normalise:
             raise ValueError(

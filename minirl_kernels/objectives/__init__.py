@@ -1,4 +1,4 @@
-"""The objectives, one class in one file each. `base.Objective` says what a new one needs."""
+"""The objectives, one class per file. The docstring of `Objective` says how to write a new one."""
 
 from .base import Level, Objective, TokenRatios, times
 from .cispo import CISPO

@@ -1,4 +1,4 @@
-"""An objective of the policy loss: the class that a new one derives from, and the ratios that it is given."""
+"""The base class of the objectives of the policy loss, and the ratios that an objective receives."""
 
 from __future__ import annotations
 
@@ -15,47 +15,54 @@ Weighting = Literal["d", "d in loss", "w in loss"]
 
 @dataclass(frozen=True)
 class TokenRatios:
-    """The log-ratios of each token, float64 tensors of one shape; 0 where a token is masked.
+    """The log-ratios of each token: float64 tensors of one shape, [B, L] or [T]; 0 where a token is masked.
 
-    r = pi_theta / pi_old, d = pi_old / mu_old, w = pi_theta / mu_old. Where a level is not "token", a log-ratio is the
-    response's at each of its tokens.
+    r = pi_theta / pi_old, d = pi_old / mu_old, w = pi_theta / mu_old. If a level is not "token", every token of a
+    response has the log-ratio of the response.
+
+    log_prob: log pi_theta in nats.
+    log_r, log_w, log_d: logarithms of r, w and d.
+    advantages: float32, of the same shape.
+    threshold: upper bound of the weight d or w.
     """
 
-    log_prob: Tensor  # log pi_theta
+    log_prob: Tensor
     log_r: Tensor
     log_w: Tensor
     log_d: Tensor
     advantages: Tensor
-    threshold: float = float("inf")  # upper bound of the weight, d or w
+    threshold: float = float("inf")
 
     @property
     def r(self) -> Tensor:
+        """The ratio r, without a bound."""
         return self.log_r.exp()
 
     @property
     def d(self) -> Tensor:
-        """The correction, at most `threshold`."""
+        """The correction d, at most `threshold`."""
         return self.log_d.exp().clamp(max=self.threshold)
 
     @property
     def w(self) -> Tensor:
-        """The whole weight, at most `threshold`."""
+        """The weight w, at most `threshold`."""
         return self.log_w.exp().clamp(max=self.threshold)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """One term of the policy loss. A new objective is a frozen dataclass that derives from this one.
+    """Base class of the objectives. A new objective is a frozen dataclass that derives from it.
 
-    It is given as `PolicyLossConfig(objective=MyObjective(...))`, and its parameters are its fields. It needs `loss`
-    alone; `bounds_met` serves the metrics. Every fused loss then runs it in two phases: log-probabilities, the
-    derivative by `loss`, the gradient. Both methods must be torch operations that torch.compile can trace.
+    Its fields are its parameters, and `PolicyLossConfig(objective=MyObjective(...))` uses it. A subclass must define
+    `loss`. It may define `bounds_met`, which the metrics use. Both methods must consist of torch operations that
+    torch.compile can trace. The fused losses run a new objective in two phases: first the log-probabilities and
+    `loss`, then the gradient of the logits.
 
-    level: the level of r. "token": each token's own. "sequence": the product over the response. "sequence_mean": its
-        geometric mean. A token's gradient depends on its whole response unless it is "token".
-    weighting: how the train-inference correction enters. "d": `loss` leaves it out, and its two results are
-        multiplied by d. "d in loss", "w in loss": `loss` has already used d, or w.
-    preset: fields of PolicyLossConfig that `PolicyLossConfig.preset` sets for it.
+    level: the level of r. "token": r of each token. "sequence": the product over the response. "sequence_mean": the
+        geometric mean over the response. At the last two levels a token's gradient depends on its whole response.
+    weighting: how the train-inference correction enters. "d": `loss` does not use d, and both results of `loss` are
+        multiplied by d. "d in loss": `loss` uses d. "w in loss": `loss` uses w.
+    preset: the fields of PolicyLossConfig that `PolicyLossConfig.preset` sets for this objective.
     """
 
     level: ClassVar[Level] = "token"
@@ -63,21 +70,21 @@ class Objective:
     preset: ClassVar[Mapping[str, object]] = {}
 
     def loss(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
-        """(loss, d loss / d log_prob) of every token, before aggregation: minus the objective.
+        """(loss, d loss / d log_prob) of every token before aggregation. The loss is minus the objective.
 
-        At "sequence" the loss is the response's, of which each token shows an equal share. At "sequence_mean" each
-        token has the whole, as in GSPO's token form. Where the advantage is 0 both must be 0, also beside an infinite
-        ratio (see `times`), and a NaN must stay NaN.
+        At level "sequence" the loss is the loss of the response, and the caller divides it by the number of tokens.
+        At level "sequence_mean" every token has the whole loss, as in GSPO's token form. If the advantage is 0, both
+        results must be 0, even if a ratio is infinite (use `times`). A NaN must stay NaN.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method loss: an objective must have one")
 
     def bounds_met(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
-        """Where the objective's upper and its lower bound change the gradient, two bools; by default nowhere."""
+        """(upper, lower): bool tensors, True where this bound on r changes the gradient. By default all are False."""
         nowhere = torch.zeros_like(token.log_r, dtype=torch.bool)
         return nowhere, nowhere
 
     def check_rollout_is(self, rollout_is: object) -> None:
-        """Raise ValueError for a `PolicyLossConfig.rollout_is` that makes no sense with this objective."""
+        """Raise ValueError if this objective does not support this value of `PolicyLossConfig.rollout_is`."""
 
     @property
     def is_sequence_level(self) -> bool:
@@ -86,17 +93,17 @@ class Objective:
 
     @property
     def weighs_by_w(self) -> bool:
-        """Whether the weight is w = pi_theta / mu_old itself, rather than d beside r."""
+        """Whether the weight is w = pi_theta / mu_old, rather than d as a separate factor."""
         return self.weighting == "w in loss"
 
 
 def times(weight: Tensor, factor: Tensor) -> Tensor:
-    """weight * factor, with 0 where one of them is 0 even if the other overflowed; NaN goes through."""
+    """weight * factor, and 0 where one of them is 0, even if the other is infinite. A NaN stays NaN."""
     nothing = ((factor == 0) & ~weight.isnan()) | ((weight == 0) & ~factor.isnan())
     return torch.where(nothing, 0.0, weight * factor)
 
 
 def masked_gradient(token: TokenRatios, stopped: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, d loss / d log_prob) of sg[M w] A log pi, with M = 0 where `stopped`."""
+    """(loss, d loss / d log_prob) of the objective sg[M w] A log pi, with M = 0 where `stopped`, else 1."""
     grad = times(-token.w, token.advantages.masked_fill(stopped, 0.0))
     return times(token.log_prob, grad), grad

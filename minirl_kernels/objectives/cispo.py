@@ -13,7 +13,7 @@ from .clipped import ClippedRatio
 
 @dataclass(frozen=True, kw_only=True)
 class CISPO(ClippedRatio):
-    """CISPO, Appendix A: sg[min(d, threshold) clip(r)] A log pi. The bounds act on either sign of the advantage."""
+    """CISPO, Appendix A: sg[min(d, threshold) clip(r)] A log pi. Both bounds act on both signs of the advantage."""
 
     weighting: ClassVar = "d in loss"
     preset: ClassVar = {"rollout_is": None, "rollout_is_threshold": None, "loss_agg_mode": "group-token-mean"}

@@ -1,4 +1,4 @@
-"""Bounds on r that several objectives share: 1 - clip_ratio_low and 1 + clip_ratio_high."""
+"""Bounds on r that several objectives use: 1 - clip_ratio_low and 1 + clip_ratio_high."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from .base import Objective, TokenRatios, times
 
 @dataclass(frozen=True, kw_only=True)
 class RatioBounds(Objective):
-    """An objective with a lower and an upper bound on r, each of which acts on one sign of the advantage."""
+    """An objective with bounds on r: the upper one acts where A > 0, the lower one where A < 0.
+
+    clip_ratio_low, clip_ratio_high: the bounds are 1 - clip_ratio_low and 1 + clip_ratio_high.
+    """
 
     clip_ratio_low: float = 0.2
     clip_ratio_high: float = 0.27
@@ -35,13 +38,13 @@ class RatioBounds(Objective):
         return above & (token.advantages > 0), below & (token.advantages < 0)
 
     def two_sided(self, r: Tensor, advantages: Tensor, most: float) -> Tensor:
-        """r within the bounds that act on its advantage, where a negative one has an upper bound too: `most`."""
+        """r clamped to [-inf, ratio_high] where the advantage is not negative, else to [ratio_low, most]."""
         return torch.where(advantages < 0, r.clamp(self.ratio_low, most), r.clamp(max=self.ratio_high))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClippedRatio(RatioBounds):
-    """RatioBounds that can be switched off: clip=False is the ablation."""
+    """RatioBounds with a switch: clip=False is the "no clipping" ablation."""
 
     clip: bool = True
 
@@ -54,9 +57,9 @@ class ClippedRatio(RatioBounds):
         return above & self.clip, below & self.clip
 
     def clipped_term(self, token: TokenRatios, bounded: Tensor) -> Tensor:
-        """-min(d, threshold) r A, with r at its bound where `bounded`."""
+        """-min(d, threshold) r A, with r clamped to its bounds where `bounded`."""
         correction = token.log_d.exp()
-        # d r as one exponential, so that a large ratio meets a small correction
+        # d r as one exponential, because exp(log_r) can overflow where d r does not
         inside = torch.where(correction > token.threshold, token.threshold * token.r, (token.log_d + token.log_r).exp())
         at_bound = times(token.d, token.r.clamp(self.ratio_low, self.ratio_high))
         return times(-torch.where(bounded, at_bound, inside), token.advantages)

@@ -1,4 +1,4 @@
-"""DPPO: a mask by the divergence of the two policies in place of a bound on their ratio."""
+"""DPPO: the divergence of the two policies masks tokens, in place of a bound on their ratio."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from .base import Objective, TokenRatios, masked_gradient, times
 
 @dataclass(frozen=True, kw_only=True)
 class DPPO(Objective):
-    """Divergence PPO (arXiv 2602.04879), binary: sg[M min(w, threshold)] A log pi.
+    """Divergence PPO (arXiv 2602.04879), binary form: sg[M min(w, threshold)] A log pi.
 
-    M = 0 where A (p - q) > 0 and p = pi_theta is too far from q = mu_old, of the sampled token.
+    p = pi_theta and q = mu_old of the sampled token. M = 0 where A (p - q) > 0 and the divergence is above its bound.
+
     divergence: "tv": |p - q|. "kl": q log(q / p) + (1 - q) log((1 - q) / (1 - p)).
-    divergence_low, divergence_high: its bound where the advantage is negative, and where it is positive.
+    divergence_low, divergence_high: the bound where the advantage is negative, and where it is positive.
     """
 
     weighting: ClassVar = "w in loss"

@@ -1,4 +1,4 @@
-"""Dual-clip PPO, as verl has it."""
+"""Dual-clip PPO, in the form of verl."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from .clipped import RatioBounds
 class DualClip(RatioBounds):
     """Dual-clip PPO (arXiv 1912.09729; `clip_ratio_c` in verl): max(min(r A, clip(r) A), c A) where A < 0.
 
-    clip_ratio_c: c, the largest r of a negative advantage. log_ratio_max: log r is clamped to plus and minus this.
+    Where A >= 0 it is min(r A, clip(r) A).
+
+    clip_ratio_low, clip_ratio_high: clip(r) is r in [1 - clip_ratio_low, 1 + clip_ratio_high].
+    clip_ratio_c: c, the upper bound of r where A < 0; above 1.
+    log_ratio_max: log r is clamped to [-log_ratio_max, log_ratio_max].
     """
 
     preset: ClassVar = {"rollout_is": None, "rollout_is_threshold": None, "loss_agg_mode": "token-mean"}

@@ -13,7 +13,7 @@ from .clipped import ClippedRatio
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO(ClippedRatio):
-    """GRPO, Appendix A: sg[min(d, threshold)] min(r A, clip(r) A)."""
+    """GRPO, Appendix A: sg[min(d, threshold)] min(r A, clip(r) A), with clip(r) in [1 - low, 1 + high]."""
 
     weighting: ClassVar = "d in loss"
     preset: ClassVar = {"rollout_is": None, "rollout_is_threshold": None, "loss_agg_mode": "seq-mean-token-mean"}

@@ -10,7 +10,7 @@ from .grpo import GRPO
 
 @dataclass(frozen=True, kw_only=True)
 class GSPO(GRPO):
-    """GSPO (arXiv 2507.18071), in its token form: GRPO whose r is the geometric mean over the response."""
+    """GSPO (arXiv 2507.18071) in its token form: GRPO with the geometric mean over the response as r."""
 
     level: ClassVar = "sequence_mean"
 

@@ -13,7 +13,8 @@ from .clipped import ClippedRatio
 
 @dataclass(frozen=True, kw_only=True)
 class MiniRL(ClippedRatio):
-    """MiniRL, Eq. 7: sg[M min(w, threshold)] A log pi, with M = 0 where a bound on r stops the token."""
+    """MiniRL, Eq. 7: sg[M min(w, threshold)] A log pi. M = 0 where r is above its upper bound and A > 0, and where r
+    is below its lower bound and A < 0."""
 
     weighting: ClassVar = "w in loss"
 

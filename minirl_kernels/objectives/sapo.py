@@ -1,4 +1,4 @@
-"""SAPO: a soft gate in the place of a bound."""
+"""SAPO: a soft gate on r in place of a bound."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .base import Objective, TokenRatios, times
 class SAPO(Objective):
     """Soft adaptive policy optimisation (arXiv 2511.20347): (4 / tau) sigmoid(tau (r - 1)) A.
 
-    tau_pos, tau_neg: tau where the advantage is positive, and where it is not. The gate falls faster for a larger one.
+    tau_pos, tau_neg: tau where A > 0, and where A <= 0. A larger tau makes the gradient fall faster away from r = 1.
     """
 
     preset: ClassVar = {"rollout_is": None, "rollout_is_threshold": None, "loss_agg_mode": "seq-mean-token-mean"}

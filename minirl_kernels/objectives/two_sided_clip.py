@@ -1,4 +1,4 @@
-"""GRPO with an upper bound on r where the advantage is negative too."""
+"""GRPO with a second upper bound on r, for negative advantages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .clipped import RatioBounds
 class TwoSidedClip(RatioBounds):
     """Two-sided clipping (INTELLECT-2, arXiv 2505.07291; `delta` in TRL and Liger): min(min(r, delta) A, clip(r) A).
 
-    delta: upper bound of r where the advantage is negative; above 1 + clip_ratio_high.
+    clip_ratio_low, clip_ratio_high: clip(r) is r in [1 - clip_ratio_low, 1 + clip_ratio_high].
+    delta: the upper bound of r where the advantage is negative; above 1 + clip_ratio_high.
     """
 
     preset: ClassVar = {"rollout_is": None, "rollout_is_threshold": None, "loss_agg_mode": "token-mean"}

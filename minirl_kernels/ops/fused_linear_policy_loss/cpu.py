@@ -1,4 +1,4 @@
-"""fused_linear_policy_loss on the CPU: fused_policy_loss on each tile, and its rows without a gradient left out."""
+"""fused_linear_policy_loss on the CPU: fused_policy_loss on each tile. Rows without a gradient take no matmul."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["head", "rows_with_gradient", "sweep_of_tile"]
 
 
 def sweep_of_tile(rows: LogitRows, loss: LossRows, out: Tensor, epilogue: Epilogue) -> tuple[Tensor, ...]:
-    return fused_policy_loss.forward_backward(rows, loss, out, epilogue.softcap)  # the bias is in the logits
+    return fused_policy_loss.forward_backward(rows, loss, out, epilogue.softcap)  # the logits include the bias
 
 
 def rows_with_gradient(
     rows: slice, grad_tile: Tensor, token_grad: Tensor, entropy_grad: Tensor
 ) -> tuple[slice | Tensor, Tensor]:
-    """The rows that have one, moved up to the front of the tile, so that no matmul sees the others."""
+    """(index of the rows with a gradient, their gradients), moved to the front of the tile for the matmuls."""
     counts = (token_grad != 0) | (entropy_grad != 0)
     if bool(counts.all()):
         return rows, grad_tile

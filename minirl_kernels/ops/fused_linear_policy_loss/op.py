@@ -1,8 +1,9 @@
 """fused_linear_policy_loss: hidden states in; loss, metrics and the gradients of hidden states and head out.
 
-Three matmuls and no [T, V]: for some hundreds of rows at a time the logits, then c_t of `fused_policy_loss` and the
-gradient of the logits in their place, then what that adds to the two gradients. Where a token's c_t depends on other
-tokens, and where the vocabulary is sharded, `linear_token_logprobs` runs forward and backward: a fourth matmul.
+It needs three matmuls and no [T, V] tensor. For some hundreds of rows at a time it makes their logits, and then
+overwrites them with their gradient by the kernel of `fused_policy_loss`. Two matmuls add this tile to the gradients of
+hidden and weight. If the loss cannot take one sweep, or the vocabulary is sharded, `linear_token_logprobs` runs
+forward and backward: a fourth matmul.
 """
 
 from __future__ import annotations
@@ -57,23 +58,29 @@ def fused_linear_policy_loss(
     check: bool = False,
     backend: str = "auto",
 ) -> PolicyLossOutput:
-    """`fused_policy_loss` of the logits that a linear head would give, [T, V] of which never exist at once.
+    """`policy_loss` from hidden states and a linear head, without a [T, V] tensor of logits.
+
+    weight, bias, temperature, logit_softcap, logit_scale and process_group have the same meaning as in
+    `linear_token_logprobs`. The other arguments have the same meaning as in `policy_loss`.
 
     hidden: [B, L, H] (padded, rows are responses) or [T, H] (packed with cu_seqlens); float32, bfloat16 or float16.
-        hidden[t] scores token_ids[t]: nothing is shifted.
-    weight, bias, logit_softcap, logit_scale, process_group: those of `linear_token_logprobs`; temperature too.
-    kept: that of `linear_token_logprobs`; rollout_log_probs and old_log_probs must then be over the same sets.
-    token_ids: [B, L] or [T], int32 or int64; -100 takes the token out of the loss, as loss_mask = 0 does. The rows
-        of such tokens are not computed. An id out of range raises ValueError on the CPU, gives NaN on the GPU, and
-        raises there too with check=True, which waits for it.
-    The others are those of `policy_loss`, inputs and check too; with check a GPU looks at temperature as well.
+        hidden[t] scores token_ids[t]: the call shifts nothing.
+    token_ids: [B, L] or [T], int32 or int64. An id of -100 takes its token out of the loss, like loss_mask = 0, and
+        its row is not computed. An id out of range raises ValueError on the CPU and gives NaN on a GPU. With
+        check=True it raises on a GPU too.
+    kept: the tokens that the sampler kept, the same as in `linear_token_logprobs`. rollout_log_probs and
+        old_log_probs must be over the same sets.
+    check: the same as in `policy_loss`. On a GPU it checks token_ids and temperature too.
+    backend: "auto", "cpu", "triton" or "reference". "auto" follows the device of hidden.
 
-    Returns PolicyLossOutput; entropy is exact over the vocabulary, or over kept. All gradients are made in the forward,
-    for those of hidden, weight and bias that require one; the first backward consumes them and a second one raises
-    RuntimeError. That of weight is summed over tokens in float32. Rows whose c_t is 0 are left out of the matmuls of
-    the gradients; on a GPU those of advantage 0, without KL or entropy term, and others that are 0 add exact zeros.
-    There the host waits once, for the number of rows.
-    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    Returns PolicyLossOutput. The entropy is exact over the vocabulary, or over the kept tokens. The forward computes
+        the gradients of hidden, weight and bias, if they require one. The first backward uses them up, and a second
+        backward raises RuntimeError. The gradient of weight is summed over tokens in float32.
+    Raises ValueError or TypeError that names the argument, and RuntimeError for a missing backend.
+
+    On the CPU, rows with a gradient of 0 are left out of the matmuls of the gradients. On a GPU, rows with advantage 0
+    are left out if the loss has no KL and no entropy term; the other rows add exact zeros. On a GPU the host waits
+    once, for the number of rows.
     """
     head = prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group, kept)
     backend = OP.resolve(backend, hidden.device)

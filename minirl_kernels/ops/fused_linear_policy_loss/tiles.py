@@ -1,7 +1,7 @@
 """fused_linear_policy_loss in tiles of rows, on any backend: logits, loss and d logits in one sweep, and two matmuls.
 
-`kernels` is a backend's module (cpu.py, triton.py), which gives `head`, that of linear_token_logprobs; sweep_of_tile,
-which is fused_policy_loss on the rows of a tile; and rows_with_gradient.
+`kernels` is the module of a backend (cpu.py or triton.py). It has `head`, the module of linear_token_logprobs for the
+same backend; sweep_of_tile, which is fused_policy_loss on the rows of a tile; and rows_with_gradient.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from ..linear_token_logprobs.tiles import Gradients, gradient_in_place, kept_at,
 
 
 def forward_backward(kernels: ModuleType, head: HeadRows, loss: LossRows, needs: Needs) -> tuple[Tensor, ...]:
-    """(log_probs, entropy, token_loss, token_grad, d hidden, d weight in float32, d bias in float32), rows flat.
+    """(log_probs, entropy, token_loss, token_grad, d hidden, d weight, d bias), with flat rows.
 
-    Rows of ignored ids are not computed; rows that cannot have a gradient are left out of its matmuls.
+    d weight and d bias are float32. Rows of ignored ids are not computed. Rows that cannot have a gradient are left
+    out of the matmuls of the gradients.
     """
     num_rows, vocab_size = head.hidden.shape[0], head.weight.shape[0]
     counts = head.token_ids != IGNORE_INDEX
     can_have_gradient = counts
     if loss.ref_log_probs is None and loss.entropy_coef == 0:
-        # the gradient of an id out of range is no number where the kernels do not raise
+        # an id out of range must give a NaN gradient where the kernels do not raise
         out_of_range = (head.token_ids < 0) | (head.token_ids >= vocab_size)
         can_have_gradient = counts & ((loss.advantages != 0) | out_of_range)
     outputs = [torch.zeros_like(head.temperature) for _ in range(4)]
@@ -50,9 +51,9 @@ def forward_backward(kernels: ModuleType, head: HeadRows, loss: LossRows, needs:
 
 
 def rows_in_order(counts: Tensor, can_have_gradient: Tensor) -> tuple[Tensor | slice, int]:
-    """(index of the rows that count, those that can have a gradient first; how many these are).
+    """(index of the rows that count, rows that can have a gradient first; number of rows that can have a gradient).
 
-    Both numbers of rows are what the host waits for, the one time in a call.
+    The host waits for the device here, for both numbers of rows, and nowhere else in a call.
     """
     num_with_gradient, num_rows = torch.stack([can_have_gradient.sum(), counts.sum()]).tolist()
     if num_with_gradient == len(counts):

@@ -13,5 +13,5 @@ __all__ = ["head", "rows_with_gradient", "sweep_of_tile"]
 def rows_with_gradient(
     rows: slice, grad_tile: Tensor, token_grad: Tensor, entropy_grad: Tensor
 ) -> tuple[slice, Tensor]:
-    """All of them: whose c_t came out as 0 (clipped) only the device knows, and they add exact zeros."""
+    """All rows: only the device knows whose c_t is 0, for example by clipping. These rows add exact zeros."""
     return rows, grad_tile

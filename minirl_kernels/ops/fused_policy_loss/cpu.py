@@ -1,4 +1,4 @@
-"""fused_policy_loss on the CPU: allocate, call the native kernel."""
+"""fused_policy_loss on the CPU: allocate the results and call the native kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .loss_rows import LossRows
 
 
 class _Results(NamedTuple):
-    """One float32 number for each token. The kernel reads the fields of this record and of the loss by name."""
+    """One float32 number per token. The kernel reads the fields of this record and of LossRows by name."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -25,11 +25,11 @@ class _Results(NamedTuple):
 def forward_backward(
     rows: LogitRows, loss: LossRows, out: Tensor, softcap: float = 0.0, only_overflow: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log_probs, entropy, token_loss, token_grad); the gradient of the logits goes into `out`.
+    """(log_probs, entropy, token_loss, token_grad); writes the gradient of the logits into `out`.
 
-    out: may be the logits themselves, or 16-bit memory that begins each row where that of the float32 logits does.
-    softcap: as in token_logprobs.
-    only_overflow: no gradient and no entropy; the others are 0 where no log-probability can make a loss overflow.
+    out: may be the logits, or 16-bit memory in which each row begins at the address of its float32 row of logits.
+    softcap: the same as in `backward` of token_logprobs/cpu.py.
+    only_overflow: compute no gradient and no entropy. token_loss and token_grad may be 0 where they cannot overflow.
     """
     log_probs = torch.empty(rows.token_ids.shape, dtype=torch.float32)
     results = _Results(log_probs, *(torch.empty_like(log_probs) for _ in range(3)))

@@ -1,4 +1,4 @@
-"""The loss as the kernels evaluate it in one sweep: what one row has of it, and the numbers that all rows share."""
+"""The arguments of the loss in a kernel: the numbers of each row, and the numbers that all rows share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .objective_kernels import objective_options
 
 
 class LossRows(NamedTuple):
-    """Tensors hold one float32 number per row; those that the loss does not use are None.
+    """The loss of rows of logits. Tensors hold one float32 number per row, and are None if the loss does not use them.
 
-    `objective` names a function of the kernels; r is bounded by ratio_low and ratio_high, and its weight by threshold.
+    `objective` is the name of a function of the kernels. ratio_low and ratio_high bound r; threshold bounds the weight.
     """
 
-    old_log_probs: Tensor | None  # None: the rows' own log-probabilities
-    behaviour_log_probs: Tensor | None  # log mu as the objective sees it; None: that of old_log_probs
+    old_log_probs: Tensor | None  # None: the log-probabilities of the rows themselves
+    behaviour_log_probs: Tensor | None  # log mu after the correction; None: old_log_probs
     ref_log_probs: Tensor | None  # None: no KL penalty
     advantages: Tensor
     weights: Tensor
@@ -33,7 +33,7 @@ class LossRows(NamedTuple):
 
     @classmethod
     def of(cls, inputs: PolicyLossInputs) -> LossRows:
-        """For inputs whose loss takes one sweep."""
+        """The record for `inputs`, whose loss must take one sweep."""
         config = inputs.config
         behaviour = None if config.rollout_is is None else behaviour_log_probs(inputs.old_log_probs, inputs)
         return cls(
@@ -50,7 +50,7 @@ class LossRows(NamedTuple):
         )
 
     def flat(self) -> LossRows:
-        """[T] for [B, L]."""
+        """The same record with tensors [T] in place of [B, L]."""
         return type(self)(*(value.flatten() if isinstance(value, Tensor) else value for value in self))
 
 

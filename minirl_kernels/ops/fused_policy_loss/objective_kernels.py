@@ -1,4 +1,4 @@
-"""The objectives that have a function of their own in the kernels; every other one takes two phases."""
+"""The objectives that have a function in the kernels. All other objectives take two phases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from ...objectives import CISPO, GRPO, MiniRL, Objective, Reinforce
 from ...objectives.clipped import ClippedRatio
 
-# by class, so that a derived class with a loss of its own does not run as its base. The names are in
+# by exact class, because a derived class may have another loss. The names are also in
 # csrc/bindings/fused_policy_loss.cpp and in the Triton kernel.
 KERNELS: dict[type[Objective], str] = {MiniRL: "minirl", Reinforce: "reinforce", GRPO: "grpo", CISPO: "cispo"}
 
@@ -18,7 +18,7 @@ def has_kernel(objective: Objective) -> bool:
 
 
 def objective_options(objective: Objective) -> dict[str, Any]:
-    """The name of the objective's function, and the bounds of r, as the kernels take them."""
+    """The kernel arguments of an objective: the name of its function, and the bounds of r."""
     name = KERNELS[type(objective)]
     if not isinstance(objective, ClippedRatio):
         return {"objective": name, "clip": False, "ratio_low": 0.0, "ratio_high": math.inf}

@@ -2,9 +2,9 @@
 
 The kernels need two numbers per token, c_t = d loss / d log pi(t) and e_t = d loss / d H_t:
     d loss / d logits = (c_t (onehot_y - p) - e_t p (log p + H)) / temperature
-`ops/policy_loss/reference.py` defines them; kernels evaluate the token-level objectives themselves, between reading
-a row and writing its gradient. Where a token's c_t depends on the other tokens of its response, the same pieces
-run in two phases: log-probabilities, then c_t in torch, then the gradient.
+`ops/policy_loss/reference.py` defines c_t and e_t. For the objectives of objective_kernels.py the kernels compute c_t
+between the reading of a row and the writing of its gradient. All other objectives take two phases: log-probabilities
+and c_t in torch, then the gradient. An objective whose c_t depends on the whole response cannot take one sweep.
 """
 
 from __future__ import annotations
@@ -67,28 +67,32 @@ def fused_policy_loss(
     check: bool = False,
     backend: str = "auto",
 ) -> PolicyLossOutput:
-    """`policy_loss` straight from logits: the loss and its gradient by the logits, made together.
+    """`policy_loss` from logits: computes the loss and the gradient of the logits together.
+
+    The other arguments have the same meaning as in `policy_loss`.
 
     logits: [B, L, V] (padded, rows are responses) or [T, V] (packed with cu_seqlens); float32, bfloat16 or float16;
-        any outer strides, last dimension contiguous. logits[t] scores token_ids[t]: nothing is shifted; hand in
-        whole logits with -100 rather than a slice, whose gradient costs a pass.
-    token_ids: [B, L] or [T], int32 or int64; -100 takes the token out of the loss, as loss_mask = 0 does. The rows
-        of such tokens are not read: their log-probability, entropy and gradient are 0. An id out of range raises
-        ValueError on the CPU, gives NaN on the GPU, and raises there too with check=True, which waits for it.
-    temperature: divides the logits; above 0, a number or one float per token.
-    kept: that of `token_logprobs`; rollout_log_probs and old_log_probs must then be over the same sets. It costs a
-        copy of the logits, which becomes their gradient, or one pass where they are overwritten. An overflow that
-        raises then leaves -inf in the logits outside of the sets.
-    overwrite_logits: put the gradient where the logits were. They are lost to every other reader (autograd notices);
-        no two rows may share memory. The reference keeps them.
-    The others are those of `policy_loss`, inputs and check too; with check a GPU looks at temperature as well.
-        No gradient is made where logits does not require one.
+        any outer strides, last dimension contiguous. logits[t] scores token_ids[t]: the call shifts nothing. To leave
+        out positions, give the whole logits and an id of -100: autograd needs an extra pass for a slice. A NaN in
+        the logits is no error: it becomes NaN in the results of its token.
+    token_ids: [B, L] or [T], int32 or int64. An id of -100 takes its token out of the loss, like loss_mask = 0. The
+        rows of these tokens are not read: their log-probability, entropy and gradient are 0. An id out of range
+        raises ValueError on the CPU and gives NaN on a GPU. With check=True it raises on a GPU too.
+    temperature: divides the logits. A number or one float per token, above 0.
+    kept: the tokens that the sampler kept, the same as in `token_logprobs`. rollout_log_probs and old_log_probs must
+        be over the same sets. It costs a copy of the logits, which becomes the gradient. With overwrite_logits it
+        costs one pass, and if an overflow raises, the logits outside of the sets are -inf.
+    overwrite_logits: write the gradient into the memory of the logits. No other code can then read the logits;
+        autograd raises if it needs them. No two rows may share memory. The backend "reference" keeps the logits.
+    check: the same as in `policy_loss`. On a GPU it checks token_ids and temperature too.
+    backend: "auto", "cpu", "triton" or "reference". "auto" follows the device of logits.
 
-    Returns PolicyLossOutput; entropy is exact over the vocabulary, or over kept. The gradient is made in the forward,
-    so the first backward consumes it and a second one raises RuntimeError. It has the dtype of the logits before the
-    backward's own factor is applied: in float16, scale with num_responses rather than with a loss scaler.
-    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing; the logits
-    are as they were then. A NaN among them is no error: it is NaN in the results of its token.
+    Returns PolicyLossOutput. The entropy is exact over the vocabulary, or over the kept tokens. If logits requires a
+        gradient, the forward computes it. The first backward uses it up, and a second backward raises RuntimeError.
+        The gradient has the dtype of the logits before the incoming gradient multiplies it. So in float16 scale the
+        loss with num_responses and not with a loss scaler.
+    Raises ValueError or TypeError that names the argument, and RuntimeError for a missing backend. The logits are
+        then unchanged, except with kept and overwrite_logits.
     """
     check_float_matrix("logits", logits)
     if overwrite_logits:
@@ -133,9 +137,9 @@ def fused_policy_loss(
     if not needs_gradient:
         log_probs, entropy, *_ = token_logprobs_forward(*rows, True, backend)
         return loss_of_log_probs(log_probs, entropy, inputs)
-    # the kernels of a GPU cannot say before they overwrite a row that another one will overflow
-    says_too_late = check and overwrite_logits and backend == "triton"
-    sweep = _one_sweep if takes_one_sweep(inputs) and not says_too_late else _two_phases
+    # in one sweep on a GPU, rows are already overwritten when the loss of another row overflows
+    would_raise_too_late = check and overwrite_logits and backend == "triton"
+    sweep = _one_sweep if takes_one_sweep(inputs) and not would_raise_too_late else _two_phases
     with torch.no_grad():
         output, grad_logits = sweep(rows, inputs, in_place, backend)
     loss = attach_gradient_once(output.loss, [(logits, grad_logits)], "fused_policy_loss")
@@ -143,9 +147,9 @@ def fused_policy_loss(
 
 
 def takes_one_sweep(inputs: PolicyLossInputs) -> bool:
-    """Whether a token's loss is known from its own row: else log-probabilities first, then the gradient."""
+    """Whether the kernels can compute a token's loss from its row alone. Otherwise the call takes two phases."""
     config = inputs.config
-    # another correction than d itself may look at the whole response, so d must be known before the sweep
+    # a correction other than d_t may depend on the whole response, so d must be known before the sweep
     d_is_known = config.rollout_is in ("token", None) or inputs.old_log_probs is not None
     return has_kernel(config.policy_objective) and d_is_known
 
@@ -183,7 +187,7 @@ def _forward_in_place(logits, offsets, *arguments):
     rows, loss, backend = unpack((logits, *arguments), LogitRows, LossRows)
     if backend == "cpu":
         _check_before_overwriting(rows, loss, offsets, backend)
-    torch.autograd.graph.increment_version(logits)  # whoever saved the logits for a backward learns of it
+    torch.autograd.graph.increment_version(logits)  # so that a backward that saved the logits raises
     return _kernels(backend).forward_backward(rows, loss, logits)
 
 

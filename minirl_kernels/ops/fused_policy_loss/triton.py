@@ -1,7 +1,7 @@
 """fused_policy_loss on the GPU: one program per token, from its logits to its loss and the gradient of its logits.
 
-A row that fits one tile is read once. A longer one is read twice, less the tile that the first reading ends with and
-the second begins with. They go in opposite directions, so that the second meets first what the caches saw last.
+A row that fits in one tile is read once. A longer row is read twice, in opposite directions. The second reading then
+starts with the tile that is still in registers, and goes on with the part that is most likely still in the caches.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from .loss_rows import LossRows
 
 @triton.jit
 def times(weight, factor):
-    """weight * factor, with 0 where one of them is 0 even if the other overflowed; NaN goes through."""
+    """weight * factor, and 0 where one of them is 0, even if the other is infinite. A NaN stays NaN."""
     nothing = ((factor == 0) & (weight == weight)) | ((weight == 0) & (factor == factor))
     return tl.where(nothing, 0.0, weight * factor)
 
 
 @triton.jit
 def times_exp(factor, x):
-    """times(exp(x), factor); of a large x in two halves, so that it overflows only where the product does."""
+    """times(exp(x), factor). A large x is split in halves, so that the result overflows only if the product does."""
     half = tl.exp(0.5 * x)
     product = tl.where(x > 80, factor * half * half, factor * tl.exp(x))
     return tl.where((factor == 0) & (x == x), 0.0, product)
@@ -53,7 +53,7 @@ def at_least(x, bound):
 
 @triton.jit
 def exp_minus_one_minus(x):
-    """exp(x) - 1 - x, by its series where the difference would cancel."""
+    """exp(x) - 1 - x, by its series for small x, where the difference would lose its digits."""
     series = 1 / 362880
     series = series * x + 1 / 40320
     series = series * x + 1 / 5040
@@ -78,9 +78,9 @@ def token_objective(
     OBJECTIVE: tl.constexpr,
     CLIP: tl.constexpr,
 ):
-    """(loss, d loss / d log_prob) of a token; `ops/policy_loss/reference.py` defines it.
+    """(loss, d loss / d log_prob) of a token; `ops/policy_loss/reference.py` is its reference.
 
-    Both are linear in the advantage, so an advantage times the token's weight gives its share of the loss.
+    Both are linear in the advantage, so advantage * (weight of the token) gives the token's share of the loss.
     """
     r = tl.exp(log_r)
     above, below = (r > ratio_high) & CLIP, (r < ratio_low) & CLIP
@@ -115,7 +115,7 @@ def kl_penalty(coef, log_prob, ref_log_prob, ESTIMATOR: tl.constexpr):
     else:
         tl.static_assert(ESTIMATOR == "k3")
         unscaled = exp_minus_one_minus(log_ratio)
-        large = times_exp(coef, log_ratio)  # all else is below its rounding error
+        large = times_exp(coef, log_ratio)  # the other terms are below its rounding error
         kl = tl.where(log_ratio > 80, large, coef * unscaled)
         grad = tl.where(log_ratio > 80, -large, coef * -(unscaled + log_ratio))
     return kl, grad
@@ -172,7 +172,7 @@ def fused_policy_loss_kernel(
 
     p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
     b_temperature = tl.load(temperature + i_t)
-    # where the gradient overwrites it, the barriers of the row's sums stand between this and the first store
+    # the gradient may overwrite the row: the barriers of the row's sums order this load before the first store
     b_logit = logit_of_id(p_row, b_id, bias, softcap)
     b_shift, b_log_sum, b_entropy, b_x = softmax_of_row(p_row, V, bias, softcap, b_temperature, LANES, VEC, ONE_TILE)
     b_log_prob = tl.div_rn(b_logit - b_shift, b_temperature) - b_log_sum
@@ -200,7 +200,7 @@ def fused_policy_loss_kernel(
         b_kl, b_kl_grad = kl_penalty(b_weight * kl_coef, b_log_prob, tl.load(ref_log_probs + i_t), KL_ESTIMATOR)
         b_loss += b_kl
         b_c += b_kl_grad
-    # what float32 does not hold is one NaN, not a row of two infinities
+    # an overflow gives NaN, because infinities of both signs would spread over the row
     b_fits = (tl.abs(b_loss) < float("inf")) & (tl.abs(b_c) < float("inf"))
     b_loss, b_c = tl.where(b_fits, b_loss, float("nan")), tl.where(b_fits, b_c, float("nan"))
     b_e = -entropy_coef * b_weight
@@ -221,10 +221,10 @@ def fused_policy_loss_kernel(
 def forward_backward(
     rows: LogitRows, loss: LossRows, out: Tensor, epilogue: Epilogue = NO_EPILOGUE
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log_probs, entropy, token_loss, token_grad); the gradient goes into `out`.
+    """(log_probs, entropy, token_loss, token_grad); writes the gradient into `out`.
 
-    out: may be the logits themselves, or 16-bit memory that begins each row where that of float32 logits does.
-    The loss is of the logits behind the epilogue, the gradient by what the epilogue is given.
+    out: may be the logits, or 16-bit memory in which each row begins at the address of its float32 row of logits.
+    The loss is computed from the output of the epilogue. The gradient is by the input of the epilogue, rows.logits.
     """
     results = tuple(torch.empty_like(rows.temperature) for _ in range(4))
     vocab_size = rows.logits.shape[-1]
@@ -266,14 +266,14 @@ def forward_backward(
 
 
 def launch_config(vocab_size: int, dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> LaunchConfig:
-    """At most 1,024 threads, so that each has 64 registers, and no more logits to a thread than these hold.
+    """At most 1,024 threads, so that a thread has 64 registers, and no more logits per thread than fit in these.
 
-    One tile: 16 to a thread; 32 if they are 16 bits wide, since packed they take half a register (not on AMD, where
-    that spills). Many tiles: 8, because the next tile waits in registers too. Half of each where rows are not whole
-    128-bit accesses: one logit at a time, each has an address and a predicate.
+    One tile: 16 logits per thread. 16-bit logits are packed and take half a register, so 32 fit, but not on AMD, where
+    they spill. Many tiles: 8, because the next tile is in registers too. Rows that do not allow 128-bit accesses take
+    half of each number: every logit then needs its own address and predicate.
 
-    One program of 1,024 threads to a processor keeps the rows in flight few, so that the second reading of a long row
-    can come from the second-level cache (132 rows of 304 KB are 40 MB).
+    With one program of 1,024 threads per processor, few rows are in flight at a time. The second reading of a long row
+    can then hit the second-level cache (132 rows of 304 KB are 40 MB).
     """
     narrowest = out_dtype or dtype
     whole = is_whole(vocab_size, narrowest)

@@ -1,1 +1,1 @@
-"""kept_logits: rows of logits whose softmax is over the tokens that the sampler kept."""
+"""kept_logits: sets the logits of all tokens that the sampler did not keep to -inf."""

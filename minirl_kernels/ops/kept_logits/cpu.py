@@ -1,4 +1,4 @@
-"""kept_logits on the CPU: call the native kernel."""
+"""kept_logits on the CPU: calls the native kernel."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from .op import KeptRows
 
 
 def keep_(logits: Tensor, kept: KeptRows) -> None:
-    """-inf where a token is not in its row's set; logits [B, L, V] or [T, V], any dtype."""
+    """Write -inf where a token is not in the set of its row. logits: [B, L, V] or [T, V], any dtype."""
     native().kept_logits(logits, kept.ids, kept.begin, kept.end)

@@ -1,9 +1,9 @@
-"""kept_logits: all but the kept logits of each row set to -inf, so that what follows normalises over the kept tokens.
+"""kept_logits: sets all but the kept logits of each row to -inf, so that a softmax is over the kept tokens.
 
     log p_j = x_j - logsumexp over the kept k of x_k,  and p_j = 0 where j was not kept
 
-That is log_softmax of logits masked to -inf: entropy and gradients follow, the latter exactly 0 outside the set. A row
-with an empty set stays as it is, and so its bits. DeepSeek-V3.2's "Keep Sampling Mask" (arXiv 2512.02556).
+This is log_softmax of logits masked with -inf. The gradient outside the set is exactly 0. A row with an empty set
+keeps all its bits. Source: "Keep Sampling Mask" of DeepSeek-V3.2 (arXiv 2512.02556).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ OP = Op(__package__)
 
 @dataclass(frozen=True)
 class KeptRows:
-    """The sets of rows of logits: ids[begin:end] of each row."""
+    """The kept sets of rows of logits: row t has ids[begin[t]:end[t]]."""
 
-    ids: Tensor  # int32 [N], ascending within a set; those of other shards of the vocabulary are out of range
-    begin: Tensor  # int32 [T], as end
-    end: Tensor
+    ids: Tensor  # int32 [N], ascending within a set; ids of other shards of the vocabulary are out of range
+    begin: Tensor  # int32 [T]
+    end: Tensor  # int32 [T]
 
     @classmethod
     def of(cls, ids: Tensor | None, offsets: Tensor | None) -> KeptRows | None:
-        # a copy, so that both begin at an address of the same alignment
+        # a copy, so that begin and end have the same alignment
         return None if ids is None else cls(ids, offsets[:-1], offsets[1:].clone())
 
     def __getitem__(self, rows: Tensor | slice) -> KeptRows:
@@ -40,10 +40,10 @@ class KeptRows:
 def check_kept(
     kept: SamplingMask | None, token_ids: Tensor, vocab_size: int | Tensor, check: bool, backend: str
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(token_ids, the sets' ids and offsets or None): shapes are checked, and on the CPU or with check the contents.
+    """(token_ids, ids of the sets or None, offsets of the sets or None), with checked shapes.
 
-    Where the host would wait for a GPU, a token outside of its own set, or whose set has an id out of range, gets an
-    id out of range, whose results are NaN.
+    The contents are checked too on the CPU, and on a GPU if `check`. Otherwise a token outside of its own set gets an
+    id out of range, so that its results are NaN. The same holds for a token whose set has an id out of range.
     """
     if kept is None:
         return token_ids, None, None
@@ -63,16 +63,16 @@ def check_kept(
 
 
 def _in_own_set(token_ids: Tensor, ids: Tensor, offsets: Tensor, vocab_size: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row: whether its token is in its set, or the set is empty; whether the set's ids are all in range."""
+    """Two bool tensors, per row: the token is in its set, or the set is empty; all ids of the set are in range."""
     counts = offsets.diff()
     rows = torch.arange(len(counts), device=ids.device).repeat_interleave(counts, output_size=len(ids))
 
-    def number(of_ids: Tensor) -> Tensor:
-        sums = torch.cat([counts.new_zeros(1), of_ids.cumsum(0, dtype=torch.int32)])
+    def count_per_set(flags: Tensor) -> Tensor:
+        sums = torch.cat([counts.new_zeros(1), flags.cumsum(0, dtype=torch.int32)])
         return sums[offsets[1:]] - sums[offsets[:-1]]
 
-    found = (number(ids == token_ids.flatten()[rows]) > 0) | (counts == 0)
-    within = number((ids < 0) | (ids >= vocab_size)) == 0
+    found = (count_per_set(ids == token_ids.flatten()[rows]) > 0) | (counts == 0)
+    within = count_per_set((ids < 0) | (ids >= vocab_size)) == 0
     return found.view(token_ids.shape), within.view(token_ids.shape)
 
 
@@ -109,7 +109,7 @@ def _set_of(row: int, ids: Tensor, offsets: Tensor) -> Tensor:
     return ids[int(offsets[row]) : int(offsets[row + 1])]
 
 
-# an op, so that torch.compile need not trace its branches; what it returns is used, so that it is not dropped either
+# an op, because torch.compile cannot trace branches on values; its result is used, so that it is not removed
 _checked_kept = register(
     "checked_kept(Tensor token_ids, Tensor ids, Tensor offsets, Tensor vocab_size) -> Tensor",
     _check_kept,
@@ -119,7 +119,7 @@ _checked_kept = register(
 
 
 def _keep_in_place(logits: Tensor, ids: Tensor, offsets: Tensor, backend: str) -> None:
-    torch.autograd.graph.increment_version(logits)  # whoever saved the logits for a backward learns of it
+    torch.autograd.graph.increment_version(logits)  # so that a backward that saved the logits raises
     OP.kernels(backend).keep_(logits, KeptRows.of(ids, offsets))
 
 

@@ -1,4 +1,4 @@
-"""kept_logits on the GPU: one program per row and tile. It writes what is dropped, and reads no logits."""
+"""kept_logits on the GPU: one program per row and tile. It writes the dropped logits, and reads no logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .op import KeptRows
 
 @triton.jit
 def first_at_least(ids, i_begin, i_end, bound):
-    """The first place of the ascending ids[i_begin:i_end] that holds at least `bound`, or i_end."""
+    """The first index in the ascending ids[i_begin:i_end] with an id of at least `bound`, or i_end."""
     while i_begin < i_end:
         i_middle = i_begin + (i_end - i_begin) // 2
         if tl.load(ids + i_middle) < bound:
@@ -64,7 +64,7 @@ def kept_logits_kernel(
 
 
 def keep_(logits: Tensor, kept: KeptRows, fill: float = -math.inf) -> None:
-    """`fill` where a token is not in its row's set; logits [B, L, V] or [T, V], any dtype."""
+    """Write `fill` where a token is not in the set of its row. logits: [B, L, V] or [T, V], any dtype."""
     vocab_size = logits.shape[-1]
     config = launch_config(vocab_size, logits.dtype)
     length, *strides = row_strides(logits)
@@ -85,7 +85,7 @@ def keep_(logits: Tensor, kept: KeptRows, fill: float = -math.inf) -> None:
 
 
 def launch_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
-    """Nothing is reduced, so a program is one tile, small enough that a row makes many. One logit at a time, where rows
-    are not whole accesses, takes more registers: half as many then."""
+    """The kernel has no sums, so a program is one small tile, and a row has many. Rows that do not allow 128-bit
+    accesses need more registers per logit, so a thread takes half as many."""
     per_thread = (32 if is_whole(vocab_size, dtype) else 16) // dtype.itemsize
     return make_config(vocab_size, dtype, threads=256, per_thread=per_thread)

@@ -11,13 +11,13 @@ from ..kept_logits.op import KeptRows
 from ..token_logprobs import cpu as token_logprobs
 from ..token_logprobs.rows import Epilogue, LogitRows, RowGradients
 
-# A tile of this many bytes is what the whole call costs in memory beside its results. Fewer rows than these read and
-# pack the weight, and add to its gradient, so often that it shows; large heads get a larger tile.
+# A call needs one tile of this many bytes beside its results. With fewer than MIN_ROWS rows, reading the weight and
+# adding to its gradient would dominate, so large heads get a larger tile.
 TILE_BYTES, MIN_ROWS = 32 * 2**20, 256
 
 
 def rows_per_tile(num_rows: int, weight: Tensor) -> int:
-    """Tiles of equal size; no result of a row depends on it."""
+    """The number of rows of a tile; all tiles but the last have it. The results of a row do not depend on it."""
     most = max(TILE_BYTES // (4 * weight.shape[0]), MIN_ROWS)
     tiles = max(-(-num_rows // most), 1)
     return -(-num_rows // tiles)
@@ -32,7 +32,7 @@ def logits_into(tile: Tensor, hidden: Tensor, weight: Tensor, epilogue: Epilogue
 
 
 def keep_(tile: Tensor, kept: KeptRows, epilogue: Epilogue) -> None:
-    kept_logits.keep_(tile, kept)  # the logits are behind their epilogue
+    kept_logits.keep_(tile, kept)  # the tile already includes the epilogue
 
 
 def forward_of_tile(rows: LogitRows, with_entropy: bool, epilogue: Epilogue) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""A linear head: its arguments checked as one value, and its rows as the ops take them."""
+"""A linear head: its checked arguments as one value, and its rows in the form that the ops take."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .sharded import Shard
 
 
 class HeadRows(NamedTuple):
-    """Flat rows of hidden states with the head that makes logits of them; token, temperature and kept set of each."""
+    """A head with flat rows of hidden states, and the token, temperature and kept set of each row."""
 
     hidden: Tensor  # [T, H]
     weight: Tensor  # [V, H]
@@ -44,18 +44,18 @@ class HeadRows(NamedTuple):
         return KeptRows.of(self.kept_ids, self.kept_offsets)
 
     def detached(self) -> HeadRows:
-        """As the kernels take them: without history, the bias in float32."""
+        """The same rows for the kernels: detached, with the bias in float32."""
         bias = None if self.bias is None else self.bias.detach().float()
         return self._replace(hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
 
     def at(self, index: Tensor | slice) -> HeadRows:
-        """Some of the rows; the kept sets stay those of all of them."""
+        """Some of the rows. The kept sets stay the sets of all rows."""
         values = {name: getattr(self, name)[index] for name in ("hidden", "token_ids", "temperature")}
         return self._replace(**values)
 
 
 class Needs(NamedTuple):
-    """Which gradients of a linear head are wanted."""
+    """The gradients of a linear head that the backward must compute."""
 
     needs_hidden: bool
     needs_weight: bool
@@ -63,7 +63,10 @@ class Needs(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The arguments of the linear losses that stand for logits, checked, cast, and without logit_scale."""
+    """The arguments that the linear losses have in place of logits: checked and cast.
+
+    logit_scale is folded into temperature and softcap.
+    """
 
     hidden: Tensor
     weight: Tensor
@@ -74,7 +77,7 @@ class Head(NamedTuple):
     kept: SamplingMask | None
 
     def rows(self, token_ids: Tensor) -> HeadRows:
-        """Each token with its row, flat."""
+        """Flat rows, one per token."""
         sets = (None, None) if self.kept is None else (self.kept.token_ids, self.kept.offsets)
         return HeadRows(
             self.hidden.flatten(0, -2),
@@ -94,7 +97,7 @@ class Head(NamedTuple):
         return linear_logits(self.hidden, self.weight, self.bias, self.softcap)
 
     def check_contents(self, token_ids: Tensor, check: bool, backend: str) -> Tensor:
-        """token_ids, looked at with the temperature where the caller asked, and always on the CPU."""
+        """token_ids after the checks of their values, the temperature and kept. A GPU checks only if `check`."""
         if self.shard and backend == "reference":
             raise ValueError(
                 "process_group is given with backend='reference': it must be None, or the backend 'cpu' or 'triton'"
@@ -118,7 +121,7 @@ def prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, lo
     if weight.shape[0] == 0 and process_group is None:
         raise ValueError(f"weight has shape {tuple(weight.shape)}: its vocabulary must not be empty")
     if weight.dtype != hidden.dtype:
-        raise TypeError(f"weight has dtype {weight.dtype}: it must be that of hidden, {hidden.dtype}")
+        raise TypeError(f"weight has dtype {weight.dtype}: it must be the dtype of hidden, {hidden.dtype}")
     check_device("weight", weight, hidden.device)
     if bias is not None:
         check_tensor("bias", bias)

@@ -1,10 +1,11 @@
-"""linear_token_logprobs: log-probability and entropy of each token from hidden states; the logits never exist.
+"""linear_token_logprobs: log-probability and entropy of each token from hidden states, without a [T, V] tensor.
 
-With u = hidden weight^T + bias, and x as token_logprobs has it:
+With u = hidden weight^T + bias, and x = logits / temperature of token_logprobs:
     x = softcap(logit_scale * u) / temperature,    softcap(z) = c tanh(z / c)
-The scale is folded into the two others: x = c' tanh(u / c') / temperature', each divided by logit_scale.
+The other two options absorb the scale: x = c' tanh(u / c') / temperature', where c' = c / logit_scale and
+temperature' = temperature / logit_scale.
 
-The backward makes the logits again, tile by tile, and needs four matmuls where keeping them would need three.
+The backward makes the logits again, tile by tile. This costs four matmuls in all; with kept logits it would be three.
 """
 
 from __future__ import annotations
@@ -90,22 +91,31 @@ def linear_token_logprobs(
     check: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`token_logprobs` of the logits that a linear head would give, [T, V] of which never exist at once.
+    """`token_logprobs` from hidden states and a linear head, without a [T, V] tensor of logits.
 
-    hidden: [B, L, H] or [T, H]; float32, bfloat16 or float16. hidden[t] scores token_ids[t]: nothing is shifted.
-    weight: [V, H], of the dtype of hidden (autocast casts both). bias: [V], floating point. Logits are float32, and
-        so is the sum over tokens of the gradient of weight, rounded once at the end.
-    token_ids: [B, L] or [T], int32 or int64; -100 gives 0 and no gradient, and its row is not computed. An id out of
-        range raises ValueError on the CPU, gives NaN on the GPU, and raises there too with check=True.
-    temperature: divides the logits; above 0, a number or one float per token. logit_scale: multiplies them, above 0.
-    logit_softcap: c of c * tanh(logits / c), above 0, after the scale and before the temperature; None means none.
-    process_group: weight (and bias) is this rank's shard of the vocabulary, [0, H] if it has none; shards are in the
-        order of the ranks and of any sizes. hidden, token_ids and the incoming gradient are the same on all. The
-        gradient of hidden is their sum.
-    kept: that of `token_logprobs`, with ids of the whole vocabulary where weight is a shard of it.
-    Returns log_probs, or (log_probs, entropy), of token_ids' shape, float32, nats, differentiable. On a GPU the host
-    waits once in the forward and once in the backward, for the number of rows that count.
-    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    The logits are hidden weight^T + bias in float32. On a GPU the host waits once in the forward and once in the
+    backward, for the number of rows that count.
+
+    hidden: [B, L, H] or [T, H]; float32, bfloat16 or float16. hidden[t] scores token_ids[t]: the call shifts nothing.
+    weight: [V, H], the dtype of hidden (autocast casts both). Its gradient is summed over tokens in float32, and
+        rounded once at the end.
+    token_ids: [B, L] or [T], int32 or int64. An id of -100 gives 0 and no gradient, and its row is not computed. An
+        id out of range raises ValueError on the CPU and gives NaN on a GPU. With check=True it raises on a GPU too.
+    bias: [V], floating point, or None.
+    temperature: divides the logits. A number or one float per token, above 0.
+    logit_softcap: c in c * tanh(logits / c), above 0. It applies after logit_scale and before temperature. None means
+        no softcap.
+    logit_scale: multiplies the logits; above 0.
+    process_group: the ranks that share the vocabulary. weight and bias are then the shard of this rank: shards are in
+        the order of the ranks and have any size, also [0, H]. hidden, token_ids and the incoming gradient must be
+        equal on all ranks. Every rank gets the gradient of hidden summed over the ranks.
+    kept: the tokens that the sampler kept, the same as in `token_logprobs`. The ids are ids of the whole vocabulary,
+        also with process_group.
+    with_entropy: return the entropy too.
+    check: on a GPU, raise for token_ids, temperature and kept too. The host then waits for the GPU.
+    backend: "auto", "cpu", "triton" or "reference". "auto" follows the device of hidden.
+    Returns log_probs, or (log_probs, entropy), of token_ids' shape; float32, in nats, differentiable.
+    Raises ValueError or TypeError that names the argument, and RuntimeError for a missing backend.
     """
     head = prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group, kept)
     backend = OP.resolve(backend, hidden.device)
@@ -166,7 +176,7 @@ def linear_stats(
 def linear_gradients(
     head: HeadRows, gradients: RowGradients, needs: Needs, shard: Shard | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d hidden, d weight, d bias); those not wanted are empty."""
+    """(d hidden, d weight, d bias). A gradient that is not in `needs` is empty."""
     if shard is not None and not shard.size:
         grad_hidden, *others = (grad.zero_() for grad in gradients_fake(head.hidden, head.weight, *needs))
         return shard.sum(grad_hidden) if needs.needs_hidden else grad_hidden, *others

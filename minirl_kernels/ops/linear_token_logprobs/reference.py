@@ -1,4 +1,4 @@
-"""Logits of a language model's head, in eager torch: what is correct. This is the one place that has all of them."""
+"""The reference for the logits of a linear head, in eager torch. It makes all logits at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def linear_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float) -> Tensor:
-    """u = hidden weight^T + bias in float32 (float64 if they are); softcap * tanh(u / softcap) unless softcap is 0.
+    """softcap * tanh(u / softcap), or u if softcap is 0, with u = hidden weight^T + bias in float32 or float64.
 
     hidden [..., H], weight [V, H], bias [V] -> [..., V], differentiable.
     """

@@ -1,9 +1,9 @@
-"""A vocabulary split over a process group: what each rank knows of a row, made into what all of them know.
+"""A vocabulary split over a process group: combines the results of the shards to results of the whole vocabulary.
 
-With a rank's shift m_i, log-sum l_i and entropy H_i, and m the largest of the shifts:
+Rank i has shift m_i, log-sum l_i and entropy H_i; m is the largest shift, q_i the rank's share of the probability:
     log_sum = log sum_i exp(l_i + (m_i - m) / temperature)
-    entropy = log_sum - sum_i q_i ((m_i - m) / temperature + l_i - H_i),   q_i the rank's share of the probability
-All of it is O(tokens); a rank's logits stay with it.
+    entropy = log_sum - sum_i q_i ((m_i - m) / temperature + l_i - H_i)
+The ranks exchange O(tokens) numbers and no logits.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from ...common.checks import IGNORE_INDEX
 
-ELSEWHERE = -1  # what the kernels take for an id that counts and is in another shard
+ELSEWHERE = -1  # the kernels' id for a token that counts and is in another shard
 
 
 class Shard:
-    """This rank's part of the vocabulary: parts of any sizes, in the order of the ranks. One collective to learn them.
+    """The shard of this rank. Shards have any size and are in the order of the ranks. One collective finds the sizes.
 
-    first, vocab_size: int64 tensors of one number, so that no host waits for the collective.
+    size: number of ids in this shard. first: id of the first one. vocab_size: number of ids in all shards. first and
+        vocab_size are int64 scalar tensors, so that the host does not wait for the collective.
     """
 
     def __init__(self, group: dist.ProcessGroup, size: int, device: torch.device):
@@ -32,7 +33,7 @@ class Shard:
         self.first, self.vocab_size = sizes[:rank].sum(), sizes.sum()
 
     def local_ids(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(whose token is in this shard, ids for the forward: any logit will do for the others)."""
+        """(bool: the token is in this shard; ids within the shard, 0 for a token of another shard)."""
         local = token_ids - self.first
         here = (local >= 0) & (local < self.size)
         return here, local.where(here, 0).masked_fill(token_ids == IGNORE_INDEX, IGNORE_INDEX)
@@ -42,7 +43,7 @@ class Shard:
         return local.where(here | (token_ids == IGNORE_INDEX), ELSEWHERE)
 
     def local_kept(self, kept_ids: Tensor | None) -> Tensor | None:
-        """Ids of kept tokens, counted from this shard on; those of other shards are out of its range."""
+        """Ids of kept tokens relative to the first id of this shard. Tokens of other shards are out of range."""
         return None if kept_ids is None else kept_ids - self.first
 
     def combine(
@@ -54,10 +55,10 @@ class Shard:
         token_ids: Tensor,
         temperature: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Each [T], of the shard -> of the vocabulary; entropy may be empty. Two collectives."""
+        """The same four tensors [T] over the whole vocabulary; entropy may be empty. It takes two collectives."""
         largest = shift.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
-        # a shard of -inf alone has no probability, and no shift to speak of: -inf or the lowest number, and that
+        # if all logits of a shard are -inf, its probability is 0, and its shift is -inf or the lowest number
         empty = (shift == -torch.inf) | (log_sum == -torch.inf)
         fall = torch.where(empty, -torch.inf, (shift.double() - largest.double()) / temperature)
         log_share = log_sum.double() + fall

@@ -1,10 +1,10 @@
 """A linear head in tiles of rows, on any backend: from hidden states to the gradients of both operands.
 
-A tile is some hundreds or thousands of rows by the vocabulary, in float32: matmul into it, one sweep over its rows that
-puts the gradient of the logits where they were (16-bit gradients fill the first half of each row), and two matmuls
-from that.
+A tile holds the float32 logits of some hundreds or thousands of rows. A matmul fills it. One sweep overwrites the
+logits with their gradient (16-bit gradients fill the first half of each row). Two matmuls add the tile to the gradients
+of the operands.
 
-`kernels` is a backend's module (cpu.py, triton.py), which gives rows_per_tile, logits_into, keep_, matmul_into, and
+`kernels` is the module of a backend (cpu.py or triton.py). It has rows_per_tile, logits_into, keep_, matmul_into, and
 forward_of_tile and backward_of_tile, which are token_logprobs on the rows of a tile.
 """
 
@@ -24,9 +24,9 @@ from .head import HeadRows, Needs
 
 
 def rows_that_count(counts: Tensor) -> Tensor | slice:
-    """The index of the rows that count; a slice where all do.
+    """The index of the rows that count, or a slice if all rows count.
 
-    How many rows count is what the host waits for, the one time in a call.
+    The host waits for the device here, for the number of rows, and nowhere else in a call.
     """
     index = counts.nonzero().squeeze(-1)
     return slice(None) if len(index) == len(counts) else index
@@ -39,13 +39,13 @@ def kept_at(head: HeadRows, index: Tensor | slice) -> KeptRows | None:
 
 
 def logit_tiles(kernels: ModuleType, head: HeadRows, kept: KeptRows | None = None) -> Iterator[tuple[slice, LogitRows]]:
-    """(rows, these rows with their tile of logits [rows, V] float32), one after the other in the same memory.
+    """(rows, the LogitRows of these rows) of each tile. All tiles use the same memory, [rows, V] float32.
 
-    The logits are -inf where a token was not kept.
+    The logit of a token that was not kept is -inf. Before a softcap it is NOT_KEPT, which the kernels read as -inf.
     """
     num_rows, vocab_size = head.hidden.shape[0], head.weight.shape[0]
     size = kernels.rows_per_tile(num_rows, head.weight)
-    # rows on cache lines of their own, and at addresses that allow accesses of any width
+    # no two rows share a cache line, and every row begins at an address that allows accesses of any width
     stride = -(-vocab_size // 16) * 16
     memory = torch.empty((size, stride), dtype=torch.float32, device=head.hidden.device)
     for start in range(0, num_rows, max(size, 1)):
@@ -58,14 +58,15 @@ def logit_tiles(kernels: ModuleType, head: HeadRows, kept: KeptRows | None = Non
 
 
 def gradient_in_place(tile: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory of `dtype` for the gradient of a tile of logits: each row begins where theirs does."""
+    """The memory of a tile of logits as rows of `dtype` for the gradient. Each row begins at the same address."""
     return tile if dtype == torch.float32 else tile.view(dtype)[:, : tile.shape[1]]
 
 
 class Gradients:
-    """d hidden, d weight and d bias, summed in float32 from tiles of d logits; those not needed cost nothing.
+    """d hidden, d weight and d bias, made from tiles of d logits. Gradients that are not needed cost nothing.
 
-    The sums over tokens are in the order of the tiles, and so the only results that depend on how rows are tiled.
+    d weight and d bias are summed over tokens in float32, in the order of the tiles. They are the only results that
+    depend on the size of the tiles.
     """
 
     def __init__(self, kernels: ModuleType, head: HeadRows, needs: Needs):
@@ -79,7 +80,7 @@ class Gradients:
         self._started = False
 
     def add(self, rows: slice | Tensor, grad_tile: Tensor) -> None:
-        """grad_tile [n, V], of the dtype of the operands: d logits of these n rows of hidden."""
+        """grad_tile: [n, V], the dtype of the operands: d logits of these n rows of hidden."""
         hidden, weight = self._operands
         if not grad_tile.shape[0]:
             return
@@ -93,7 +94,7 @@ class Gradients:
             self.bias += grad_tile.sum(0, dtype=torch.float32)
 
     def results(self, index: Tensor | slice, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(d hidden of all num_rows, of which `index` took part; d weight; d bias), empty where not needed."""
+        """(d hidden, d weight, d bias), empty if not needed. d hidden has num_rows rows, 0 outside `index`."""
         if self._needs.needs_weight and not self._started:
             self.weight.zero_()
         hidden = self.hidden
@@ -104,7 +105,7 @@ class Gradients:
 
 
 def forward(kernels: ModuleType, head: HeadRows, with_entropy: bool) -> tuple[Tensor, ...]:
-    """(log_probs, entropy or empty, shift, log_sum), [T]; rows of ignored ids are not computed."""
+    """(log_probs, entropy or empty, shift, log_sum), [T]. Rows of ignored ids are not computed."""
     outputs = [torch.zeros_like(head.temperature) for _ in range(4)]
     index = rows_that_count(head.token_ids != IGNORE_INDEX)
     head, kept = head.at(index), kept_at(head, index)
@@ -123,7 +124,7 @@ def forward(kernels: ModuleType, head: HeadRows, with_entropy: bool) -> tuple[Te
 def backward(
     kernels: ModuleType, head: HeadRows, gradients: RowGradients, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(d hidden, d weight in float32, d bias in float32); rows without a gradient are left out of every matmul."""
+    """(d hidden, d weight in float32, d bias in float32). Rows without a gradient are left out of every matmul."""
     num_rows = head.hidden.shape[0]
     counts = gradients.grad_log_probs != 0
     if gradients.grad_entropy is None:

@@ -1,6 +1,6 @@
 """linear_token_logprobs on the GPU: the vendor's matmul, and the Triton kernels of token_logprobs on each tile.
 
-They add the bias and apply the softcap as they read the logits, which costs no pass of its own.
+The kernels add the bias and apply the softcap while they read the logits, so neither needs an extra pass.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ from ..token_logprobs.triton import forward as forward_of_tile
 
 __all__ = ["backward_of_tile", "forward_of_tile", "keep_", "logits_into", "matmul_into", "rows_per_tile"]
 
-# A tile's matmuls read the weight twice, and read and write its float32 gradient: 12 bytes of an element of a 16-bit
-# head, 16 of a float32 one, for 6 operations of every row of the tile. Tensor cores do about 300 operations in the time
-# that memory moves a byte, so that 4,096 rows hide those bytes and 500 do not; float32 units do about 20.
+# The matmuls of a tile read the weight twice, and read and write its float32 gradient. An element of the weight costs
+# 12 bytes with 16-bit weights and 16 bytes with float32 weights, for 6 operations per row of the tile. Tensor cores do
+# about 300 operations per byte of memory traffic, so 4,096 rows hide the traffic and 500 do not. float32 units do 20.
 MOST_ROWS = {torch.float32: 1024, torch.bfloat16: 4096, torch.float16: 4096}
-# The tile is what the whole call costs in memory beside the gradients. Of all memory, not of what is free: the order of
-# the sum over tokens in the gradient of the weight is that of the tiles, and must not change from call to call.
+# A call needs one tile of memory beside the gradients. The share is of the total memory and not of the free memory:
+# the tiles set the order of the sum over tokens in the gradient of the weight, which must not change between calls.
 TILE_SHARE, FEWEST_ROWS = 1 / 32, 256
-# Rows of a matmul's block, and more than the elements of a token's dtype that 16 bytes hold: every tile's ids,
-# temperatures, ... begin at an address of the same alignment, for which one binary is enough.
+# Rows of a matmul's block. 128 values of any per-token dtype fill a multiple of 16 bytes, so the ids and temperatures
+# of all tiles begin at addresses of the same alignment, and one binary serves all.
 ROW_BLOCK = 128
 
 
 def rows_per_tile(num_rows: int, weight: Tensor) -> int:
-    """Tiles of equal size but for the last, from V, the dtype and the device; no result of a row depends on it."""
+    """The number of rows of a tile, from V, the dtype and the device; all tiles but the last have it.
+
+    The results of a row do not depend on it.
+    """
     most = MOST_ROWS[weight.dtype]
     if weight.device.type == "cuda":
         memory = torch.cuda.get_device_properties(weight.device).total_memory

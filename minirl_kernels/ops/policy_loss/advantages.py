@@ -1,4 +1,4 @@
-"""Group-relative advantages: the reward of a response against the mean of its prompt's responses."""
+"""Group-relative advantages: the reward of a response minus the mean reward of its group."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from ...common.library import register
 
 
 def group_advantages(rewards: Tensor, group_ids: Tensor, *, norm_by_std: bool = False) -> Tensor:
-    """R - mean over the group, the response itself included (the paper's A-hat); by group std if asked (GRPO).
+    """The reward of each response minus the mean reward of its group (the paper's A-hat).
 
-    rewards: [B] floating point, one per response. group_ids: [B] integers, equal for the responses of one prompt,
-    in any order. norm_by_std: divide by the group's standard deviation (with Bessel's correction, no epsilon).
-    Returns [B] float32; a group of equal rewards gives exactly 0. Waits for the device.
-    Raises ValueError or TypeError for wrong shapes and dtypes, rewards that are not finite, a group of one.
+    The mean includes the response itself. The call waits for the device.
+
+    rewards: [B], floating point, one per response.
+    group_ids: [B], integers in any order. The responses to one prompt have equal numbers.
+    norm_by_std: divide by the standard deviation of the group, as in GRPO (Bessel's correction, no epsilon).
+    Returns [B] float32. A group of equal rewards gives exactly 0.
+    Raises ValueError or TypeError for wrong shapes and dtypes, for rewards that are not finite, and for a group of one
+        response.
     """
     check_tensor("rewards", rewards)
     if not rewards.is_floating_point() or rewards.dim() != 1:
@@ -35,13 +39,13 @@ def _advantages(rewards, group_ids, norm_by_std):
         raise ValueError(f"group_ids has one response in group {alone}: a group must have at least 2 to have a mean")
     if not rewards.numel():
         return torch.empty_like(rewards, dtype=torch.float32)
-    # one row per group, so that a sum has a fixed order; NaN where a group is shorter than the longest
+    # one row per group, so that a sum has a fixed order; NaN pads the groups to the size of the largest group
     order = torch.argsort(group, stable=True)
     starts = sizes.cumsum(0) - sizes
     place = torch.arange(len(group), device=group.device) - starts[group[order]]
     table = rewards.new_full((len(sizes), int(sizes.max())), torch.nan, dtype=torch.float64)
     table[group[order], place] = rewards[order].double()
-    table = table - table[:, :1]  # equal rewards are then exactly 0
+    table = table - table[:, :1]  # so that equal rewards are exactly 0
     centred = table - table.nanmean(1, keepdim=True)
     if norm_by_std:
         std = (centred.square().nansum(1, keepdim=True) / (sizes[:, None] - 1)).sqrt()
@@ -51,7 +55,7 @@ def _advantages(rewards, group_ids, norm_by_std):
     return advantages
 
 
-# an op, so that torch.compile need not trace what depends on the groups
+# an op, because torch.compile cannot trace shapes that depend on the values of group_ids
 _group_advantages = register(
     "group_advantages(Tensor rewards, Tensor group_ids, bool norm_by_std) -> Tensor",
     _advantages,

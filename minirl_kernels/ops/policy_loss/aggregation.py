@@ -1,4 +1,4 @@
-"""How per-token losses become one number: each token's weight in it, known before any loss is."""
+"""Aggregation of the token losses to one number: the weight of each token, made before the token losses."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ def token_weights(
     group_ids: Tensor | None = None,
     raises: bool,
 ) -> Tensor:
-    """loss = sum of weights * token losses. [same shape as mask] float32, 0 outside the mask.
+    """The weight of each token: loss = sum of weights * token losses. Shape of mask, float32, 0 outside the mask.
 
-    The counts are those of the whole mini-batch where this call sees a part of it; by default, of what it sees.
-    raises: a count that is a tensor is looked at; else the weights are NaN where it is not above 0 and finite.
+    num_responses, num_tokens, num_groups: counts of the whole mini-batch. None means the count of this call.
+    raises: check the value of a tensor count, and raise ValueError. Otherwise a count that is not above 0 and finite
+        makes the weights NaN.
     """
     tokens_here = layout.response_sum(mask.float())
     mode = config.loss_agg_mode
@@ -41,23 +42,23 @@ def token_weights(
         weights = weights / layout.to_tokens(tokens_here.clamp(min=1))
     if mode == "seq-mean-token-sum-norm":
         weights = weights / config.loss_scale_factor
-    return torch.where(mask, weights, 0.0)  # a count of 0 of a mini-batch without tokens is no 0 / 0
+    return torch.where(mask, weights, 0.0)  # a tensor count may be 0 if there are no tokens: 0 / 0 is NaN
 
 
 def _tokens_and_groups(tokens_here: Tensor, group_ids: Tensor | None) -> tuple[Tensor, Tensor]:
-    """([B], the tokens of the response's group, at least 1; how many groups there are here)."""
+    """(number of tokens in the group of each response, [B], at least 1; number of groups in this call)."""
     if group_ids is None:
         raise ValueError("group_ids is None with loss_agg_mode='group-token-mean': it must be [B] group numbers")
     check_integers("group_ids", group_ids)
     check_like("group_ids", group_ids, tokens_here.shape, tokens_here.device)
     same_group = (group_ids[:, None] == group_ids[None, :]).float()
-    groups_here = same_group.sum(1).reciprocal().sum().round()  # each group's members add up to 1
-    # a sum rather than a matmul: autocast would round the counts
+    groups_here = same_group.sum(1).reciprocal().sum().round()  # the members of a group sum to 1
+    # a sum and not a matmul, because autocast would round the counts
     return (same_group * tokens_here).sum(1).clamp(min=1), groups_here
 
 
 def _count(name: str, given, default, mask: Tensor, raises: bool):
-    """The caller's count of the whole mini-batch, or what this call sees."""
+    """The caller's count of the whole mini-batch, or the default, which is the count of this call."""
     if given is None:
         return default
     if isinstance(given, Tensor):
@@ -65,7 +66,7 @@ def _count(name: str, given, default, mask: Tensor, raises: bool):
             raise ValueError(f"{name} has shape {tuple(given.shape)}: it must be a number, or a tensor of one")
         check_device(name, given, mask.device)
         count = given.detach().float().reshape(())
-        return _checked_count(count, mask, name) if raises else torch.where(_counts(count), count, torch.nan)
+        return _checked_count(count, mask, name) if raises else torch.where(_is_valid(count), count, torch.nan)
     if isinstance(given, bool) or not isinstance(given, (int, float)):
         raise TypeError(f"{name} is {given!r}: it must be a number, or a tensor of one")
     if not 0 < given < float("inf"):
@@ -73,17 +74,17 @@ def _count(name: str, given, default, mask: Tensor, raises: bool):
     return given
 
 
-def _counts(count: Tensor) -> Tensor:
+def _is_valid(count: Tensor) -> Tensor:
     return (count > 0) & count.isfinite()
 
 
 def _check_count(count, mask, name):
-    if bool(mask.any()) and not bool(_counts(count)):
+    if bool(mask.any()) and not bool(_is_valid(count)):
         raise ValueError(f"{name} is {count.item()}: it must be above 0 and finite where a token is in the loss")
     return count.clone()
 
 
-# an op, so that torch.compile need not trace its branches
+# an op, because torch.compile cannot trace branches on values
 _checked_count = register(
     "checked_count(Tensor count, Tensor mask, str name) -> Tensor",
     _check_count,

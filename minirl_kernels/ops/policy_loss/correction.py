@@ -1,4 +1,4 @@
-"""The correction by d, token by token: what a `Correction` makes of log(pi_old / mu_old)."""
+"""The weights of a `Correction`, token by token, from log d = log(pi_old / mu_old)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .layout import ordered_sum
 
 
 def log_correction(log_d: Tensor, correction: Correction, inputs: PolicyLossInputs) -> Tensor:
-    """Log of the weight that takes the place of d, per token; -inf where the correction masks the token.
+    """Log of the weight that replaces d, per token; -inf where the correction masks the token.
 
-    log_d: float64, the tokens' own, 0 where the loss mask is 0.
+    log_d: float64, log d of each token, 0 where the loss mask is 0.
     """
     log_d = _at_level(log_d, correction, inputs)
     lower, upper = _log_bounds(correction)
@@ -30,7 +30,7 @@ def log_correction(log_d: Tensor, correction: Correction, inputs: PolicyLossInpu
 
 
 def changed_tokens(old_log_probs: Tensor, correction: Correction, inputs: PolicyLossInputs) -> Tensor:
-    """Bool: the tokens that the bounds of the correction truncate or mask."""
+    """Bool tensor, True for the tokens that the bounds of the correction truncate or mask."""
     log_d = torch.where(inputs.mask, old_log_probs.double() - inputs.rollout_log_probs, 0.0)
     return _beyond(_at_level(log_d, correction, inputs), correction, inputs)
 
@@ -56,7 +56,7 @@ def _beyond(log_d: Tensor, correction: Correction, inputs: PolicyLossInputs) -> 
 
 
 def _mean(weight: Tensor, correction: Correction, inputs: PolicyLossInputs) -> Tensor:
-    """Over the tokens that have a weight, or over their responses; 1 where there is none."""
+    """The mean weight of the unmasked tokens, or of their responses if level is not "token"; 1 if all are masked."""
     share = (inputs.mask & (weight != 0)).double()
     if correction.level != "token":
         share = share / inputs.lengths

@@ -1,4 +1,4 @@
-"""Everything of a policy loss that is known before the log-probabilities are: checked, per token, float32."""
+"""PolicyLossInputs: the arguments of a policy loss except its log-probabilities, checked and in one shape."""
 
 from __future__ import annotations
 
@@ -25,25 +25,34 @@ from .layout import Packed, Padded, make_layout
 
 @dataclass(frozen=True, eq=False)
 class PolicyLossInputs:
-    """A policy loss without its log-probabilities: arguments checked, brought to one shape, and weighed.
+    """The arguments of a policy loss except its log-probabilities: checked, per token, with the weight of each token.
 
-    `prepare` makes it of a mini-batch, `split` cuts it into micro-batches. A loss call takes it as `inputs=…`, in place
-    of the arguments that it was made of.
+    `prepare` makes a PolicyLossInputs from a mini-batch, and `split` cuts it into micro-batches. A loss call takes it
+    as `inputs=…`, in place of the arguments that it was made of.
 
-    Per-token tensors share one shape, [B, L] or [T], and are float32 but for the bool `mask`.
-    A token of the mask that has a NaN or an infinity in one of them raises if `raises`, else its advantage is NaN.
+    All per-token tensors have one shape, [B, L] or [T]. `mask` is bool, and the other tensors are float32.
+
+    layout: maps tokens to responses, for padded [B, L] or packed [T].
+    mask: True where a token is in the loss.
+    lengths: for each token, the number of masked-in tokens of its response, at least 1.
+    weights: the factor of each token's own loss in the loss; 0 outside the mask.
+    advantages: the advantage of each token.
+    old_log_probs, rollout_log_probs, ref_log_probs: log pi_old, log mu_old and log pi_ref in nats, or None.
+    config: the objective and its options.
+    raises: a NaN or an infinity inside the mask raises ValueError, which waits for the device. Otherwise it makes the
+        advantage of its token NaN.
     """
 
     layout: Padded | Packed
     mask: Tensor
-    lengths: Tensor  # tokens of the mask in the token's response, at least 1
-    weights: Tensor  # d loss / d (a token's own loss); 0 outside the mask
+    lengths: Tensor
+    weights: Tensor
     advantages: Tensor
     old_log_probs: Tensor | None
     rollout_log_probs: Tensor | None
     ref_log_probs: Tensor | None
     config: PolicyLossConfig
-    raises: bool  # what is not finite raises, which waits for the device; else it is NaN in its token's results
+    raises: bool
 
     @classmethod
     def prepare(
@@ -63,13 +72,15 @@ class PolicyLossInputs:
         config: PolicyLossConfig = PolicyLossConfig(),
         check: bool = False,
     ) -> PolicyLossInputs:
-        """The inputs of a whole mini-batch, or of the part of it that this rank has.
+        """The inputs of a whole mini-batch, or of the part of a mini-batch that this rank has.
 
-        token_ids: [B, L] (padded, rows are responses) or [T] (packed with cu_seqlens), int32 or int64, of the calls;
-            -100 takes the token out of the loss, as loss_mask = 0 does.
-        num_responses, num_tokens, num_groups: counts over all ranks; needed only where ranks share a mini-batch.
-        The others are those of `policy_loss`. check: raise on a GPU too for what is not finite, which waits for it.
-        Raises ValueError or TypeError that names the argument, and the token where it is one token's.
+        The other arguments have the same meaning as in `policy_loss`.
+
+        token_ids: [B, L] (padded, rows are responses) or [T] (packed with cu_seqlens), int32 or int64. An id of -100
+            takes its token out of the loss, like loss_mask = 0.
+        num_responses, num_tokens, num_groups: counts over all ranks. Needed only if ranks share a mini-batch.
+        check: on a GPU, raise ValueError for a value that is not finite. The host then waits for the GPU.
+        Raises ValueError or TypeError that names the argument, and the token if the error is in one token.
         """
         check_tensor("token_ids", token_ids)
         check_token_ids(token_ids, token_ids.shape, token_ids.device)
@@ -92,11 +103,15 @@ class PolicyLossInputs:
         )
 
     def split(self, sizes: int | Sequence[int]) -> list[PolicyLossInputs]:
-        """Micro-batches of whole responses, in order; their losses and gradients sum to those of the whole.
+        """Micro-batches of whole responses, in order. Their losses and gradients sum to those of the mini-batch.
 
-        sizes: how many responses each has (the last may have fewer), or one number for each micro-batch.
-        The token_ids and log-probabilities of a call are then those of its micro-batch. Packed inputs on a GPU wait
-        for it. Raises TypeError or ValueError if sizes are not counts that sum to the number of responses.
+        The call for a micro-batch gets the token_ids and log-probabilities of this micro-batch only. For packed inputs
+        on a GPU the host waits for the GPU.
+
+        sizes: the number of responses of each micro-batch: one number for all (the last may have fewer), or one number
+            for each micro-batch.
+        Raises TypeError or ValueError if sizes are not counts that sum to the number of responses, and ValueError if
+            the Correction of the config has normalise=True.
         """
         if self.config.correction is not None and self.config.correction.normalise:
             raise ValueError(
@@ -110,12 +125,12 @@ class PolicyLossInputs:
         ]
 
     def shorten(self, length: int) -> PolicyLossInputs:
-        """The first `length` tokens of each row, for a micro-batch [B, L] that is padded to less. Waits for the device.
+        """The first `length` tokens of each row, for a micro-batch [B, L] with a smaller L. Waits for the device.
 
-        Raises ValueError for packed inputs, and where a token of the loss would be cut off.
+        Raises ValueError for packed inputs, and if a token after `length` is in the loss.
         """
         if not isinstance(self.layout, Padded):
-            raise ValueError("inputs is packed, [T]: shorten must be of padded inputs, [B, L]")
+            raise ValueError("inputs is packed, [T]: it must be padded, [B, L], for shorten")
         if bool(self.mask[:, length:].any()):
             longest = int(self.mask.nonzero()[:, 1].max()) + 1
             raise ValueError(f"length is {length}: it must be at least {longest}, where the last token of the loss is")
@@ -123,15 +138,16 @@ class PolicyLossInputs:
         return self._with_tensors(lambda tensor: tensor[:, :length], Padded(values.shape, values.device))
 
     def to(self, device: torch.device | str) -> PolicyLossInputs:
+        """The same inputs with all tensors on `device`."""
         return self._with_tensors(lambda values: values.to(device), self.layout.to(device))
 
     def for_call(
         self, shape: torch.Size, device: torch.device, ignored: Tensor | None, raises: bool
     ) -> PolicyLossInputs:
-        """Checked for a call with tokens of this shape, of which `ignored` are out of the loss too."""
+        """These inputs for one call: checks its shape and device, and takes the `ignored` tokens out of the loss."""
         if self.layout.shape != shape:
             raise ValueError(
-                f"inputs has the shape {tuple(self.layout.shape)}: it must be {tuple(shape)}, of the call's tokens"
+                f"inputs has the shape {tuple(self.layout.shape)}: it must be {tuple(shape)}, the shape of the tokens"
             )
         check_device("inputs", self.mask, device)
         if ignored is None:
@@ -142,7 +158,7 @@ class PolicyLossInputs:
 
     @property
     def entropy_grad(self) -> Tensor | None:
-        """d loss / d entropy of each token; None without an entropy term."""
+        """d loss / d entropy of each token; None if entropy_coef is 0."""
         return -self.config.entropy_coef * self.weights if self.config.entropy_coef else None
 
     def _with_tensors(self, function: Callable[[Tensor], Tensor], layout: Padded | Packed) -> PolicyLossInputs:
@@ -169,10 +185,10 @@ def prepare_inputs(
     raises: bool,
     ignored: Tensor | None = None,
 ) -> PolicyLossInputs:
-    """Check the arguments of `policy_loss` that its fused forms share, and bring them to one shape.
+    """Check the arguments that all policy losses share, and bring them to one shape.
 
-    raises: as PolicyLossInputs has it. ignored: bool, tokens that are out of the loss whatever loss_mask says.
-    inputs: the caller's own value, which takes the place of all the others.
+    inputs: the PolicyLossInputs of the caller, or None. It replaces the other arguments.
+    raises: the same as in PolicyLossInputs. ignored: bool, tokens that are not in the loss, even if loss_mask is 1.
     """
     if inputs is not None:
         return inputs.for_call(shape, device, ignored, raises)
@@ -181,12 +197,14 @@ def prepare_inputs(
     if rollout_log_probs is None and config.needs_rollout_log_probs:
         raise ValueError(
             f"rollout_log_probs is None with rollout_is={config.rollout_is!r}: the objective weighs by pi/mu, so it "
-            "must be the log-probabilities that the inference engine sampled with (or config.rollout_is None)"
+            "must be the log-probabilities of the inference engine (or config.rollout_is must be None)"
         )
     if config.correction is not None:
         config.correction.check_counts(num_responses=num_responses, num_tokens=num_tokens, num_groups=num_groups)
     if ref_log_probs is None and config.kl_coef:
-        raise ValueError(f"ref_log_probs is None with kl_coef={config.kl_coef}: it must be the reference policy's")
+        raise ValueError(
+            f"ref_log_probs is None with kl_coef={config.kl_coef}: it must be the reference policy's log-probabilities"
+        )
     layout = make_layout(shape, cu_seqlens, device)
     mask = _loss_mask(loss_mask, shape, device)
     if ignored is not None:
@@ -211,7 +229,7 @@ def prepare_inputs(
     if raises:
         per_token |= {name: check_finite(name, values, mask, layout.offsets) for name, values in given.items()}
     else:
-        # one NaN that every objective lets through: a comparison with the argument itself would not
+        # the advantage, because every objective passes its NaN on; a NaN in a ratio can vanish in a comparison
         bad = mask & ~torch.stack([values.isfinite() for values in given.values()]).all(0)
         per_token["advantages"] = torch.where(bad, torch.nan, per_token["advantages"])
     return PolicyLossInputs(
@@ -230,7 +248,7 @@ def _lengths(mask: Tensor, layout: Padded | Packed) -> Tensor:
 
 
 def _bounds(sizes: int | Sequence[int], num_responses: int) -> list[int]:
-    """Where parts of these sizes begin, and the last one ends."""
+    """The first response of each part, and the end of the last part."""
     several = isinstance(sizes, Sequence)
     for size in sizes if several else [sizes]:
         if isinstance(size, bool) or not isinstance(size, int):

@@ -1,4 +1,4 @@
-"""How tokens belong to responses: padded [B, L], or packed [T] with cu_seqlens. Nothing else knows the difference."""
+"""The mapping of tokens to responses: padded [B, L], or packed [T] with cu_seqlens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Padded:
 
     def response_sum(self, values: Tensor) -> Tensor:
         """[..., B, L] -> [..., B]."""
-        if not values.is_cpu:  # a segment is one thread's work there, and a sum over a dimension many threads'
+        if not values.is_cpu:  # on a GPU a segment sum has one thread per segment, and sum(-1) has many
             return values.sum(-1)
         return _segment_sum(values.flatten(-2), self.offsets)
 
@@ -31,7 +31,7 @@ class Padded:
         return per_response[:, None].expand(self.shape)
 
     def parts(self, bounds: list[int]) -> Iterator[tuple[slice, Padded]]:
-        """(where its tokens are in a per-token tensor, its layout) of each part: responses bounds[i]:bounds[i + 1]."""
+        """(index of its tokens in a per-token tensor, its layout) of each part: responses bounds[i]:bounds[i + 1]."""
         for start, stop in itertools.pairwise(bounds):
             yield slice(start, stop), Padded(torch.Size((stop - start, self.shape[1])), self.offsets.device)
 
@@ -40,7 +40,7 @@ class Padded:
 
 
 class Packed:
-    """Responses one after another: tokens [T], response i is cu_seqlens[i] .. cu_seqlens[i + 1]."""
+    """Responses one after another: tokens [T]. Response i is cu_seqlens[i]:cu_seqlens[i + 1]."""
 
     def __init__(self, shape: torch.Size, offsets: Tensor):
         self.shape = shape
@@ -58,7 +58,7 @@ class Packed:
         return per_response[self.response_of_token]
 
     def parts(self, bounds: list[int]) -> Iterator[tuple[slice, Packed]]:
-        """As Padded has it. Waits for the device."""
+        """The same as Padded.parts. Waits for the device."""
         ends = self.offsets.tolist()
         for start, stop in itertools.pairwise(bounds):
             first, last = ends[start], ends[stop]
@@ -70,22 +70,24 @@ class Packed:
 
 
 def ordered_sum(values: Tensor) -> Tensor:
-    """[..., N] -> [...], one after another on the CPU, where torch splits a long sum over its threads."""
+    """[..., N] -> [...]. On the CPU the order is fixed, because torch splits a long sum over its threads."""
     if not values.is_cpu:
         return values.sum(-1)
     return _segment_sum(values, torch.arange(2) * values.shape[-1]).squeeze(-1)
 
 
 def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
-    """[..., T] -> [..., B], token after token: neither threads, padding nor neighbours change the bits. One writer per
-    response, where index_add has atomics."""
+    """[..., T] -> [..., B] in the order of the tokens, so that threads, padding and other responses change no bits.
+
+    segment_reduce has one writer per response; index_add has atomics.
+    """
     offsets = offsets.expand(*values.shape[:-1], -1)
     axis = values.dim() - 1
     return torch.segment_reduce(values.contiguous(), "sum", offsets=offsets, axis=axis, unsafe=True, initial=0)
 
 
 def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Padded | Packed:
-    """The layout of per-token arguments of `shape`; raises ValueError where shape and cu_seqlens disagree."""
+    """The layout of per-token arguments of `shape`. Raises ValueError if shape and cu_seqlens do not fit together."""
     if cu_seqlens is None:
         if len(shape) != 2:
             raise ValueError(
@@ -106,7 +108,7 @@ def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.devi
 
 def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     good = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens)
-    if cu_seqlens.is_cuda:  # no wait for the GPU: it stops at the assertion, before anything reads out of bounds
+    if cu_seqlens.is_cuda:  # the host does not wait: the assertion stops the GPU before a read out of bounds
         torch._assert_async(good, f"cu_seqlens must start at 0, never fall, and end at {num_tokens}")
     elif not good:
         raise ValueError(
@@ -116,7 +118,7 @@ def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     return cu_seqlens.to(torch.int64, copy=True)
 
 
-# an op, so that torch.compile need not trace its branches
+# an op, because torch.compile cannot trace branches on values
 _checked_offsets = register(
     "checked_offsets(Tensor cu_seqlens, SymInt num_tokens) -> Tensor",
     _check_offsets,

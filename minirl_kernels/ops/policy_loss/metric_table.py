@@ -1,6 +1,6 @@
-"""Every metric of a policy loss: its name, its meaning, the sums it is made of, and how they become its number.
+"""The table of the metrics of a policy loss: name, meaning, sums, and the function from the sums to the number.
 
-A new metric is one entry of METRICS, and a line of docs/metrics.md, which a test compares with it.
+A new metric is one entry of METRICS and one line of docs/metrics.md. A test compares the two.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Observed:
-    """The values that metrics are sums of; 0 where a token is masked, or the call was not given what they are of.
+    """The values that the metrics sum, per token, [B, L] or [T]; the log-ratios are float64.
 
-    Per token, [B, L] or [T], the log-ratios in float64.
+    A value is 0 where a token is masked, and everywhere if the call was not given the tensor that it needs.
     """
 
     log_r: Tensor  # log pi_theta / pi_old
@@ -25,7 +25,7 @@ class Observed:
     log_k: Tensor  # log pi_ref / pi_theta
     w: Tensor  # pi_theta / mu_old
     entropy: Tensor  # nats
-    overflows: Tensor  # bool, as the three below
+    overflows: Tensor  # bool, like the next three
     clip_high: Tensor
     clip_low: Tensor
     truncated: Tensor
@@ -36,14 +36,14 @@ Value = Callable[[Observed], Tensor]
 
 
 class Count(NamedTuple):
-    """How many tokens, or responses, a metric is over; as a key, the place of that count among the sums."""
+    """The tokens or responses that a metric is over. It is also the key of their number among the sums."""
 
     over: Literal["all", "entropy", "ref", "rollout"]
     per: Literal["token", "response"]
 
 
 class Sum(NamedTuple):
-    """The sum of a value over them."""
+    """The sum of a value over the tokens or responses of `count`."""
 
     count: Count
     value: Value
@@ -51,10 +51,11 @@ class Sum(NamedTuple):
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of a call, of micro-batches or of ranks: number(count, *sums), or number(count, maximum).
+    """A metric: its number is number(count, *sums) or number(count, maximum).
 
-    over: which tokens or responses are counted: all of them, or those of calls that were given the entropy, the
-        reference's or the rollout's log-probabilities. Where no token is, the metric is left out, unless `always`.
+    over: "all" counts all tokens or responses. "entropy", "ref" and "rollout" count only in calls that were given
+        entropy, ref_log_probs or rollout_log_probs.
+    always: keep the metric if no token counts. Otherwise it is left out.
     """
 
     name: str
@@ -146,7 +147,7 @@ METRICS = (
     ),
     _maximum("first_order_error_max", _first_order_error, "its maximum over responses", over="rollout", per="response"),
 )
-# the places of PolicyLossMetrics.sums, counts before sums, and of PolicyLossMetrics.maxima
+# the order of the numbers in PolicyLossMetrics.sums (COUNTS, then SUMS) and in PolicyLossMetrics.maxima
 COUNTS = tuple(dict.fromkeys(metric.count for metric in METRICS))
 SUMS = tuple(dict.fromkeys(Sum(metric.count, value) for metric in METRICS for value in metric.sums))
 MAXIMA = tuple(dict.fromkeys(metric.maximum for metric in METRICS if metric.maximum is not None))

@@ -1,4 +1,4 @@
-"""What a training run watches: entropy, discrepancy, staleness, masking and truncation, from one set of sums."""
+"""The metrics of a policy loss: entropy, discrepancy, staleness, clipping and truncation, from one set of sums."""
 
 from __future__ import annotations
 
@@ -17,28 +17,32 @@ from .reference import token_ratios
 
 @dataclass(frozen=True)
 class PolicyLossMetrics:
-    """Mergeable sums and maxima, on the device; nothing waits for it until `compute()`.
+    """Sums and maxima of the metrics, on the device. The host waits for the device only in `compute()`.
 
     `a + b` joins micro-batches, `all_reduce()` joins ranks, `compute()` gives names and numbers.
+
+    sums: float64, one number per entry of COUNTS in metric_table.py, then one per entry of SUMS.
+    maxima: float64, one number per entry of MAXIMA in metric_table.py.
     """
 
-    sums: Tensor  # float64, one per entry of COUNTS, then one per entry of SUMS
-    maxima: Tensor  # float64, one per entry of MAXIMA
+    sums: Tensor
+    maxima: Tensor
 
     def __add__(self, other: PolicyLossMetrics) -> PolicyLossMetrics:
         return PolicyLossMetrics(self.sums + other.sums, torch.maximum(self.maxima, other.maxima))
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> PolicyLossMetrics:
-        """The metrics over all ranks of `group` (two collectives)."""
+        """The metrics over all ranks of `group`, the default group if None. It takes two collectives."""
         sums, maxima = self.sums.clone(), self.maxima.clone()
         torch.distributed.all_reduce(sums, torch.distributed.ReduceOp.SUM, group=group)
         torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX, group=group)
         return PolicyLossMetrics(sums, maxima)
 
     def compute(self) -> dict[str, float]:
-        """Names and numbers; what a call could not know (no rollout, reference or entropy given) is left out.
+        """The name and the number of each metric. Waits for the device.
 
-        The names, and the meaning of each: METRICS in metric_table.py, and docs/metrics.md.
+        A metric is left out if no call had the tensor that it needs (rollout_log_probs, ref_log_probs or entropy).
+        docs/metrics.md lists the names and their meaning.
         """
         sums = self.sums.tolist()
         counts = dict(zip(COUNTS, sums, strict=False))
@@ -57,9 +61,9 @@ class PolicyLossMetrics:
 def collect_metrics(
     log_probs: Tensor, entropy: Tensor | None, overflows: Tensor, inputs: PolicyLossInputs
 ) -> PolicyLossMetrics:
-    """Sums over the tokens of the mask, in float64 and response by response, so that threads do not change them.
+    """The metrics of one call: float64 sums over the tokens of the mask, in an order that threads do not change.
 
-    overflows: bool, where a token's loss or c_t is NaN.
+    overflows: bool, True where a token's loss or c_t is NaN.
     """
     mask, layout = inputs.mask, inputs.layout
     given = {
@@ -72,7 +76,7 @@ def collect_metrics(
     known = {name: mask if is_given else none for name, is_given in given.items()}
     seen = _observed(log_probs, entropy, overflows, known, inputs)
     ones = torch.ones_like(mask, dtype=torch.float64)
-    # the sums of one number per token, with the tokens that they are taken over
+    # for each sum over tokens: its values, and the tokens that it is over
     per_token = {count: (ones, known[count.over]) for count in COUNTS if count.per == "token"}
     per_token |= {one: (one.value(seen), known[one.count.over]) for one in SUMS if one.count.per == "token"}
     table = torch.stack([torch.where(over, values.double(), 0.0) for values, over in per_token.values()])
@@ -93,7 +97,7 @@ def _observed(
     known: dict[str, Tensor],
     inputs: PolicyLossInputs,
 ) -> Observed:
-    """known: the tokens of the mask, or none, by what a metric is over."""
+    """known: for each choice of Count.over, the tokens of the mask, or no token if its tensor was not given."""
     nothing, layout = log_probs.new_zeros(()), inputs.layout
     old = log_probs if inputs.old_log_probs is None else inputs.old_log_probs
     rollout = nothing if inputs.rollout_log_probs is None else inputs.rollout_log_probs
@@ -119,7 +123,7 @@ def _observed(
 
 
 def _bounds_met(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the objective's upper and lower bound change the gradient, and where the bounds of the weight do."""
+    """(upper, lower, truncated): where a bound on r changes the gradient, and where a bound changes the weight."""
     config, token = inputs.config, token_ratios(log_probs, inputs)
     above, below = config.policy_objective.bounds_met(token)
     truncated = (token.log_w if config.weighs_by_w else token.log_d).exp() > token.threshold

@@ -1,4 +1,4 @@
-"""policy_loss: log-probabilities in, loss and every metric out. It is O(tokens), so it is plain torch."""
+"""policy_loss: log-probabilities in; loss and metrics out. Its cost is O(tokens), so it is written in torch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,22 @@ from .two_forms import takes_inputs
 
 
 class PolicyLossOutput(NamedTuple):
-    """What every policy loss returns; only `loss` carries gradient. Per-token tensors are float32, 0 where masked."""
+    """The result of every policy loss. Only `loss` carries a gradient. Per-token tensors are float32, 0 where masked.
 
-    loss: Tensor  # scalar float32
+    loss: scalar, float32.
+    metrics: sums for the metrics of this call. `metrics.compute()` gives numbers.
+    log_probs: [B, L] or [T], log pi_theta of the tokens, in nats.
+    entropy: [B, L] or [T], H[pi_theta] at the tokens, in nats. None if `policy_loss` was called without entropy.
+    token_loss: [B, L] or [T], the share of each token in the loss. The shares sum to the loss.
+    token_grad: [B, L] or [T], c_t = d loss / d log_probs.
+    """
+
+    loss: Tensor
     metrics: PolicyLossMetrics
-    log_probs: Tensor  # log pi_theta of the tokens, nats
-    entropy: Tensor | None  # H[pi_theta] at the tokens, nats; None if policy_loss was given none
-    token_loss: Tensor  # each token's share of the loss; they sum to it
-    token_grad: Tensor  # c_t = d loss / d log_probs
+    log_probs: Tensor
+    entropy: Tensor | None
+    token_loss: Tensor
+    token_grad: Tensor
 
 
 @takes_inputs
@@ -49,27 +57,32 @@ def policy_loss(
 ) -> PolicyLossOutput:
     """The loss of `config.objective` (MiniRL, Eq. 7, by default) from log-probabilities; see PolicyLossConfig.
 
-    log_probs: [B, L] (padded, rows are responses) or [T] (packed), log pi_theta of each token in nats; its gradient
-        is c_t, whatever autograd made it with. Values outside the mask may be anything.
-    old_log_probs: log pi_old by the training engine, same shape; None means the detached log_probs (on policy).
-    rollout_log_probs: log mu_old as the inference engine sampled; may be None if config.rollout_is is None.
-    advantages: [B], one per response, or one per token.
-    loss_mask: 1 where a token is in the loss (any bool or number); None means every token.
-    cu_seqlens: int32 [B + 1], where the packed responses begin and end; None for [B, L].
-    group_ids: integers [B], for loss_agg_mode="group-token-mean"; a group must not be split over calls.
-    ref_log_probs: log pi_ref, for kl_coef. entropy: H[pi_theta], differentiable, for entropy_coef and the metrics.
-    num_responses, num_tokens, num_groups: counts of the whole mini-batch over micro-batches and ranks, where this
-        call sees a part of it (multiply the loss by the number of ranks if gradients are averaged over them).
-        A response whose tokens are all masked counts; leave padding rows out of num_responses. A number must be
-        above 0; a tensor may be 0 where no token is in the loss, which is then exactly 0.
-    inputs: a PolicyLossInputs, of `PolicyLossInputs.prepare` or a part of one; the arguments that it was made of
-        are then left out.
-    check: raise on a GPU too, which waits for it, for what raises on the CPU: inside the mask a NaN or an infinity in
-        an argument; a token whose loss or c_t float32 does not hold (an importance weight of exp(95), say), unless
-        it is clipped, truncated or has advantage 0; a count that is not above 0. Without it a GPU gives NaN for that
-        token, or for its response where the objective is of responses, and counts it in the metrics. A NaN in
-        log_probs is the model's and raises nowhere: it is NaN in the results.
-    Raises ValueError or TypeError that names the argument, and the token where it is one token's.
+    log_probs: [B, L] (padded, rows are responses) or [T] (packed), floating point: log pi_theta of each token, in
+        nats. Its gradient is c_t. Values outside the mask are not used.
+    old_log_probs: same shape, log pi_old by the training engine. None means the detached log_probs (on policy).
+    rollout_log_probs: same shape, log mu_old by the inference engine. May be None if config.rollout_is is None.
+    advantages: [B] (one per response), or one per token; floating point.
+    loss_mask: same shape as log_probs, bool or a number type. A token is in the loss if its value is not 0. None
+        means every token.
+    cu_seqlens: int32 [B + 1], the offsets where the packed responses begin and end. None for [B, L].
+    group_ids: [B], integers, for loss_agg_mode="group-token-mean". All responses of a group must be in one call.
+    ref_log_probs: same shape as log_probs, log pi_ref. Needed if kl_coef is not 0.
+    entropy: same shape as log_probs, H[pi_theta] in nats, differentiable. Needed if entropy_coef is not 0. The
+        metrics use it too.
+    num_responses, num_tokens, num_groups: counts over the whole mini-batch, for a call that sees a part of it.
+        None means the count of this call. If the ranks average their gradients, multiply the loss by the number of
+        ranks. A response whose tokens are all masked counts in num_responses; padding rows must not count.
+        A number must be above 0. A tensor may be 0 if no token is in the loss; the loss is then exactly 0.
+    config: the objective and its options. The default is MiniRL.
+    inputs: the PolicyLossInputs of this call, from `PolicyLossInputs.prepare` or `PolicyLossInputs.split`. The
+        arguments that it was made of must then be left out.
+    check: raise on a GPU for the errors that always raise on the CPU. The host then waits for the GPU. The errors
+        are, inside the mask: a NaN or an infinity in an argument other than log_probs; a loss or c_t that overflows
+        float32, for example from an importance weight of exp(95); and a tensor count that is not above 0. Without
+        check, a GPU gives NaN for the token and counts it in the metrics. For sequence-level objectives all tokens
+        of the response are NaN. A NaN in log_probs never raises: it becomes NaN in the results.
+
+    Raises ValueError or TypeError that names the argument, and the token if the error is in one token.
     """
     if not isinstance(log_probs, Tensor) or not log_probs.is_floating_point():
         raise TypeError(
@@ -96,7 +109,7 @@ def policy_loss(
     if entropy is not None:
         check_like("entropy", entropy, log_probs.shape, log_probs.device)
     elif config.entropy_coef:
-        raise ValueError(f"entropy is None with entropy_coef={config.entropy_coef}: it must be that of pi_theta")
+        raise ValueError(f"entropy is None with entropy_coef={config.entropy_coef}: it must be the entropy of pi_theta")
     values = None if entropy is None else entropy.detach()
     if inputs.raises and entropy is not None:
         values = check_finite("entropy", values, inputs.mask, inputs.layout.offsets)
@@ -106,7 +119,7 @@ def policy_loss(
 def differentiable_loss(
     log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs, entropy_values: Tensor | None
 ) -> PolicyLossOutput:
-    """The whole output, its loss carrying gradient to log_probs and entropy; entropy_values: entropy, detached."""
+    """The output, with a loss that is differentiable by log_probs and entropy. entropy_values: entropy, detached."""
     output = loss_of_log_probs(log_probs.detach().float(), entropy_values, inputs)
     loss = attach_gradient(output.loss, log_probs, output.token_grad)
     if inputs.config.entropy_coef:
@@ -115,7 +128,7 @@ def differentiable_loss(
 
 
 def loss_of_log_probs(log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs) -> PolicyLossOutput:
-    """The whole output from detached float32 log-probabilities, without gradient; the fused forms call it too."""
+    """The output without gradient, from detached float32 log-probabilities. The fused losses call it too."""
     token_loss, token_grad = token_losses(log_probs, inputs)
     return assemble_output(log_probs, entropy, token_loss, token_grad, inputs)
 
@@ -127,14 +140,14 @@ def assemble_output(
     token_grad: Tensor,
     inputs: PolicyLossInputs,
 ) -> PolicyLossOutput:
-    """Sum the tokens' losses (without their entropy bonus, added here), check them, and collect the metrics."""
+    """The output from the token losses without entropy term: adds this term, checks, sums, collects the metrics."""
     metrics = collect_metrics(log_probs, entropy, token_loss.isnan() | token_grad.isnan(), inputs)
     log_probs = log_probs.where(inputs.mask, 0.0)
     if entropy is not None:
         entropy = entropy.float().where(inputs.mask, 0.0)
     if inputs.config.entropy_coef:
         token_loss = token_loss - inputs.config.entropy_coef * inputs.weights * entropy
-    # in order and in float64, so that neither threads nor layout change the sum
+    # in order and in float64, so that neither the threads nor the layout change the sum
     loss = ordered_sum(inputs.layout.response_sum(token_loss.double())).float()
     if inputs.raises:
         loss, token_loss, token_grad = check_losses(loss, token_loss, token_grad, log_probs, inputs)

@@ -1,4 +1,4 @@
-"""Losses that float32 does not hold: which token it was, and of which log-ratios."""
+"""Errors for losses that overflow float32: they name the token and its log-ratios."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from .reference import token_ratios
 def check_losses(
     loss: Tensor, token_loss: Tensor, token_grad: Tensor, log_probs: Tensor, inputs: PolicyLossInputs
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Copies of the first three; raises ValueError that names a token where one of them overflowed. Waits."""
+    """Copies of loss, token_loss and token_grad. Waits for the device.
+
+    Raises ValueError that names the token where one of the three overflows.
+    """
     token = token_ratios(log_probs, inputs)
     log_ref = inputs.ref_log_probs.double() - log_probs if inputs.config.kl_coef else None
     ratios = (log_probs, token.log_r, token.log_w, log_ref, inputs.advantages)
@@ -22,9 +25,9 @@ def check_losses(
 
 
 def raise_overflow(token_loss, token_grad, log_probs, log_r, log_w, log_ref, advantages, offsets) -> None:
-    """Raise ValueError for the first token whose loss or c_t is not finite, unless the model's own NaN is the reason.
+    """Raise ValueError for the first token whose loss or c_t is not finite, unless its log-ratios are NaN.
 
-    All but offsets [B + 1] are [B, L] or [T], the ratios as the objective has them; log_ref may be None.
+    All tensors but offsets [B + 1] are [B, L] or [T]. The log-ratios are at the objective's level. log_ref may be None.
     """
     bad = ~(token_loss.isfinite() & token_grad.isfinite()) & ~(log_r.isnan() | log_w.isnan())
     if bool(bad.any()):
@@ -49,12 +52,12 @@ def _raise(bad, log_probs, log_r, log_w, log_ref, advantages, offsets):
 
 def _check_losses(loss, token_loss, token_grad, *ratios):
     raise_overflow(token_loss, token_grad, *ratios)
-    if bool(loss.isinf()):  # each fits, and their sum does not
+    if bool(loss.isinf()):  # finite token losses can still have an infinite sum
         _raise(token_loss.abs() == token_loss.abs().max(), *ratios)
     return loss.clone(), token_loss.clone(), token_grad.clone()
 
 
-# an op, so that torch.compile need not trace its branches; what it returns is used, so that it is not dropped either
+# an op, because torch.compile cannot trace branches on values; its results are used, so that it is not removed
 _checked_losses = register(
     "checked_losses(Tensor loss, Tensor token_loss, Tensor token_grad, Tensor log_probs, Tensor log_r, Tensor log_w, "
     "Tensor? log_ref, Tensor advantages, Tensor offsets) -> (Tensor, Tensor, Tensor)",

@@ -1,7 +1,7 @@
-"""The losses of the tokens, in eager torch: from log-probabilities to each token's loss and its derivative.
+"""The loss of each token and its derivative by the log-probability, in eager torch.
 
-This file and `minirl_kernels/objectives` define what is correct. `token_objective` in C++ is
-`csrc/common/objective.h`, in Triton it stands in `ops/fused_policy_loss/triton.py`; a property test binds the three.
+This file and `minirl_kernels/objectives` are the reference for the kernels. The kernels have `token_objective` in
+`csrc/common/objective.h` (C++) and in `ops/fused_policy_loss/triton.py`. A property test compares all three.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from .inputs import PolicyLossInputs
 
 
 def token_losses(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, Tensor]:
-    """(loss, d loss / d log_probs) per token, aggregated: the losses sum to the policy and KL terms of the loss.
+    """(loss, d loss / d log_probs) per token, weighted: the losses sum to the policy and KL terms of the loss.
 
-    log_probs: float32, of the shape of every other per-token argument. 0 outside the mask, whatever stands there.
-    Computed in float64, so that a long response's sum of log-ratios keeps its digits; returned as float32. Both are
-    NaN for a token where float32 holds one of them not, so that it has no gradient of two infinities.
+    log_probs: float32, of the shape of the other per-token tensors. Values outside the mask count as 0.
+    The results are float32, computed in float64, so that the sum of the log-ratios of a long response is accurate.
+    If one of the two overflows float32, both are NaN for this token. The row's gradient then has no mix of infinities.
     """
     config, mask = inputs.config, inputs.mask
     token = token_ratios(log_probs, inputs)
     loss, grad = _policy_term(token, config)
     if config.policy_objective.level == "sequence":
-        loss = loss / inputs.lengths  # there is one value per response: each token shows its share
+        loss = loss / inputs.lengths  # every token has the loss of its response, and gets an equal share
     if config.kl_coef:
         kl, kl_grad = kl_penalty(token.log_prob, inputs.ref_log_probs, config.kl_estimator)
         loss, grad = loss + config.kl_coef * kl, grad + config.kl_coef * kl_grad
@@ -36,7 +36,7 @@ def token_losses(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, T
 
 
 def token_ratios(log_probs: Tensor, inputs: PolicyLossInputs) -> TokenRatios:
-    """The ratios as the objective sees them: per token, or its response's at every token; 0 if masked."""
+    """The log-ratios of each token at the objective's level; 0 where masked."""
     config, mask, layout = inputs.config, inputs.mask, inputs.layout
     log_probs = torch.where(mask, log_probs, 0.0).double()
     old_log_probs = log_probs if inputs.old_log_probs is None else torch.where(mask, inputs.old_log_probs, 0.0).double()
@@ -52,12 +52,12 @@ def token_ratios(log_probs: Tensor, inputs: PolicyLossInputs) -> TokenRatios:
 
 
 def behaviour_log_probs(old_log_probs: Tensor, inputs: PolicyLossInputs) -> Tensor:
-    """log mu as the objective is to see it: old - behaviour is log d, corrected as `rollout_is` says."""
+    """log mu after the correction of config.rollout_is: old_log_probs - result = log of the corrected d."""
     correction = inputs.config.correction
     if correction is None:
         return old_log_probs
     if inputs.config.rollout_is == "token":
-        return inputs.rollout_log_probs  # the difference of the difference would round
+        return inputs.rollout_log_probs  # exact: old - (old - rollout) would round
     log_d = torch.where(inputs.mask, old_log_probs.double() - inputs.rollout_log_probs, 0.0)
     return old_log_probs - log_correction(log_d, correction, inputs)
 
@@ -70,7 +70,7 @@ def token_objective(
     advantages: Tensor,
     config: PolicyLossConfig,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, d loss / d log_prob) of every token before aggregation; the tensors are those of TokenRatios."""
+    """(loss, d loss / d log_prob) of every token before aggregation. The tensors are the fields of TokenRatios."""
     threshold = float("inf") if config.rollout_is_threshold is None else config.rollout_is_threshold
     return _policy_term(TokenRatios(log_probs, log_r, log_w, log_d, advantages, threshold), config)
 
@@ -83,7 +83,7 @@ def _policy_term(token: TokenRatios, config: PolicyLossConfig) -> tuple[Tensor, 
 
 
 def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, estimator: str) -> tuple[Tensor, Tensor]:
-    """(estimate, its derivative by log_probs) of KL(pi_theta || pi_ref) per token (Schulman's k1, k2, k3)."""
+    """(KL(pi_theta || pi_ref), its derivative by log_probs) per token, by Schulman's estimator k1, k2 or k3."""
     log_ratio = ref_log_probs - log_probs
     if estimator == "k1":
         return -log_ratio, torch.ones_like(log_ratio)

@@ -1,4 +1,4 @@
-"""The two forms of a loss call: with the arguments of a loss, or with the PolicyLossInputs made of them."""
+"""The two forms of a loss call: with the arguments of a loss, or with a PolicyLossInputs made of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _REQUIRED = tuple(name for name, is_required in _PARAMETERS.items() if is_requir
 
 
 class LossCall(Protocol[Arguments, Output]):
-    """A loss call in its two forms."""
+    """The type of a loss function that accepts both forms."""
 
     @overload
     def __call__(self, *args: Arguments.args, **options: Arguments.kwargs) -> Output: ...
@@ -31,7 +31,7 @@ class LossCall(Protocol[Arguments, Output]):
 
 
 def takes_inputs(call: Callable[Arguments, Output]) -> LossCall[Arguments, Output]:
-    """`call`, whose arguments of a loss are required, and must be left out where `inputs` is given."""
+    """`call` in both forms: if `inputs` is given, the arguments that it was made of must be left out."""
 
     @functools.wraps(call)
     def in_either_form(*arguments, **options):

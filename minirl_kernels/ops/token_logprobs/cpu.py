@@ -1,4 +1,4 @@
-"""token_logprobs on the CPU: allocate, call the native kernels."""
+"""token_logprobs on the CPU: allocate the results and call the native kernels."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def forward(rows: LogitRows, with_entropy: bool) -> tuple[Tensor, ...]:
 
 
 def backward(rows: LogitRows, gradients: RowGradients, out: Tensor, softcap: float = 0.0) -> None:
-    """The gradient of the logits into `out`.
+    """Write the gradient into `out`.
 
-    out: may be the logits themselves, or 16-bit memory that begins each row where that of the logits does.
-    softcap: the gradient is by u where the logits are softcap * tanh(u / softcap); 0 where they are u themselves.
+    out: may be the logits, or 16-bit memory in which each row begins at the address of its row of logits.
+    softcap: the logits are softcap * tanh(u / softcap), and the gradient is by u. 0 means that the logits are u.
     """
     if gradients.grad_entropy is None:
         gradients = gradients._replace(entropy=None)
@@ -33,6 +33,6 @@ def backward(rows: LogitRows, gradients: RowGradients, out: Tensor, softcap: flo
 
 
 def raise_bad_id(bad_row: int, rows: LogitRows) -> None:
-    """The kernels look at every id before they write anything, and return the first bad row, or -1."""
+    """Raise ValueError unless bad_row is -1. The kernels check all ids before they write, and return this number."""
     if bad_row >= 0:
         raise ValueError(token_id_message(bad_row, rows.token_ids, rows.logits.shape[-1]))

@@ -4,10 +4,10 @@ With x = logits / temperature and p = softmax(x):
     log_prob = x_y - logsumexp(x)            d log_prob / d logits = (onehot_y - p) / temperature
     entropy  = logsumexp(x) - sum_j p_j x_j  d entropy  / d logits = -p (log p + entropy) / temperature
 
-With the tokens that a sampler kept, all other logits are -inf, and p is over the kept ones (ops/kept_logits).
+With `kept`, the logits of all other tokens are -inf, and p is over the kept tokens (ops/kept_logits).
 
-Between forward and backward a row is kept as two numbers, log p_j = (logits_j - shift) / temperature - log_sum:
-their sum, logsumexp, would lose the digits of a row that is far from 0.
+The backward uses two numbers of each row, log p_j = (logits_j - shift) / temperature - log_sum. logsumexp alone is not
+enough: if the logits are far from 0, it would round away the digits of log_sum.
 """
 
 from __future__ import annotations
@@ -72,20 +72,24 @@ def token_logprobs(
     check: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log softmax(logits / temperature) at token_ids and, if asked, the entropy: both float32, in nats.
+    """log softmax(logits / temperature) at token_ids, and optionally the entropy; both float32, in nats.
 
-    logits: [B, L, V] or [T, V]; float32, bfloat16 or float16; any outer strides, last dimension contiguous. -inf is
-        a probability of 0. logits[t] scores token_ids[t]: nothing is shifted.
-    token_ids: [B, L] or [T], int32 or int64; -100 gives 0 and no gradient. An id out of range raises ValueError on
-        the CPU, gives NaN on the GPU, and raises there too with check=True, which waits for the device.
-    temperature: above 0, a number or one float per token.
-    kept: the tokens that top-k, top-p or min-p kept at each position, as the sampler recorded them: log-probability
-        and entropy are then over those, and the gradient is 0 for all others. It costs a copy of the logits, which is
-        what the backward reads. A token outside of its own set raises ValueError on the CPU, gives NaN on the GPU, and
-        raises there too with check=True. A position whose kept logits are all -inf gives NaN.
-    Returns log_probs, or (log_probs, entropy), of token_ids' shape. The logits are read once; the gradient reads
-    them once more and writes once.
-    Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    The forward reads the logits once. The backward reads them once and writes their gradient once.
+
+    logits: [B, L, V] or [T, V]; float32, bfloat16 or float16; any outer strides, last dimension contiguous. A logit of
+        -inf has probability 0. logits[t] scores token_ids[t]: the call shifts nothing.
+    token_ids: [B, L] or [T], int32 or int64. An id of -100 gives 0 and no gradient. An id out of range raises
+        ValueError on the CPU and gives NaN on a GPU. With check=True it raises on a GPU too.
+    temperature: divides the logits. A number or one float per token, above 0.
+    kept: the tokens that top-k, top-p or min-p kept at each position, recorded by the sampler. Log-probability and
+        entropy are then over the kept tokens, and the gradient of all other logits is 0. It costs a copy of the
+        logits. A token outside of its own set raises ValueError on the CPU and gives NaN on a GPU. With check=True it
+        raises on a GPU too. A position whose kept logits are all -inf gives NaN.
+    with_entropy: return the entropy too.
+    check: on a GPU, raise for token_ids, temperature and kept too. The host then waits for the GPU.
+    backend: "auto", "cpu", "triton" or "reference". "auto" follows the device of logits.
+    Returns log_probs, or (log_probs, entropy), of token_ids' shape; float32, in nats, differentiable.
+    Raises ValueError or TypeError that names the argument, and RuntimeError for a missing backend.
     """
     check_float_matrix("logits", logits)
     check_token_ids(token_ids, logits.shape[:-1], logits.device)
@@ -108,7 +112,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, token_ids, temperature, kept_ids, kept_offsets, with_entropy, backend):
         if kept_ids is not None:
-            # the kernels give those of -inf a gradient of exactly 0, which is the one by the whole logits
+            # the gradient of a logit of -inf is exactly 0, so this gradient is the gradient of the original logits
             logits = kept_logits(logits, kept_ids, kept_offsets, backend)
         rows = LogitRows(logits, token_ids, temperature)
         log_probs, entropy, shift, log_sum = token_logprobs_forward(*rows, with_entropy, backend)
@@ -161,7 +165,7 @@ def _backward_fake(logits, *_):
 
 def _backward_in_place(*arguments):
     rows, gradients, backend = unpack(arguments, LogitRows, RowGradients)
-    torch.autograd.graph.increment_version(rows.logits)  # whoever saved the logits for a backward learns of it
+    torch.autograd.graph.increment_version(rows.logits)  # so that a backward that saved the logits raises
     _kernels(backend).backward(rows, gradients, rows.logits)
 
 

@@ -1,4 +1,4 @@
-"""Rows of logits with the token and the temperature of each, and the numbers that their gradient is made of."""
+"""Rows of logits with the token and the temperature of each row, and the arguments of their gradient."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class LogitRows(NamedTuple):
     """Rows of logits, the token that each row scores, and the temperature that divides its logits."""
 
     logits: Tensor  # [B, L, V] or [T, V]
-    token_ids: Tensor  # [B, L] or [T], as the tensors below
-    temperature: Tensor  # float32
+    token_ids: Tensor  # [B, L] or [T]
+    temperature: Tensor  # the same shape, float32
 
 
 class RowGradients(NamedTuple):
-    """What the gradient of the logits is made of beside the rows: numbers of the forward, and incoming gradients."""
+    """The arguments of the gradient of the logits: results of the forward and incoming gradients, [B, L] or [T]."""
 
     shift: Tensor
     log_sum: Tensor  # log p_j = (logits_j - shift) / temperature - log_sum
@@ -26,7 +26,7 @@ class RowGradients(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """What makes logits of u, the product of a linear head: softcap * tanh((u + bias) / softcap)."""
+    """The step from u = hidden weight^T to the logits of a linear head: softcap * tanh((u + bias) / softcap)."""
 
     bias: Tensor | None = None  # [V] float32
     softcap: float = 0.0  # 0: none

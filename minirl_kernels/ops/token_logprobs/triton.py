@@ -1,7 +1,7 @@
-"""token_logprobs on the GPU: one program per token forward, one per token and tile backward.
+"""token_logprobs on the GPU: one program per token in the forward, one per token and tile in the backward.
 
-One per token backward too where the gradient is narrower than the logits and lies over them: tiles of a row that were
-programs of their own would write what others read.
+If a gradient narrower than the logits overwrites them, the backward has one program per token too. A program of one
+tile would otherwise write to memory that another program still reads.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def token_logprobs_bwd_kernel(
     if grad_entropy is not None:
         b_e = tl.load(grad_entropy + i_t)
         b_entropy = tl.load(entropy + i_t)
-    # where there are no shards, ELSEWHERE is out of range: the forward has left NaN in log_sum, which makes NaN here
+    # without shards ELSEWHERE is an id out of range: the NaN that the forward left in log_sum makes the gradient NaN
     if (b_id < ELSEWHERE) | (b_id >= V) | ((b_c == 0) & (b_e == 0)):
         nothing = tl.where((b_id == IGNORE_INDEX) | ((b_id >= ELSEWHERE) & (b_id < V)), 0.0, float("nan"))
         if BY_ROW:
@@ -128,7 +128,7 @@ def token_logprobs_bwd_kernel(
 
 
 def forward(rows: LogitRows, with_entropy: bool, epilogue: Epilogue = NO_EPILOGUE) -> tuple[Tensor, ...]:
-    """(log_probs, entropy or empty, shift, log_sum), each of token_ids' shape, of the logits behind the epilogue."""
+    """(log_probs, entropy or empty, shift, log_sum), each of token_ids' shape, from the output of the epilogue."""
     log_probs, shift, log_sum = (torch.empty_like(rows.temperature) for _ in range(3))
     entropy = torch.empty_like(rows.temperature) if with_entropy else rows.temperature.new_empty(0)
     vocab_size = rows.logits.shape[-1]
@@ -158,9 +158,9 @@ def forward(rows: LogitRows, with_entropy: bool, epilogue: Epilogue = NO_EPILOGU
 
 
 def backward(rows: LogitRows, gradients: RowGradients, out: Tensor, epilogue: Epilogue = NO_EPILOGUE) -> None:
-    """The gradient by what the epilogue is given, into `out`.
+    """Write the gradient by the input of the epilogue, rows.logits, into `out`.
 
-    out: may be the logits themselves, or 16-bit memory that begins each row where that of float32 logits does.
+    out: may be the logits, or 16-bit memory in which each row begins at the address of its float32 row of logits.
     """
     vocab_size = rows.logits.shape[-1]
     config = backward_config(vocab_size, rows.logits.dtype, out.dtype)
@@ -188,15 +188,18 @@ def backward(rows: LogitRows, gradients: RowGradients, out: Tensor, epilogue: Ep
 
 
 def forward_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
-    """512 threads with two accesses each, and as many in flight for the next tile: a few programs fill a processor.
-    One logit at a time, where rows are not whole accesses, takes more registers: half as many then."""
+    """512 threads with two accesses each, and two more in flight for the next tile, so a few programs fill a processor.
+
+    Rows that do not allow 128-bit accesses need more registers per logit, so a thread takes half as many.
+    """
     per_thread = (32 if is_whole(vocab_size, dtype) else 16) // dtype.itemsize
     return make_config(vocab_size, dtype, threads=512, per_thread=per_thread)
 
 
 def backward_config(vocab_size: int, dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> LaunchConfig:
-    """Nothing is reduced, so a program is one tile, small enough that a row makes many. Where a program is a row, twice
-    the threads keep more of it in flight; one logit at a time takes more registers, as in the forward."""
+    """The backward has no sums, so a program is one small tile, and a row has many. If a program is a whole row, it has
+    twice the threads, to keep more of the row in flight. Rows that do not allow 128-bit accesses need more registers
+    per logit, as in the forward."""
     if out_dtype is None or out_dtype == dtype:
         return make_config(vocab_size, dtype, threads=256, per_thread=32 // dtype.itemsize)
     per_thread = 8 if is_whole(vocab_size, out_dtype) else 4
