@@ -80,8 +80,8 @@ class Objective:
 
     def bounds_met(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
         """(upper, lower): bool tensors, True where this bound on r changes the gradient. By default all are False."""
-        nowhere = torch.zeros_like(token.log_r, dtype=torch.bool)
-        return nowhere, nowhere
+        all_false = torch.zeros_like(token.log_r, dtype=torch.bool)
+        return all_false, all_false
 
     def check_rollout_is(self, rollout_is: object) -> None:
         """Raise ValueError if this objective does not support this value of `PolicyLossConfig.rollout_is`."""
@@ -99,8 +99,8 @@ class Objective:
 
 def times(weight: Tensor, factor: Tensor) -> Tensor:
     """weight * factor, and 0 where one of them is 0, even if the other is infinite. A NaN stays NaN."""
-    nothing = ((factor == 0) & ~weight.isnan()) | ((weight == 0) & ~factor.isnan())
-    return torch.where(nothing, 0.0, weight * factor)
+    is_zero = ((factor == 0) & ~weight.isnan()) | ((weight == 0) & ~factor.isnan())
+    return torch.where(is_zero, 0.0, weight * factor)
 
 
 def masked_gradient(token: TokenRatios, stopped: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,11 @@ from .clipped import ClippedRatio
 
 @dataclass(frozen=True, kw_only=True)
 class CISPO(ClippedRatio):
-    """CISPO, Appendix A: sg[min(d, threshold) clip(r)] A log pi. Both bounds act on both signs of the advantage."""
+    """CISPO, Appendix A: sg[min(d, threshold) clip(r)] A log pi. Both bounds act on both signs of the advantage.
+
+    clip_ratio_low, clip_ratio_high: clip(r) is r in [1 - clip_ratio_low, 1 + clip_ratio_high].
+    clip: False makes clip(r) = r.
+    """
 
     weighting: ClassVar = "d in loss"
     preset: ClassVar = {"rollout_is": None, "rollout_is_threshold": None, "loss_agg_mode": "group-token-mean"}

@@ -13,7 +13,11 @@ from .clipped import ClippedRatio
 
 @dataclass(frozen=True, kw_only=True)
 class GRPO(ClippedRatio):
-    """GRPO, Appendix A: sg[min(d, threshold)] min(r A, clip(r) A), with clip(r) in [1 - low, 1 + high]."""
+    """GRPO, Appendix A: sg[min(d, threshold)] min(r A, clip(r) A).
+
+    clip_ratio_low, clip_ratio_high: clip(r) is r in [1 - clip_ratio_low, 1 + clip_ratio_high].
+    clip: False makes clip(r) = r.
+    """
 
     weighting: ClassVar = "d in loss"
     preset: ClassVar = {"rollout_is": None, "rollout_is_threshold": None, "loss_agg_mode": "seq-mean-token-mean"}

@@ -20,10 +20,10 @@ def rows_with_gradient(
     rows: slice, grad_tile: Tensor, token_grad: Tensor, entropy_grad: Tensor
 ) -> tuple[slice | Tensor, Tensor]:
     """(index of the rows with a gradient, their gradients), moved to the front of the tile for the matmuls."""
-    counts = (token_grad != 0) | (entropy_grad != 0)
-    if bool(counts.all()):
+    has_gradient = (token_grad != 0) | (entropy_grad != 0)
+    if bool(has_gradient.all()):
         return rows, grad_tile
-    index = counts.nonzero().squeeze(-1)
+    index = has_gradient.nonzero().squeeze(-1)
     for to, source in enumerate(index.tolist()):
         if to != source:
             grad_tile[to].copy_(grad_tile[source])

@@ -25,14 +25,14 @@ def forward_backward(kernels: ModuleType, head: HeadRows, loss: LossRows, needs:
     out of the matmuls of the gradients.
     """
     num_rows, vocab_size = head.hidden.shape[0], head.weight.shape[0]
-    counts = head.token_ids != IGNORE_INDEX
-    can_have_gradient = counts
+    is_counted = head.token_ids != IGNORE_INDEX
+    can_have_gradient = is_counted
     if loss.ref_log_probs is None and loss.entropy_coef == 0:
         # an id out of range must give a NaN gradient where the kernels do not raise
         out_of_range = (head.token_ids < 0) | (head.token_ids >= vocab_size)
-        can_have_gradient = counts & ((loss.advantages != 0) | out_of_range)
+        can_have_gradient = is_counted & ((loss.advantages != 0) | out_of_range)
     outputs = [torch.zeros_like(head.temperature) for _ in range(4)]
-    index, num_with_gradient = rows_in_order(counts, can_have_gradient)
+    index, num_with_gradient = rows_in_order(is_counted, can_have_gradient)
     head, kept, loss = head.at(index), kept_at(head, index), at_rows(loss, index)
     results = head.temperature.new_empty(4, head.hidden.shape[0])
     gradients = Gradients(kernels.head, head, needs)
@@ -50,13 +50,13 @@ def forward_backward(kernels: ModuleType, head: HeadRows, loss: LossRows, needs:
     return *outputs, *gradients.results(index, num_rows)
 
 
-def rows_in_order(counts: Tensor, can_have_gradient: Tensor) -> tuple[Tensor | slice, int]:
+def rows_in_order(is_counted: Tensor, can_have_gradient: Tensor) -> tuple[Tensor | slice, int]:
     """(index of the rows that count, rows that can have a gradient first; number of rows that can have a gradient).
 
     The host waits for the device here, for both numbers of rows, and nowhere else in a call.
     """
-    num_with_gradient, num_rows = torch.stack([can_have_gradient.sum(), counts.sum()]).tolist()
-    if num_with_gradient == len(counts):
+    num_with_gradient, num_rows = torch.stack([can_have_gradient.sum(), is_counted.sum()]).tolist()
+    if num_with_gradient == len(is_counted):
         return slice(None), num_with_gradient
-    order = torch.argsort(counts.to(torch.int8) + can_have_gradient, descending=True, stable=True)
+    order = torch.argsort(is_counted.to(torch.int8) + can_have_gradient, descending=True, stable=True)
     return order[:num_rows], num_with_gradient

@@ -29,7 +29,8 @@ def forward_backward(
 
     out: may be the logits, or 16-bit memory in which each row begins at the address of its float32 row of logits.
     softcap: the same as in `backward` of token_logprobs/cpu.py.
-    only_overflow: compute no gradient and no entropy. token_loss and token_grad may be 0 where they cannot overflow.
+    only_overflow: do not write the gradient and the entropy. The other results are 0 for a row whose loss cannot
+        overflow.
     """
     log_probs = torch.empty(rows.token_ids.shape, dtype=torch.float32)
     results = _Results(log_probs, *(torch.empty_like(log_probs) for _ in range(3)))

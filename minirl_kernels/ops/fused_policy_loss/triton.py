@@ -1,7 +1,7 @@
 """fused_policy_loss on the GPU: one program per token, from its logits to its loss and the gradient of its logits.
 
-A row that fits in one tile is read once. A longer row is read twice, in opposite directions. The second reading then
-starts with the tile that is still in registers, and goes on with the part that is most likely still in the caches.
+A row that fits in one tile is read once. A longer row is read twice, in opposite directions. The second reading starts
+with the tile that is still in registers. Its next tiles are the ones most likely to be still in the caches.
 """
 
 from __future__ import annotations

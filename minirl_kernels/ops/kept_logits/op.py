@@ -95,8 +95,8 @@ def _check_kept(token_ids, ids, offsets, vocab_size):
         own = _set_of(row, ids, offsets).tolist()
         raise ValueError(
             f"token_ids has the id {token_ids.flatten()[row].item()} at row {row}, which is not among the {len(own)} "
-            f"tokens that kept has there ({', '.join(map(str, own[:8]))}{', ...' if len(own) > 8 else ''}): the token "
-            "that was sampled must be one of its own set"
+            f"tokens that kept has there ({', '.join(map(str, own[:8]))}{', ...' if len(own) > 8 else ''}): the "
+            "sampled token must be in its own set"
         )
     return token_ids.clone()
 

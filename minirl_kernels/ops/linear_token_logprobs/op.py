@@ -168,8 +168,8 @@ def linear_stats(
         local = head._replace(token_ids=local_ids, kept_ids=shard.local_kept(head.kept_ids))
         stats = linear_token_logprobs_forward(*local, with_entropy, backend)
     else:
-        nothing, nowhere = torch.zeros_like(head.temperature), torch.full_like(head.temperature, -torch.inf)
-        stats = nothing, nothing if with_entropy else nothing.new_empty(0), nowhere, nowhere
+        zeros, minus_inf = torch.zeros_like(head.temperature), torch.full_like(head.temperature, -torch.inf)
+        stats = zeros, zeros if with_entropy else zeros.new_empty(0), minus_inf, minus_inf
     return shard.combine(*stats, head.token_ids, head.temperature)
 
 

@@ -23,13 +23,13 @@ from ..token_logprobs.rows import LogitRows, RowGradients
 from .head import HeadRows, Needs
 
 
-def rows_that_count(counts: Tensor) -> Tensor | slice:
+def rows_that_count(is_counted: Tensor) -> Tensor | slice:
     """The index of the rows that count, or a slice if all rows count.
 
     The host waits for the device here, for the number of rows, and nowhere else in a call.
     """
-    index = counts.nonzero().squeeze(-1)
-    return slice(None) if len(index) == len(counts) else index
+    index = is_counted.nonzero().squeeze(-1)
+    return slice(None) if len(index) == len(is_counted) else index
 
 
 def kept_at(head: HeadRows, index: Tensor | slice) -> KeptRows | None:
@@ -126,12 +126,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(d hidden, d weight in float32, d bias in float32). Rows without a gradient are left out of every matmul."""
     num_rows = head.hidden.shape[0]
-    counts = gradients.grad_log_probs != 0
+    has_gradient = gradients.grad_log_probs != 0
     if gradients.grad_entropy is None:
         gradients = gradients._replace(entropy=None)
     else:
-        counts |= gradients.grad_entropy != 0
-    index = rows_that_count(counts & (head.token_ids != IGNORE_INDEX))
+        has_gradient |= gradients.grad_entropy != 0
+    index = rows_that_count(has_gradient & (head.token_ids != IGNORE_INDEX))
     head, kept, gradients = head.at(index), kept_at(head, index), at_rows(gradients, index)
     sums = Gradients(kernels, head, needs)
     for rows, logit_rows in logit_tiles(kernels, head, kept):

@@ -36,7 +36,7 @@ def _advantages(rewards, group_ids, norm_by_std):
     labels, group, sizes = torch.unique(group_ids, return_inverse=True, return_counts=True)
     if bool((sizes < 2).any()):
         alone = labels[sizes < 2][0].item()
-        raise ValueError(f"group_ids has one response in group {alone}: a group must have at least 2 to have a mean")
+        raise ValueError(f"group_ids has one response in group {alone}: a group must have at least 2 responses")
     if not rewards.numel():
         return torch.empty_like(rewards, dtype=torch.float32)
     # one row per group, so that a sum has a fixed order; NaN pads the groups to the size of the largest group

@@ -34,7 +34,7 @@ class PolicyLossInputs:
 
     layout: maps tokens to responses, for padded [B, L] or packed [T].
     mask: True where a token is in the loss.
-    lengths: for each token, the number of masked-in tokens of its response, at least 1.
+    lengths: for each token, the number of tokens of its response that are in the loss; at least 1.
     weights: the factor of each token's own loss in the loss; 0 outside the mask.
     advantages: the advantage of each token.
     old_log_probs, rollout_log_probs, ref_log_probs: log pi_old, log mu_old and log pi_ref in nats, or None.
@@ -110,8 +110,8 @@ class PolicyLossInputs:
 
         sizes: the number of responses of each micro-batch: one number for all (the last may have fewer), or one number
             for each micro-batch.
-        Raises TypeError or ValueError if sizes are not counts that sum to the number of responses, and ValueError if
-            the Correction of the config has normalise=True.
+        Raises TypeError or ValueError if sizes are not counts that sum to the number of responses. A Correction with
+            normalise=True raises ValueError.
         """
         if self.config.correction is not None and self.config.correction.normalise:
             raise ValueError(

@@ -92,7 +92,7 @@ def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.devi
         if len(shape) != 2:
             raise ValueError(
                 f"cu_seqlens is None with tokens of shape {tuple(shape)}: it must be int32 [B + 1] where tokens are "
-                "packed, [T]; padded ones are [B, L]"
+                "packed, [T]; padded tokens are [B, L]"
             )
         return Padded(shape, device)
     if len(shape) != 1:

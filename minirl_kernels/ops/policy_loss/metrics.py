@@ -98,10 +98,10 @@ def _observed(
     inputs: PolicyLossInputs,
 ) -> Observed:
     """known: for each choice of Count.over, the tokens of the mask, or no token if its tensor was not given."""
-    nothing, layout = log_probs.new_zeros(()), inputs.layout
+    zero, layout = log_probs.new_zeros(()), inputs.layout
     old = log_probs if inputs.old_log_probs is None else inputs.old_log_probs
-    rollout = nothing if inputs.rollout_log_probs is None else inputs.rollout_log_probs
-    ref = nothing if inputs.ref_log_probs is None else inputs.ref_log_probs
+    rollout = zero if inputs.rollout_log_probs is None else inputs.rollout_log_probs
+    ref = zero if inputs.ref_log_probs is None else inputs.ref_log_probs
 
     def log_ratio(over, above, below):
         return torch.where(known[over], above.double() - below.double(), 0.0)
@@ -113,7 +113,7 @@ def _observed(
         log_d=log_ratio("rollout", old, rollout),
         log_k=log_ratio("ref", ref, log_probs),
         w=torch.where(known["rollout"], log_w.exp(), 0.0),
-        entropy=nothing if entropy is None else entropy,
+        entropy=zero if entropy is None else entropy,
         overflows=overflows,
         clip_high=clip_high,
         clip_low=clip_low,

@@ -76,11 +76,11 @@ def policy_loss(
     config: the objective and its options. The default is MiniRL.
     inputs: the PolicyLossInputs of this call, from `PolicyLossInputs.prepare` or `PolicyLossInputs.split`. The
         arguments that it was made of must then be left out.
-    check: raise on a GPU for the errors that always raise on the CPU. The host then waits for the GPU. The errors
-        are, inside the mask: a NaN or an infinity in an argument other than log_probs; a loss or c_t that overflows
-        float32, for example from an importance weight of exp(95); and a tensor count that is not above 0. Without
-        check, a GPU gives NaN for the token and counts it in the metrics. For sequence-level objectives all tokens
-        of the response are NaN. A NaN in log_probs never raises: it becomes NaN in the results.
+    check: raise on a GPU for the errors that always raise on the CPU. The host then waits for the GPU. One error is a
+        NaN or an infinity inside the mask, in an argument other than log_probs. Another is a loss or c_t that
+        overflows float32, for example from an importance weight of exp(95). The last is a tensor count that is not
+        above 0. Without check, a GPU gives NaN for the token and counts it in the metrics. With a sequence-level
+        objective all tokens of the response are NaN. A NaN in log_probs never raises: it becomes NaN in the results.
 
     Raises ValueError or TypeError that names the argument, and the token if the error is in one token.
     """
