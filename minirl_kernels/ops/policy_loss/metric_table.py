@@ -113,7 +113,11 @@ METRICS = (
         lambda seen: seen.clip_high,
         "share of tokens whose gradient the upper bound on r stops (for CISPO, changes)",
     ),
-    _mean("clip_fraction_low", lambda seen: seen.clip_low, "the same of the lower bound"),
+    _mean(
+        "clip_fraction_low",
+        lambda seen: seen.clip_low,
+        "share of tokens whose gradient the lower bound on r stops (for CISPO, changes)",
+    ),
     _mean(
         "truncation_fraction",
         lambda seen: seen.truncated,
@@ -127,7 +131,12 @@ METRICS = (
         "KL(mu_old, pi_old), nats, the training-inference discrepancy, by k1: mean of -log d",
         over="rollout",
     ),
-    _mean("discrepancy_kl_k3", lambda seen: _k3(seen.log_d), "the same by k3: mean of d - 1 - log d", over="rollout"),
+    _mean(
+        "discrepancy_kl_k3",
+        lambda seen: _k3(seen.log_d),
+        "KL(mu_old, pi_old), nats, by k3: mean of d - 1 - log d",
+        over="rollout",
+    ),
     _maximum("log_d_abs_max", lambda seen: seen.log_d.abs(), "maximum of abs(log d)", over="rollout"),
     _mean("is_weight_mean", _w, "mean of w = pi_theta / mu_old", over="rollout"),
     _maximum("is_weight_max", _w, "maximum of w", over="rollout"),
@@ -145,7 +154,13 @@ METRICS = (
         over="rollout",
         per="response",
     ),
-    _maximum("first_order_error_max", _first_order_error, "its maximum over responses", over="rollout", per="response"),
+    _maximum(
+        "first_order_error_max",
+        _first_order_error,
+        "maximum of the same number over responses",
+        over="rollout",
+        per="response",
+    ),
 )
 # the order of the numbers in PolicyLossMetrics.sums (COUNTS, then SUMS) and in PolicyLossMetrics.maxima
 COUNTS = tuple(dict.fromkeys(metric.count for metric in METRICS))
