@@ -1,4 +1,4 @@
-"""attention on the CPU: allocate, call the native kernels."""
+"""CPU backend of attention: allocates the results and calls the native kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...backends import native
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spans: Tensor, causal: bool, scale: float, for_backward: bool
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, Lq, Hq, Dv], stats [B, Lq, Hq, 2] float32 for the backward, else empty)."""
+    """Returns (out [B, Lq, Hq, Dv], stats [B, Lq, Hq, 2] float32). stats is empty unless `for_backward`."""
     batch, heads, queries, _ = q.shape
     out = torch.empty((batch, queries, heads, v.shape[3]), dtype=q.dtype, device=q.device)
     stats = torch.empty((batch, queries, heads, 2) if for_backward else (0,), dtype=torch.float32)
@@ -31,7 +31,10 @@ def backward(
     scale: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, ...]:
-    """(d q, d k, d v) as [B, rows, heads, size], empty where not needed; grad_out [B, Lq, Hq, Dv] is contiguous."""
+    """Returns (d q, d k, d v), each [B, rows, heads, size], or empty where not needed.
+
+    grad_out: [B, Lq, Hq, Dv], contiguous.
+    """
     grads = [
         torch.empty(
             (x.shape[0], x.shape[2], x.shape[1], x.shape[3]) if needed else (0,), dtype=x.dtype, device=x.device

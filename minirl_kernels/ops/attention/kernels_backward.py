@@ -1,4 +1,4 @@
-"""The backward of attention: a kernel over blocks of rows for d q, and one over blocks of keys for d k and d v."""
+"""Backward kernels of attention: one over blocks of rows for d q, one over blocks of keys for d k and d v."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def attention_bwd_q_kernel(
     DEPTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """grad_q [B, Lq, Hq, D], which may be None, and deltas [B, Lq, Hq], the sum of out * grad_out over each row."""
+    """Writes grad_q [B, Lq, Hq, D], unless it is None, and deltas [B, Lq, Hq], the sum of out * grad_out per row."""
     i_span, i_block = block_of(block_spans, begins, num_spans)
     if i_span >= num_spans:
         return
@@ -148,8 +148,10 @@ def attention_bwd_kv_kernel(
     DEPTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """grad_k [B, Lk, Hkv, D] and grad_v [B, Lk, Hkv, DV], each of which may be None: sums over the rows of the span, in
-    blocks from its first."""
+    """Writes grad_k [B, Lk, Hkv, D] and grad_v [B, Lk, Hkv, DV]; either may be None.
+
+    Both are sums over the rows of the span, in blocks from its first row on.
+    """
     i_span, i_block = block_of(block_spans, begins, num_spans)
     if i_span >= num_spans:
         return
@@ -167,7 +169,7 @@ def attention_bwd_kv_kernel(
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     heads = tl.num_programs(1) * GROUP
     rows = queries * GROUP
-    # where it is causal, the queries before see none of these keys
+    # causal: earlier queries do not see these keys
     first_block = tl.maximum(i_block * BLOCK_N - (keys - queries), 0) * GROUP // BLOCK_M if CAUSAL else 0 * rows
     for i_m in range(first_block, tl.cdiv(rows, BLOCK_M)):
         o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -200,7 +202,7 @@ def attention_bwd_kv_kernel(
 
 
 def backward_q(q, k, v, spans, out, stats, grad_out, causal, scale, grad_q: Tensor | None) -> Tensor:
-    """Writes grad_q, and returns the deltas [B, Lq, Hq] that backward_kv takes."""
+    """Writes grad_q and returns the deltas [B, Lq, Hq] for backward_kv."""
     deltas = stats.new_empty(stats.shape[:3])
     config = backward_q_config(max(q.shape[3], v.shape[3]), q.dtype)
     blocks = query_blocks(q, k, spans, config)
@@ -221,7 +223,7 @@ def backward_kv(
 
 
 def backward_q_config(size: int, dtype: torch.dtype) -> TileConfig:
-    """Two tiles of scores beside one of sums: half as many keys for a wide head."""
+    """The registers hold two tiles of scores and one of sums: a wide head takes half as many keys."""
     if dtype == torch.float32:
         return TileConfig(rows=16, keys=32, depth=32, threads=256, stages=1)
     if fits(size, dtype):
@@ -230,7 +232,7 @@ def backward_q_config(size: int, dtype: torch.dtype) -> TileConfig:
 
 
 def backward_kv_config(size: int, dtype: torch.dtype) -> TileConfig:
-    """Two tiles of scores beside two of sums, which have a row for each key: half as many rows for a wide head."""
+    """The registers hold two tiles of scores and two of sums, a row per key: a wide head takes half as many rows."""
     if dtype == torch.float32:
         return TileConfig(rows=16, keys=16, depth=32, threads=256, stages=1)
     if fits(size, dtype):

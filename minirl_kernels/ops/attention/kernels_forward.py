@@ -1,4 +1,4 @@
-"""The forward of attention: a program is a block of rows, and goes over the keys that they see."""
+"""Forward kernel of attention: a program computes a block of rows, and loops over the keys that the rows see."""
 
 from __future__ import annotations
 
@@ -59,8 +59,10 @@ def attention_fwd_kernel(
     DEPTH: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """out [B, Lq, Hq, DV] and stats [B, Lq, Hq, 2], the shift and the sum of each row, which may be None. c: scale of
-    the scores, for exp2."""
+    """Writes out [B, Lq, Hq, DV], and the shift and the sum of each row to stats [B, Lq, Hq, 2] unless it is None.
+
+    c: scale of the scores times log2(e), for exp2.
+    """
     i_span, i_block = block_of(block_spans, begins, num_spans)
     if i_span >= num_spans:
         return
@@ -96,7 +98,7 @@ def attention_fwd_kernel(
         b_out = dot(round_to(b_e, v.dtype.element_ty), b_v, b_out * b_keep)
         b_shift = b_max
     o_v = tl.arange(0, BLOCK_DV)[None, :]
-    # a row that sees no key has 0 / 1
+    # a row that sees no key gives 0 / 1
     b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)
     heads = tl.num_programs(1) * GROUP
     o_row = rows_in(batch, first_query, o_r, head, GROUP, queries_of_batch * heads, 1, heads)
@@ -107,7 +109,7 @@ def attention_fwd_kernel(
 
 
 def attend(q, k, v, spans, causal: bool, scale: float, out: Tensor, stats: Tensor | None) -> None:
-    """Writes out [B, Lq, Hq, Dv], and stats [B, Lq, Hq, 2] float32, where the spans are; both are contiguous."""
+    """Writes the rows of all spans in out [B, Lq, Hq, Dv] and stats [B, Lq, Hq, 2] float32; both are contiguous."""
     config = attention_config(max(q.shape[3], v.shape[3]), q.dtype)
     blocks = query_blocks(q, k, spans, config)
     tensors = (q, k, v, spans, *blocks.tables, out, stats)
@@ -115,8 +117,10 @@ def attend(q, k, v, spans, causal: bool, scale: float, out: Tensor, stats: Tenso
 
 
 def attention_config(size: int, dtype: torch.dtype) -> TileConfig:
-    """64 rows: the fewest that tensor cores multiply at once on sm_90 and sm_100. Float32 is multiplied from registers,
-    which hold a part of a head and few keys at once."""
+    """64 rows are the fewest that tensor cores multiply at once on sm_90 and sm_100.
+
+    Float32 operands are multiplied from registers, which hold only a part of a head and few keys at once.
+    """
     if dtype == torch.float32:
         return TileConfig(rows=32, keys=16, depth=32, threads=256, stages=1)
     if fits(size, dtype):

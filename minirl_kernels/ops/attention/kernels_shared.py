@@ -1,10 +1,10 @@
-"""What the attention kernels share: the blocks that a span is cut into, the loads of their rows, and the launch.
+"""Shared parts of the attention kernels: the blocks of a span, the loads of their rows, and the launch.
 
-Programs go over blocks of stacked rows (a query in one of the heads that share a head of keys), or over blocks of keys
-for the gradients by k and v. The blocks of a span are cut from its own first row and its own first key, whatever spans
-come before it.
+A program computes a block of stacked rows, or a block of keys for the gradients by k and v. A stacked row is one query
+in one of the query heads that share a key head. The blocks of a span start at its own first row and first key, so that
+they do not depend on the spans before it.
 
-Names: as in common/triton/row_tiles.py; M rows and N keys of a block; D of q and k, DV of v.
+Names: as in common/triton/row_tiles.py; M rows and N keys of a block; D is the head size of q and k, DV of v.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from ...common.triton.numbers import dot
 
-# one binary per dtype, D, DV, group and alignment: ALIGN says all that a kernel needs to know of these
+# not specialised, so that there is one binary per dtype, D, DV, group and ALIGN
 STRIDES = [f"stride_{name}{axis}" for name in "qkv" for axis in "bhl"]
 SIZES = ["num_spans", "queries_of_batch", "keys_of_batch", *STRIDES]
 
 
 @triton.jit
 def block_of(block_spans, begins, num_spans):
-    """(span, number of this program's block in it) by axis 0; the span is num_spans where the program has none."""
+    """(span, block within the span) of this program by axis 0; a program without work gets the span num_spans."""
     i_span = tl.load(block_spans + tl.program_id(0))
     begin = tl.load(begins + i_span, mask=i_span < num_spans, other=0)
     return i_span, tl.program_id(0) - begin
@@ -41,14 +41,16 @@ def span_at(spans, i_span):
 
 @triton.jit
 def rows_in(batch, first, o_r, head, GROUP: tl.constexpr, stride_b, stride_h, stride_l):
-    """Elements to each stacked row of the span whose queries begin with `first`: query o_r // GROUP of head o_r % GROUP
-    of those that share one."""
+    """Offset in elements of each stacked row of the span that begins at query `first`.
+
+    Stacked row o_r is query o_r // GROUP in head o_r % GROUP of the GROUP query heads that share a key head.
+    """
     return batch * stride_b + (first + o_r // GROUP) * stride_l + (head * GROUP + o_r % GROUP) * stride_h
 
 
 @triton.jit
 def seen_by(o_r, queries, keys, GROUP: tl.constexpr, CAUSAL: tl.constexpr):
-    """How many keys each row sees."""
+    """The number of keys that each row sees."""
     b_seen = keys - queries + o_r // GROUP + 1 if CAUSAL else keys + 0 * o_r
     return tl.maximum(b_seen, 0)
 
@@ -61,7 +63,7 @@ def load_rows(p_rows, m_rows, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_unless_split(p_rows, m_rows, SIZE: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr):
-    """What row_products needs loaded: nothing where it loads parts by itself."""
+    """The rows for row_products, or 0.0 where DEPTH < BLOCK: row_products then loads parts of the rows itself."""
     return 0.0 if DEPTH < BLOCK else load_rows(p_rows, m_rows, SIZE, BLOCK)
 
 
@@ -79,7 +81,7 @@ def row_products(
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """[A_ROWS, B_ROWS]: rows at p_a and m_a [A_ROWS, 1] by rows at p_b and m_b [B_ROWS, 1]; DEPTH terms at once."""
+    """[A_ROWS, B_ROWS]: the products of rows at p_a, m_a [A_ROWS, 1] and p_b, m_b [B_ROWS, 1], DEPTH terms at once."""
     b_sum = tl.zeros([A_ROWS, B_ROWS], tl.float32)
     if DEPTH < BLOCK:
         for i_d in range(tl.cdiv(SIZE, DEPTH)):
@@ -93,10 +95,10 @@ def row_products(
 
 
 class Blocks(NamedTuple):
-    """Of the rows or the keys of all spans, each cut from its own first."""
+    """The blocks of the rows, or of the keys, of all N spans. The first block of a span starts at its first row."""
 
-    block_spans: Tensor  # [at least as many as there are] int64: the span of each, N where there is none
-    begins: Tensor  # [N] int64: the first of each span
+    block_spans: Tensor  # [number of blocks or more] int64: the span of each block; N for the surplus
+    begins: Tensor  # [N] int64: the first block of each span
 
     @property
     def tables(self) -> tuple[Tensor, Tensor]:
@@ -113,7 +115,7 @@ def key_blocks(k: Tensor, spans: Tensor, config: TileConfig) -> Blocks:
 
 
 def _blocks(counts: Tensor, most: int, size: int) -> Blocks:
-    """most: no less than the sum of the counts, known without asking the device."""
+    """most: an upper bound of the sum of the counts, known to the host without waiting for the device."""
     blocks = (counts + size - 1) // size
     ends = blocks.cumsum(0)
     places = torch.arange(most // size + len(counts) if most else 0, device=counts.device)
@@ -152,7 +154,7 @@ def launch(
             BLOCK_D=max(triton.next_power_of_2(q.shape[3]), 16),
             BLOCK_DV=max(triton.next_power_of_2(v.shape[3]), 16),
             DEPTH=config.depth,
-            # accesses can be 128 bits where all of them are multiples of that
+            # 128-bit accesses need every size and stride to be a multiple of 128 bits
             ALIGN=vec if all(n % vec == 0 for n in (*strides, q.shape[3], v.shape[3])) else 1,
             num_warps=config.num_warps,
             num_stages=config.stages,
@@ -161,9 +163,12 @@ def launch(
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a span is cut, from the sizes of a head and the dtype alone, so that a row's bits do not depend on others.
+    """The block sizes of a span. They depend on the head size and the dtype alone, so that rows are batch-invariant.
 
-    rows x keys: of a tile of scores; depth: terms of a score that are summed at once; stages: blocks in flight.
+    rows, keys: of a tile of scores.
+    depth: number of terms of a score in one step.
+    threads: of a program.
+    stages: number of blocks in flight.
     """
 
     rows: int
@@ -182,11 +187,13 @@ class TileConfig:
 
 
 def fits(size: int, dtype: torch.dtype) -> bool:
-    """Whether a head of 16-bit values leaves registers for whole tiles: half of one has, and rows that allow wide
-    accesses, where each other element would take an address."""
+    """Whether whole tiles of a 16-bit head fit into the registers.
+
+    Rows must also allow 128-bit accesses: else each element takes an address of its own.
+    """
     return size <= 128 and size * dtype.itemsize % 16 == 0
 
 
 def stages() -> int:
-    """AMD's shared memory is 64 KiB, a third of the others'."""
+    """AMD GPUs have 64 KiB of shared memory, a third of NVIDIA's."""
     return 1 if torch.version.hip else 2

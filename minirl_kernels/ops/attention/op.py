@@ -1,17 +1,17 @@
-"""attention: softmax attention of packed sequences, causal and grouped-query, the same bits in every batch.
+"""attention: batch-invariant softmax attention of packed sequences, causal or full, with grouped queries.
 
-With S = scale q k^T over the keys that a query sees:
-    out = softmax(S) v
+With S = scale q k^T over the keys that a query sees, and P = softmax(S):
+    out = P v
     d v = P^T d out,  d S = P (d out v^T - rowsum(d out * out)),  d q = scale d S k,  d k = scale d S^T q
-Sums are float32. A query goes over the keys in blocks of one size, from the first key of its sequence on, with the
-online softmax of Milakov and Gimelshein (arXiv 1805.02867): its bits do not depend on how many queries there are, on
-keys behind those that it sees, on other sequences, or on where it lies in memory. A token that is decoded from a cache
-has the bits that it has in the whole sequence.
+Sums are float32. A query reads its keys in blocks of a fixed size, from the first key of its sequence on. The method is
+online softmax (Milakov and Gimelshein, arXiv 1805.02867). The bits of a query's result do not depend on the number of
+queries, on later keys, on other sequences, or on the place in memory. A token decoded from a cache of keys has the same
+bits as in the whole sequence.
 
-Rounding, in every case the same: the weights of a block, relative to the largest score so far, are rounded to the
-dtype of v for the product with it (they are the exact ones in float32), and their sum is of those not rounded; in the
-backward P and d S are rounded likewise. Between forward and backward a row is kept as two numbers, the largest score
-and the sum: logsumexp would lose the digits of a row that is far from 0.
+The weights of a block are relative to the largest score so far. They are rounded to the dtype of v before the product
+with v, and their sum is computed before that rounding. The backward rounds P and d S in the same way.
+The forward keeps two numbers of each row for the backward: the largest score and the sum. Their logsumexp alone would
+lose digits where the scores are far from 0.
 """
 
 from __future__ import annotations
@@ -42,17 +42,19 @@ def attention(
 ) -> Tensor:
     """Softmax attention of each packed sequence over its own keys.
 
-    q: [Tq, Hq, D]; k: [Tk, Hkv, D]; v: [Tk, Hkv, Dv]: float32, bfloat16 or float16, one dtype (autocast casts all
-        three), last dimension contiguous, D and Dv up to 256. Hq is a multiple of Hkv: heads of queries
-        g Hq / Hkv … share the g-th head of keys.
-    cu_seqlens_q, cu_seqlens_k: int32 or int64 [B + 1], where each sequence begins in q and in k, and their ends.
-    causal: align the ends: query i of a sequence sees the keys j <= i + its keys - its queries. A query that sees no
-        key gives 0, without a gradient.
-    scale: above 0; of the scores. 1 / sqrt(D) where None.
-    Returns [Tq, Hq, Dv] of the dtype of q, differentiable by q, k and v. A query's result and its gradient have the
-    same bits whatever else is in the batch and however many threads there are; the gradients by k and v are sums over
-    the queries of their own sequence in one order.
+    q: [Tq, Hq, D]; float32, bfloat16 or float16, last dimension contiguous, D from 1 to 256.
+    k: [Tk, Hkv, D], of the dtype of q, last dimension contiguous. Hq must be a multiple of Hkv: each head of k serves
+        Hq / Hkv consecutive heads of q.
+    v: [Tk, Hkv, Dv], of the dtype of q, last dimension contiguous, Dv from 1 to 256. Autocast casts q, k and v.
+    cu_seqlens_q, cu_seqlens_k: int32 or int64 [B + 1]; the first row of each sequence in q and in k, then the number
+        of rows.
+    causal: if True, query i of a sequence sees the keys j <= i + (its keys) - (its queries): the ends are aligned.
+        A query that sees no key gives 0 and has no gradient.
+    scale: factor of the scores, above 0; None means 1 / sqrt(D).
+    Returns [Tq, Hq, Dv] of the dtype of q, differentiable by q, k and v.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    The bits of a query's result and of its gradient depend on neither the rest of the batch nor the number of threads.
+    The gradients by k and v are sums over the queries of the same sequence, in a fixed order.
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, x)
@@ -85,12 +87,17 @@ def attention_over_spans(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The same for sequences that lie anywhere in a batch: padded on either side, packed, or in a cache of keys.
+    """Softmax attention of sequences anywhere in a batch: padded on either side, packed, or in a cache of keys.
 
-    q: [B, Hq, Lq, D]; k: [B, Hkv, Lk, D]; v: [B, Hkv, Lk, Dv], of any outer strides, as above.
-    spans: int64 [N, 5], contiguous: for each sequence the batch entry, its first row of q and how many there are, its
-        first row of k and v and how many. No two have a row in common. What lies outside of all is not read.
-    Returns [B, Lq, Hq, Dv], contiguous; 0 outside of all spans.
+    q: [B, Hq, Lq, D], with any outer strides; dtype and D as in attention.
+    k: [B, Hkv, Lk, D], with any outer strides.
+    v: [B, Hkv, Lk, Dv], with any outer strides.
+    spans: int64 [N, 5], contiguous. A row describes one sequence: its batch entry, its first row of q, its number of
+        queries, its first row of k and v, its number of keys. Two spans must not share a row. Rows outside all spans
+        are not read.
+    causal, scale: as in attention.
+    Returns [B, Lq, Hq, Dv], contiguous; rows outside all spans are 0.
+    Raises the same errors as attention.
     """
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -173,7 +180,7 @@ def _spans(cu_seqlens_q, cu_seqlens_k, queries, keys):
     for name, offsets, size in (("cu_seqlens_q", cu_seqlens_q, queries), ("cu_seqlens_k", cu_seqlens_k, keys)):
         counts = offsets.diff()
         good = (counts >= 0).all() & (offsets[0] == 0) & (offsets[-1] == size)
-        if offsets.is_cuda:  # no wait for the GPU: it stops at the assertion, before anything reads out of bounds
+        if offsets.is_cuda:  # an assertion on the device: the host does not wait, and no kernel reads out of bounds
             torch._assert_async(good, f"{name} must start at 0, never fall, and end at {size}")
         elif not good:
             raise ValueError(
@@ -206,7 +213,7 @@ def _backward_fake(q, k, v, spans, out, stats, grad_out, causal, scale, needs_q,
     )
 
 
-# an op, so that torch.compile need not trace its branches
+# a registered op, because torch.compile cannot trace the branches
 packed_spans = register(
     "attention_spans(Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt queries, SymInt keys) -> Tensor",
     _spans,

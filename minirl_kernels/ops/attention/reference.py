@@ -1,4 +1,4 @@
-"""Softmax attention over sequences, in eager torch: what is correct."""
+"""Reference of softmax attention over sequences, in eager torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, causal: bool, scale: float) -> Tensor:
     """out[i] = sum_j e_ij v[j] / sum_j e_ij over the keys that i sees, e_ij = exp(scale (q[i] k[j] - max_j q[i] k[j])).
 
-    Shapes as in attention_over_spans; [B, Lq, Hq, Dv] comes out. In float32 (float64 if the operands are), with one
-    rounding to the dtype of v of e for the product with it, and one of the result. Differentiable. A query that sees no
-    key gives 0, and so does one that is in no span.
+    Shapes as in attention_over_spans. Returns [B, Lq, Hq, Dv], differentiable.
+    Computed in float32, or in float64 for float64 operands. Two values are rounded to the dtype of v: e before its
+    product with v, and the result. A query that sees no key, or is in no span, gives 0.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
-    # 0, and differentiable where there is no sequence too
+    # the empty sums keep the result differentiable where there is no sequence
     out = sum(x[:0].sum() for x in (q, k, v)) + q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
     group = q.shape[1] // k.shape[1]
     for batch, first_query, queries, first_key, keys in spans.tolist():
@@ -33,13 +33,13 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, causal: 
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """[H, queries, Dv] from one sequence, by heads; seen [queries, keys]."""
+    """Attention of one sequence: [H, queries, Dv]. seen [queries, keys] is True where a query sees a key."""
     scores = (q @ k.mT * scale).masked_fill(~seen, -torch.inf)
     nothing = ~seen.any(-1, keepdim=True)
-    # the shift is no part of the maths, and has no gradient; that of a row without keys must be finite
+    # the shift cancels, so it needs no gradient; a row without keys must have a finite shift
     shift = scores.detach().amax(-1, keepdim=True).masked_fill(nothing, 0.0)
     weights = (scores - shift).exp()
     sums = weights.sum(-1, keepdim=True).masked_fill(nothing, 1.0)
-    # rounded in the forward alone: that of a cast would round the gradient by them too, before it cancels
+    # the forward alone rounds: a plain cast would also round the gradient by the weights, before its terms cancel
     rounded = weights + (weights.to(v.dtype) - weights).detach()
     return (rounded @ v.to(q.dtype) / sums).to(v.dtype)

@@ -1,4 +1,4 @@
-"""attention on the GPU: allocate, launch the Triton kernels."""
+"""GPU backend of attention: allocates the results and launches the Triton kernels."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .kernels_forward import attend
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spans: Tensor, causal: bool, scale: float, for_backward: bool
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, Lq, Hq, Dv], stats [B, Lq, Hq, 2] float32 for the backward, else empty)."""
+    """Returns (out [B, Lq, Hq, Dv], stats [B, Lq, Hq, 2] float32). stats is empty unless `for_backward`."""
     batch, heads, queries, _ = q.shape
-    out = q.new_zeros(batch, queries, heads, v.shape[3])  # what is in no span stays 0
+    out = q.new_zeros(batch, queries, heads, v.shape[3])  # rows outside all spans stay 0
     stats = q.new_zeros((batch, queries, heads, 2) if for_backward else (0,), dtype=torch.float32)
     attend(q, k, v, spans, causal, scale, out, stats if for_backward else None)
     return out, stats
@@ -32,7 +32,10 @@ def backward(
     scale: float,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, ...]:
-    """(d q, d k, d v) as [B, rows, heads, size], empty where not needed; grad_out [B, Lq, Hq, Dv] is contiguous."""
+    """Returns (d q, d k, d v), each [B, rows, heads, size], or empty where not needed.
+
+    grad_out: [B, Lq, Hq, Dv], contiguous.
+    """
     grads = [
         x.new_zeros((x.shape[0], x.shape[2], x.shape[1], x.shape[3]) if needed else (0,))
         for x, needed in zip((q, k, v), needs, strict=True)

@@ -1,4 +1,4 @@
-"""What the experts of a token must be, and what is said of those that are not."""
+"""The check of the expert ids of each token, and its error message."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...common.library import register
 
 
 def experts_message(token: int, experts: Tensor, num_experts: int) -> str:
-    """Of a token with an expert out of range."""
+    """The error for a token that has an expert id out of range."""
     wrong = next(expert for expert in experts[token].tolist() if not 0 <= expert < num_experts)
     return (
         f"routing.experts has the expert {wrong} at row {token}: an expert must be in [0, {num_experts}), E of "
@@ -24,7 +24,7 @@ def _check_experts(experts, num_experts):
     return experts.clone()
 
 
-# an op that returns a copy, for the reasons that checked_token_ids has
+# a registered op that returns a copy, for the same reasons as checked_token_ids in common/checks.py
 checked_experts = register(
     "checked_experts(Tensor experts, SymInt num_experts) -> Tensor",
     _check_experts,

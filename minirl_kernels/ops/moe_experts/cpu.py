@@ -1,4 +1,4 @@
-"""moe_experts on the CPU: allocate, call the native kernels."""
+"""CPU backend of moe_experts: allocates the results and calls the native kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from .packed import PackedExperts
 def forward(
     hidden: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, for_backward: bool
 ) -> tuple[Tensor, Tensor]:
-    """(out, gate_up): the second, [T K, 2 I] with the pairs of token and expert sorted by expert, for the backward."""
+    """Returns (out [T, H], gate_up [T K, 2 I]), the rows of gate_up sorted by expert.
+
+    gate_up is kept for the backward, and empty unless `for_backward`.
+    """
     operands = (hidden, weights, experts, gate_up_proj, down_proj)
     return _forward(operands, down_proj.shape, for_backward)
 
@@ -26,7 +29,7 @@ def forward_packed(
 
 
 def pack(weight: Tensor, parts: int) -> PackedExperts:
-    """weight [E, parts * rows, columns], each of an expert's parts by itself."""
+    """Pack weight [E, parts * rows, columns]. Each of the `parts` matrices of an expert is packed separately."""
     stride = native().packed_words(weight, parts)
     words = torch.empty((weight.shape[0] * stride,), dtype=torch.int32, device=weight.device)
     native().pack_experts(weight, parts, words)
@@ -57,7 +60,7 @@ def backward(
     grad_out: Tensor,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, ...]:
-    """(d hidden, d weights, d gate_up_proj, d down_proj), empty where not needed."""
+    """Returns (d hidden, d weights, d gate_up_proj, d down_proj), each empty where not needed."""
     needs_hidden, _, needs_gate_up, needs_down = needs
     pairs, width = experts.numel(), down_proj.shape[2]
 

@@ -1,9 +1,10 @@
-"""moe_experts on the GPU: products over rows, each a pair of a token and one of its experts, sorted by expert.
+"""Triton kernels of moe_experts. A row is a pair of a token and one of its experts; rows are sorted by expert.
 
-All rows of a program are of one expert, so that what is no number in its weights reaches no other's tokens. What a row
-gives goes to the place of its pair, where the combine finds those of a token side by side, in the order of its routing.
+All rows of a program have the same expert, so that NaN in the weights of one expert reaches only its own tokens. The
+result of a row is written at the place of its pair: the results of a token are then neighbours, in the order of its
+routing, for the combine kernel.
 
-Names: as in common/triton/row_tiles.py, and D the depth of a product: what it sums over.
+Names: as in common/triton/row_tiles.py; D is the reduced dimension of a product.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from ...common.triton.launch import LaunchConfig, TileConfig, launch, make_confi
 from ...common.triton.numbers import LOG2E, dot, round_to
 from ...common.triton.row_tiles import multiple, tile_offsets
 
-# one binary per dtype, K, power of two above E, and alignment: ALIGN says all that a kernel needs to know of these
+# not specialised, so that there is one binary per dtype, K, E_BLOCK and ALIGN
 SIZES = ["E", "H", "I", "M", "N", "D", "V", "stride_t", "stride_e", "stride_o", "stride_left", "stride_right"]
-# a slice of them begins anywhere
+# a slice of the weights may begin at any element
 UNALIGNED = ["weights"]
 
 
 @triton.jit
 def rows_of_block(begins, E, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(expert, first row, end of the expert's rows) of this program, by axis 0; no rows where the first is no less.
+    """(expert, first row, end of the expert's rows) of this program, by axis 0; no rows if first row >= end.
 
-    The blocks of expert e are those from begins[e] // BLOCK_M + e on: as many as its rows fill or one more, whatever
-    rows come before them.
+    The blocks of expert e start at block begins[e] // BLOCK_M + e. An expert has as many blocks as its rows fill, or
+    one more, so that its blocks do not depend on the rows before them.
     """
     i_block = tl.program_id(0)
     o_e = tl.arange(0, E_BLOCK)
@@ -46,8 +47,10 @@ def rows_of_block(begins, E, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
 def rows_by_columns(
     p_x, m_m, p_w, m_n, stride_d, D, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """[BLOCK_M, BLOCK_N] in float32, of rows at p_x [BLOCK_M, 1] and columns at p_w [1, BLOCK_N], whose elements are
-    stride_d apart."""
+    """[BLOCK_M, BLOCK_N] float32: the products of rows at p_x [BLOCK_M, 1] and columns at p_w [1, BLOCK_N].
+
+    stride_d: distance of two neighbouring elements of a column.
+    """
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_d in range(tl.cdiv(D, BLOCK_D)):
         o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -59,7 +62,7 @@ def rows_by_columns(
 
 @triton.jit
 def sigmoids(b_x):
-    """Of x and of -x, by e^-|x|: neither cancels, and where one is too small for a float it is 0."""
+    """(sigmoid(x), sigmoid(-x)), computed from e^-|x| without cancellation; a result too small for a float is 0."""
     b_e = tl.exp2(-tl.abs(b_x) * LOG2E)
     b_large = 1.0 / (1.0 + b_e)
     b_small = b_e * b_large
@@ -87,7 +90,10 @@ def experts_up_kernel(
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """activation = silu(gate) * up; gate_up, their halves side by side, may be None. Rows of no expert are left out."""
+    """activation = silu(gate) * up. gate_up gets gate and up side by side; it may be None.
+
+    Rows with an expert id out of range are not written.
+    """
     i_e, first, end = rows_of_block(begins, E, E_BLOCK, BLOCK_M)
     if (first >= end) | (i_e == E):
         return
@@ -140,7 +146,10 @@ def experts_product_kernel(
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """y[pair] = matrix[expert] x[row], the matrix [N, D], or [D, N] where TRANSPOSED; NaN for rows of no expert."""
+    """y[pair] = matrix[expert] x[row], with a matrix [N, D], or [D, N] if TRANSPOSED.
+
+    y is NaN for an expert id out of range.
+    """
     i_e, first, end = rows_of_block(begins, E, E_BLOCK, BLOCK_M)
     if first >= end:
         return
@@ -189,8 +198,11 @@ def experts_activation_grad_kernel(
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """With S = grad_out[token] down_proj[expert]: the gradients of both halves, by weight * S; the activation times
-    its weight, for d down_proj; and parts[pair, this block of I], the sum over it of activation * S. Each may be None.
+    """With S = grad_out[token] down_proj[expert], writes three results, each of which may be None:
+
+    gate_up_grad: the gradients of gate and up, from weight * S.
+    weighted: weight * activation, for d down_proj.
+    parts: the sum of activation * S over this block of I, for each pair; their sum is d weight.
     """
     i_e, first, end = rows_of_block(begins, E, E_BLOCK, BLOCK_M)
     if first >= end:
@@ -248,8 +260,10 @@ def experts_weight_grad_kernel(
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """out[expert] = the sum over its rows, in their order, of left^T right: one of the two is by token, the other by
-    row. 0 for an expert without rows."""
+    """out[expert] = the sum of left^T right over the rows of the expert, in their order; 0 for an expert without rows.
+
+    One of left and right is indexed by token, the other by row.
+    """
     M = multiple(M, ALIGN)
     N = multiple(N, ALIGN)
     tiles = tl.cdiv(M, BLOCK_M)
@@ -277,7 +291,7 @@ def experts_weight_grad_kernel(
 def experts_combine_kernel(
     y, weights, out, V, K: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr
 ):
-    """out[t] = the sum over k, in order, of weights[t, k] y[t, k]; without weights where they are None."""
+    """out[t] = the sum over k, in order, of weights[t, k] y[t, k]; weights may be None, which means 1."""
     i_t = tl.program_id(0).to(tl.int64)
     V = multiple(V, ALIGN)
     start = tl.program_id(1) * (LANES * VEC)
@@ -293,10 +307,10 @@ def experts_combine_kernel(
 
 
 class Rows(NamedTuple):
-    """The pairs of a token and one of its experts, as rows."""
+    """The pairs of a token and one of its experts, as rows that are sorted by expert."""
 
-    pairs: Tensor  # [T K] int64: token * K + rank, by expert, those of an expert in their order
-    begins: Tensor  # [E + 2] int64: where the rows of each expert begin, then those of no expert, and where they end
+    pairs: Tensor  # [T K] int64: token * K + rank of each row; ascending within an expert
+    begins: Tensor  # [E + 2] int64: first row of each expert, first row with an id out of range, number of rows
     top_k: int
 
     @property
@@ -304,13 +318,13 @@ class Rows(NamedTuple):
         return len(self.begins) - 2
 
     def blocks(self, config: TileConfig) -> int:
-        """At least as many as there are, known without asking the device."""
+        """An upper bound of the number of blocks, known to the host without waiting for the device."""
         pairs = len(self.pairs)
         return pairs // config.rows + self.num_experts + 1 if pairs else 0
 
 
 def up(hidden: Tensor, gate_up_proj: Tensor, rows: Rows, activation: Tensor, gate_up: Tensor | None) -> None:
-    """activation [T K, I] and gate_up [T K, 2 I] by row."""
+    """Writes activation [T K, I] and gate_up [T K, 2 I], both by row."""
     width = activation.shape[1]
     tensors = (hidden, gate_up_proj, rows.pairs, rows.begins, activation, gate_up)
     sizes = (hidden.shape[1], width, hidden.stride(0), *gate_up_proj.stride()[:2])
@@ -318,7 +332,7 @@ def up(hidden: Tensor, gate_up_proj: Tensor, rows: Rows, activation: Tensor, gat
 
 
 def product(x: Tensor, matrix: Tensor, rows: Rows, y: Tensor, *, transposed: bool) -> None:
-    """y [T K, N] float32 by pair, x [T K, D] by row; matrix [E, N, D], or [E, D, N] if transposed."""
+    """Writes y [T K, N] float32, by pair. x [T K, D] is by row; matrix is [E, N, D], or [E, D, N] if transposed."""
     columns = y.shape[1]
     tensors = (x, matrix, rows.pairs, rows.begins, y)
     sizes = (x.shape[1], columns, *matrix.stride()[:2])
@@ -336,8 +350,10 @@ def activation_grad(
     weighted: Tensor | None,
     parts: Tensor | None,
 ) -> None:
-    """gate_up_grad [T K, 2 I] and weighted [T K, I] by row, parts [T K, weight_parts] float32 by pair; grad_out is
-    contiguous."""
+    """Writes gate_up_grad [T K, 2 I] and weighted [T K, I] by row, and parts [T K, weight_parts] float32 by pair.
+
+    grad_out must be contiguous.
+    """
     _, hidden_size, width = down_proj.shape
     tensors = (grad_out, down_proj, gate_up, weights, rows.pairs, rows.begins, gate_up_grad, weighted, parts)
     sizes = (hidden_size, width, *down_proj.stride()[:2])
@@ -346,7 +362,7 @@ def activation_grad(
 
 
 def weight_grad(left: Tensor, right: Tensor, rows: Rows, out: Tensor, *, left_by_token: bool) -> None:
-    """out [E, M, N]; left [T, M] and right [T K, N] by row, or left by row and right by token."""
+    """Writes out [E, M, N]. left_by_token: left [T, M] and right [T K, N]; else left [T K, M] and right [T, N]."""
     config = weight_grad_config(out.dtype)
     num_experts, height, width = out.shape
     _launch(
@@ -361,7 +377,7 @@ def weight_grad(left: Tensor, right: Tensor, rows: Rows, out: Tensor, *, left_by
 
 
 def combine(y: Tensor, weights: Tensor | None, out: Tensor) -> None:
-    """out [T, V], y [T, K, V] float32, weights [T, K] float32; all contiguous."""
+    """Writes out [T, V] from y [T, K, V] float32 and weights [T, K] float32; all are contiguous."""
     columns = out.shape[1]
     config = combine_config(columns, out.dtype)
     grid = (out.shape[0], triton.cdiv(columns, config.tile))
@@ -375,7 +391,7 @@ def _launch_over_rows(kernel, rows: Rows, columns: int, tensors: tuple, sizes: t
 
 
 def _launch(kernel, grid, args: tuple, sizes: tuple[int, ...], config: TileConfig, **constants) -> None:
-    """sizes: of the contiguous dimensions, and the strides of the others."""
+    """sizes: the sizes of the contiguous dimensions, and the strides of the others."""
     if 0 in grid:
         return
     vec = 16 // args[0].element_size()
@@ -387,7 +403,7 @@ def _launch(kernel, grid, args: tuple, sizes: tuple[int, ...], config: TileConfi
             BLOCK_M=config.rows,
             BLOCK_N=config.columns,
             BLOCK_D=config.depth,
-            # accesses can be 128 bits where all of them are multiples of that
+            # 128-bit accesses need every size and stride to be a multiple of 128 bits
             ALIGN=vec if all(size % vec == 0 for size in sizes) else 1,
             num_warps=config.num_warps,
             num_stages=config.stages,
@@ -395,37 +411,39 @@ def _launch(kernel, grid, args: tuple, sizes: tuple[int, ...], config: TileConfi
 
 
 def product_config(dtype: torch.dtype) -> TileConfig:
-    """64 rows: the fewest that tensor cores multiply at once on sm_90 and sm_100; when a batch is decoded, an expert
-    has fewer still. Threads and depth: what leaves registers for an address each, where rows allow no wide accesses.
-    Float32 is multiplied from registers, and needs more of them for its operands."""
+    """64 rows are the fewest that tensor cores multiply at once on sm_90 and sm_100; in decoding an expert has fewer.
+
+    Threads and depth leave enough registers where rows allow no 128-bit access and each element takes an address.
+    Float32 operands are multiplied from registers, and need more of them.
+    """
     if dtype == torch.float32:
         return TileConfig(rows=64, columns=64, depth=16, threads=256, stages=3)
     return TileConfig(rows=64, columns=128, depth=32, threads=256, stages=_stages())
 
 
 def halved_config(dtype: torch.dtype) -> TileConfig:
-    """For what has more than one tile of results: gate and up, and the gradient by their activation beside both."""
+    """For kernels with more than one tile of results: half as many columns."""
     config = product_config(dtype)
     return replace(config, columns=config.columns // 2)
 
 
 def weight_grad_config(dtype: torch.dtype) -> TileConfig:
-    """Square, as either operand is read again for each tile of the other."""
+    """Square tiles, because each operand is read again for every tile of the other."""
     if dtype == torch.float32:
         return product_config(dtype)
     return TileConfig(rows=128, columns=128, depth=32, threads=256, stages=_stages())
 
 
 def _stages() -> int:
-    """AMD's shared memory is 64 KiB, a third of the others'."""
+    """AMD GPUs have 64 KiB of shared memory, a third of NVIDIA's."""
     return 2 if torch.version.hip else 4
 
 
 def weight_parts(width: int, dtype: torch.dtype) -> int:
-    """Of I: d weight is summed over each, then over them."""
+    """Number of parts of I. d weight is summed within each part, then over the parts."""
     return triton.cdiv(width, halved_config(dtype).columns)
 
 
 def combine_config(columns: int, dtype: torch.dtype) -> LaunchConfig:
-    """Nothing is reduced across threads: one 128-bit store for each."""
+    """No reduction across threads: each thread makes one 128-bit store."""
     return make_config(columns, dtype, threads=256, per_thread=16 // dtype.itemsize)

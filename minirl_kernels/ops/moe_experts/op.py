@@ -1,9 +1,9 @@
-"""moe_experts: the gated experts that each token was routed to, and their weighted sum.
+"""moe_experts: the weighted sum of the gated experts of each token.
 
 With e = experts[t, k], and (gate, up) the two halves of gate_up_proj[e] hidden[t]:
     out[t] = sum_k weights[t, k] down_proj[e] (silu(gate) * up)
-Sums are float32. The activation is rounded once to the dtype of hidden, for the second product, and so is the result;
-the experts of a token are added in the order that its routing has them.
+Sums are float32. The activation silu(gate) * up and the result are each rounded once to the dtype of hidden. The
+experts of a token are added in the order of its routing.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ def moe_experts(
     activation: str = "silu",
     backend: str = "auto",
 ) -> Tensor:
-    """Send each token through its experts and add up what they give, by their weights.
+    """The weighted sum of the outputs of each token's experts.
 
-    hidden: [T, H], float32, bfloat16 or float16, last dimension contiguous, as in the next two.
-    routing: what moe_routing returned, or a pair (weights, experts): [T, K] floating point, used as float32, and
-        [T, K] integers. An expert that is none raises ValueError on the CPU; on a GPU, where that would wait for the
-        device, the token's result and its gradients by hidden and by that weight are NaN, those of other tokens are
-        what they are without it, and the pair adds nothing to the gradients of the projections.
-    gate_up_proj: [E, 2 I, H], of the dtype of hidden (autocast casts all three); the rows of the gate come first.
-    down_proj: [E, H, I], of the same dtype. Or both as pack_experts returns them: the same bits sooner, without a
-        gradient.
-    activation: "silu", the one there is.
-    Returns [T, H] of the dtype of hidden, differentiable by hidden, the weights and both projections. A token's result,
-    and its gradients by hidden and the weights, have the same bits whatever else is in the batch and however many
-    threads there are; the gradients of the projections have them from run to run. Between forward and backward the two
-    halves stay in memory, 2 I numbers for each of the T K pairs.
+    hidden: [T, H], float32, bfloat16 or float16, last dimension contiguous.
+    routing: the Routing of moe_routing, or a pair (weights, experts): [T, K] floating point, used as float32, and
+        [T, K] integers. On the CPU an expert id outside [0, E) raises ValueError. On a GPU it makes the result of the
+        token NaN, and its gradients by hidden and by the weight of that expert. It does not change other tokens, and
+        adds nothing to the gradients of the projections.
+    gate_up_proj: [E, 2 I, H], of the dtype of hidden, last dimension contiguous; the I rows of the gate come first.
+    down_proj: [E, H, I], of the dtype of hidden, last dimension contiguous. Autocast casts hidden and both projections.
+        Both projections may be PackedExperts from pack_experts: equal bits in less time, without a gradient.
+    activation: "silu", the only one supported.
+    Returns [T, H] of the dtype of hidden, differentiable by hidden, the weights and both projections.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    The bits of a token's result, and of its gradients by hidden and the weights, depend on neither the rest of the
+    batch nor the number of threads. The gradients of the projections have equal bits in every run.
+    The forward keeps gate and up for the backward: 2 I numbers for each of the T K pairs of token and expert.
     """
     check_tensor("hidden", hidden)
     if isinstance(gate_up_proj, PackedExperts) or isinstance(down_proj, PackedExperts):
@@ -71,12 +71,12 @@ def moe_experts(
 
 
 def pack_experts(gate_up_proj: Tensor, down_proj: Tensor) -> tuple[PackedExperts, PackedExperts]:
-    """Both projections in the order in which the CPU kernels read them, for many calls of moe_experts between updates.
+    """Copies of both projections in the memory order of the CPU kernels, for many calls of moe_experts.
 
-    gate_up_proj, down_proj: as in moe_experts, on the CPU. They are copied: later changes of them do not show. The
-    copies take as much memory (twice as much for a 16-bit dtype that the processor cannot multiply), and serve the
-    instruction set that was in use when they were made.
-    Raises ValueError or TypeError that names the argument, RuntimeError where the native module is missing.
+    gate_up_proj, down_proj: as in moe_experts, on the CPU. Later changes of them do not change the copies.
+    Returns (gate_up_proj, down_proj) for moe_experts, for the instruction set that is in use now.
+    Raises ValueError or TypeError that names the argument, RuntimeError if the native module is missing.
+    A copy takes the memory of its projection, or twice as much for a 16-bit dtype that the processor cannot multiply.
     """
     check_tensor("gate_up_proj", gate_up_proj)
     check_tensor("down_proj", down_proj)

@@ -1,4 +1,4 @@
-"""Experts whose weights the CPU kernels need not bring into order at every call: for rollouts between two updates."""
+"""Expert weights that were copied once into the memory order of the CPU kernels, for rollouts between two updates."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """One projection of all experts, copied into the order of the CPU's matmul; pack_experts makes it."""
+    """One projection of all experts, copied by pack_experts into the memory order of the CPU kernels.
 
-    words: Tensor  # int32, on the CPU
-    stride: int  # of words, from expert to expert
-    shape: torch.Size  # of the projection
-    dtype: torch.dtype  # of the projection
-    instruction_set: str  # whose order it is
+    words: int32, on the CPU; the weights.
+    stride: number of words from one expert to the next.
+    shape, dtype: of the projection.
+    instruction_set: the instruction set whose memory order the copy has.
+    """
+
+    words: Tensor
+    stride: int
+    shape: torch.Size
+    dtype: torch.dtype
+    instruction_set: str

@@ -1,4 +1,4 @@
-"""A mixture of gated experts, in eager torch: what is correct."""
+"""Reference of moe_experts, in eager torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def moe_experts_reference(
 ) -> Tensor:
     """out[t] = sum_k weights[t, k] down_e (silu(gate) * up), (gate, up) = gate_up_e hidden[t], e = experts[t, k].
 
-    In float32 (float64 if the operands are), with one rounding to the dtype of hidden of the activation, and one of
-    the result. Differentiable. An expert out of range makes the token's result NaN.
+    Computed in float32, or in float64 for float64 operands. Two values are rounded to the dtype of hidden: the
+    activation and the result. Differentiable. An expert id out of range makes the result of its token NaN.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     out = hidden.new_zeros(hidden.shape, dtype=dtype)
@@ -24,5 +24,5 @@ def moe_experts_reference(
             activation = (F.silu(gate) * up).to(hidden.dtype).to(dtype)
             weighted = weights[tokens, ranks, None] * F.linear(activation, down.to(dtype))
             out = out.index_add(0, tokens, weighted.to(dtype))
-    is_none = ((experts < 0) | (experts >= len(gate_up_proj))).any(-1, keepdim=True)
-    return out.masked_fill(is_none, torch.nan).to(hidden.dtype)
+    out_of_range = ((experts < 0) | (experts >= len(gate_up_proj))).any(-1, keepdim=True)
+    return out.masked_fill(out_of_range, torch.nan).to(hidden.dtype)

@@ -1,4 +1,4 @@
-"""moe_experts on the GPU: sort the pairs of token and expert, allocate, launch the Triton kernels."""
+"""GPU backend of moe_experts: sorts the pairs of token and expert, and launches the Triton kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from . import kernels
 def forward(
     hidden: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, for_backward: bool
 ) -> tuple[Tensor, Tensor]:
-    """(out, gate_up): the second, [T K, 2 I] with the pairs of token and expert sorted by expert, for the backward."""
+    """Returns (out [T, H], gate_up [T K, 2 I]), the rows of gate_up sorted by expert.
+
+    gate_up is kept for the backward, and empty unless `for_backward`.
+    """
     rows = sorted_rows(experts, gate_up_proj.shape[0])
     pairs, width = experts.numel(), down_proj.shape[2]
     gate_up = hidden.new_empty((pairs, 2 * width) if for_backward else (0,))
@@ -35,7 +38,7 @@ def backward(
     grad_out: Tensor,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, ...]:
-    """(d hidden, d weights, d gate_up_proj, d down_proj), empty where not needed."""
+    """Returns (d hidden, d weights, d gate_up_proj, d down_proj), each empty where not needed."""
     needs_hidden, needs_weights, needs_gate_up, needs_down = needs
     rows = sorted_rows(experts, gate_up_proj.shape[0])
     pairs, width = experts.numel(), down_proj.shape[2]
@@ -66,20 +69,23 @@ def _combined_product(x, matrix, rows, weights, out, *, transposed) -> None:
 
 
 def sorted_rows(experts: Tensor, num_experts: int) -> kernels.Rows:
-    """By expert, stably; any that is none of them comes after the last."""
+    """The pairs of token and expert, sorted stably by expert. Pairs with an id out of range come last."""
     keys = experts.flatten()
     sort = native_sort if keys.is_cuda and has_native_sort() else torch_sort
     return kernels.Rows(*sort(keys, num_experts), experts.shape[1])
 
 
 def has_native_sort() -> bool:
-    """Whether the native module is there, and built with MINIRL_CUDA=ON."""
+    """Whether the native module loads and was built with MINIRL_CUDA=ON."""
     return unavailable_reason("cpu") is None and hasattr(native(), "counting_sort")
 
 
 def native_sort(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """(order of the keys, [num_keys + 2] where each begins, then those that are none, and where these end)."""
-    # a thread walks twice through its segment, and once over as many segments as there are: about equally far
+    """(order, begins [num_keys + 2]) of a stable sort, by the native CUDA kernel.
+
+    begins[k] is the first place of key k; the last two entries are the begin and the end of the keys out of range.
+    """
+    # a thread reads its segment twice and the count of every segment once: this number balances both
     segments = min(max(math.isqrt(2 * keys.numel()), 1), native().most_segments)
     order, begins = keys.new_empty(keys.numel()), keys.new_empty(num_keys + 2)
     places = keys.new_empty(segments, num_keys + 1)
@@ -90,7 +96,7 @@ def native_sort(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
 
 
 def torch_sort(keys: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """The same by torch."""
+    """The results of native_sort, computed by torch."""
     keys = keys.where((keys >= 0) & (keys < num_keys), num_keys)
     keys, order = keys.sort(stable=True)
     return order, torch.searchsorted(keys, torch.arange(num_keys + 2, device=keys.device))

@@ -1,4 +1,4 @@
-"""What replayed experts must be, and what is said of those that are not."""
+"""The check of replayed experts, and its error message."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...common.library import register
 
 
 def routed_experts_message(row: int, routed_experts: Tensor, num_experts: int) -> str:
-    """Of a row with an id out of range or one that it holds twice."""
+    """The error for a row that has an id out of range, or an id twice."""
     ids = routed_experts[row].tolist()
     for expert in ids:
         if not 0 <= expert < num_experts:
@@ -22,7 +22,7 @@ def routed_experts_message(row: int, routed_experts: Tensor, num_experts: int) -
 
 
 def bad_rows(ids: Tensor, num_experts: int) -> Tensor:
-    """[...] bool: rows of int64 ids [..., K] with one out of range, or one twice."""
+    """[...] bool: whether a row of int64 ids [..., K] has an id out of range, or an id twice."""
     ordered = ids.sort(-1).values
     return ((ids < 0) | (ids >= num_experts)).any(-1) | (ordered[..., 1:] == ordered[..., :-1]).any(-1)
 
@@ -36,7 +36,7 @@ def _check_routed_experts(routed_experts, valid, num_experts):
     return routed_experts.clone()
 
 
-# an op that returns a copy, for the reasons that checked_token_ids has
+# a registered op that returns a copy, for the same reasons as checked_token_ids in common/checks.py
 checked_routed_experts = register(
     "checked_routed_experts(Tensor routed_experts, Tensor? valid, SymInt num_experts) -> Tensor",
     _check_routed_experts,

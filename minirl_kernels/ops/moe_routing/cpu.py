@@ -1,4 +1,4 @@
-"""moe_routing on the CPU: allocate, call the native kernels."""
+"""CPU backend of moe_routing: allocates the results and calls the native kernels."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from ...backends import native
 from .checks import routed_experts_message
 
-# wider ones than these are cast
+# the native kernel reads these; other integer dtypes are cast to int64
 _ID_DTYPES = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.int32, torch.int64)
 
 
 class _Options(NamedTuple):
-    """How a row of logits becomes weights. The kernels read the fields by name."""
+    """The options of the native kernels, which read the fields by name."""
 
     top_k: int
     normalize: bool
@@ -37,7 +37,7 @@ def forward(
     top_k_groups: int,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """The fields of Routing; natural_experts is empty where nothing is replayed: experts are that then."""
+    """The fields of Routing. natural_experts is empty without routed_experts: experts are the natural ones then."""
     tokens = router_logits.shape[0]
     weights = torch.empty(tokens, top_k, dtype=torch.float32)
     experts = torch.empty(tokens, top_k, dtype=torch.int64)
@@ -65,6 +65,6 @@ def backward(
     scale: float,
     out: Tensor,
 ) -> None:
-    """d router_logits into `out`."""
+    """Writes d router_logits into `out`."""
     options = _Options(experts.shape[1], norm_topk_prob, scoring == "sigmoid", scale)
     native().moe_routing_backward(router_logits, options, weights, experts, grad_weights, out)

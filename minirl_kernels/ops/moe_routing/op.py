@@ -1,9 +1,10 @@
-"""moe_routing: the experts of each token and their weights, natural or replayed, from the current router logits.
+"""moe_routing: the experts of each token and their weights, from the router logits.
 
-With x the logits of a token, s_j = softmax(x)_j or sigmoid(x_j), and C its K chosen experts:
-    weight_i = scale s_i / sum_{j in C} s_j   (norm_topk_prob: for softmax, the softmax over the K gathered logits)
-    weight_i = scale s_i                      (otherwise: for softmax its gradient reaches all E logits)
-The gate stays live: replayed experts get their weights, and send their gradient, by the logits of this call.
+The natural experts of a token are the K with the largest selection scores. Replayed experts were recorded earlier.
+With x the logits of a token, s_j = softmax(x)_j or sigmoid(x_j), and C its K experts:
+    weight_i = scale s_i / sum_{j in C} s_j   (norm_topk_prob=True: for softmax, the softmax over the K gathered logits)
+    weight_i = scale s_i                      (norm_topk_prob=False: for softmax, the gradient reaches all E logits)
+Replay fixes the experts alone: their weights and gradients are computed from the logits of this call.
 """
 
 from __future__ import annotations
@@ -19,18 +20,26 @@ from .checks import checked_routed_experts
 from .reference import moe_routing_reference
 
 OP = Op(__package__)
-MAX_EXPERTS = 4096  # the kernels keep a row on the stack, or in registers
+MAX_EXPERTS = 4096  # the kernels keep a whole row on the stack or in registers
 
 
 class Routing(NamedTuple):
-    """Where each of T tokens goes. Only weights carry a gradient."""
+    """The experts of T tokens, their weights, and measures of the replay. Only weights have a gradient.
 
-    weights: Tensor  # [T, K] float32
-    experts: Tensor  # [T, K] int64, in the order of weights: as replayed, or by descending selection score
-    natural_experts: Tensor  # [T, K] int64, by descending selection score, ties to the lower id
-    agreement: Tensor  # [T] float32: the fraction of the K experts that are natural ones too
-    mass: Tensor  # [T] float32: sum of s over the K experts / sum of s over all E
-    margin: Tensor  # [T] float32: K-th less (K+1)-th selection score; inf where there is no (K+1)-th
+    weights: [T, K] float32.
+    experts: [T, K] int64, in the order of weights: as replayed, or by descending selection score.
+    natural_experts: [T, K] int64, by descending selection score; of equal scores, the lower id comes first.
+    agreement: [T] float32, the fraction of the K experts that are also natural experts.
+    mass: [T] float32, sum of s over the K experts / sum of s over all E experts.
+    margin: [T] float32, the K-th minus the (K+1)-th largest selection score; inf if there is no (K+1)-th.
+    """
+
+    weights: Tensor
+    experts: Tensor
+    natural_experts: Tensor
+    agreement: Tensor
+    mass: Tensor
+    margin: Tensor
 
 
 def moe_routing(
@@ -48,24 +57,26 @@ def moe_routing(
     check: bool = False,
     backend: str = "auto",
 ) -> Routing:
-    """Route each token to its natural experts, or to those that were recorded; both by the same arithmetic.
+    """Route each token to its natural experts, or to the experts in `routed_experts`, by the same arithmetic.
 
-    router_logits: [T, E], float32, bfloat16 or float16, last dimension contiguous, E up to 4096.
-    top_k: K, from 1 to E (with groups, to the experts of top_k_groups of them).
-    routed_experts: [T, K] integers of any width, the experts to replay, in an order that is kept. An id out of range
-        or twice in its row raises ValueError on the CPU, makes the row's weights, agreement and mass NaN on the GPU
-        (and its experts the natural ones), and raises there too with check=True, which waits for the device.
-    valid: [T] bool; a row that is False routes naturally, whatever routed_experts holds there.
-    norm_topk_prob: whether the weights of a token sum to scale. K = 1 then leaves the router without a gradient.
+    router_logits: [T, E], float32, bfloat16 or float16, last dimension contiguous, E at most 4096.
+    top_k: K, from 1 to E; with groups, at most the number of experts in the kept groups.
+    routed_experts: [T, K] integers of any width; the experts to replay. Their order is kept. A row is bad if it has an
+        id out of range, or an id twice. On the CPU a bad row raises ValueError. On a GPU the weights, agreement and
+        mass of a bad row are NaN, and its experts are the natural ones.
+    valid: [T] bool; a row with False is routed naturally, and its routed_experts are ignored.
+    norm_topk_prob: whether the weights of a token sum to scale. With K = 1 the router then gets no gradient.
     scoring: "softmax" or "sigmoid".
-    correction_bias: [E], added to s for the selection and for nothing else.
-    num_groups, top_k_groups: E in equal groups, of which those with the largest sums of their two best selection
-        scores are kept (DeepSeek-V3, arXiv 2412.19437). Both or neither.
+    correction_bias: [E], floating point; added to s for the selection alone.
+    num_groups, top_k_groups: the experts form num_groups equal groups, of which top_k_groups are kept: the groups with
+        the largest sums of their two largest selection scores (DeepSeek-V3, arXiv 2412.19437). Give both or neither.
     scale: factor of the weights, above 0.
-    The selection score is the logit; with a correction_bias or groups it is s_j + bias_j. NaN ranks above all, and a
-    row whose scores have no sum (a logit of NaN, say) has weights of NaN; no row touches another.
-    Returns Routing. Replaying the experts of a natural routing of the same logits gives the bits of its weights.
+    check: whether a bad row raises ValueError on a GPU too. The check waits for the device.
+    Returns Routing.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    The selection score is the logit; with a correction_bias or groups it is s_j + bias_j. NaN ranks above every number.
+    A row whose scores have no finite sum, for example with a NaN logit, has NaN weights. No row affects another row.
+    The natural experts of some logits, replayed with the same logits, give the bits of the natural weights.
     """
     num_experts = _check_logits(router_logits, top_k)
     groups = _check_groups(num_experts, top_k, num_groups, top_k_groups)
@@ -109,7 +120,7 @@ def _check_logits(router_logits, top_k) -> int:
 
 
 def _check_groups(num_experts, top_k, num_groups, top_k_groups) -> tuple[int, int]:
-    """(number of groups, groups to keep); (1, 1) without groups, or where all would be kept."""
+    """(number of groups, number of groups to keep); (1, 1) without groups, or for one group."""
     if (num_groups is None) != (top_k_groups is None):
         raise ValueError(f"num_groups is {num_groups} and top_k_groups {top_k_groups}: both or neither must be given")
     if num_groups is None or num_groups == top_k_groups == 1:

@@ -1,4 +1,4 @@
-"""Weights, experts and diagnostics of a row of router logits, in eager torch: what is correct."""
+"""Reference of moe_routing, in eager torch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ def moe_routing_reference(
     top_k_groups: int = 1,
     scale: float = 1.0,
 ) -> tuple[Tensor, ...]:
-    """The fields of Routing, of router_logits [T, E]; weights are differentiable. A bad row's are NaN, as on a GPU."""
+    """The fields of Routing for router_logits [T, E]; weights are differentiable.
+
+    The weights, agreement and mass of a bad row are NaN, as on a GPU.
+    """
     logits = router_logits.to(torch.promote_types(router_logits.dtype, torch.float32))
     if scoring == "softmax":
         log_scores, scores = logits, torch.softmax(logits, -1)
     else:
         log_scores, scores = torch.nn.functional.logsigmoid(logits), torch.sigmoid(logits)
     selection = selection_scores(logits, scores, correction_bias, num_groups, top_k_groups).detach()
-    ranked, order = selection.sort(dim=-1, descending=True, stable=True)  # ties to the lower id
+    ranked, order = selection.sort(dim=-1, descending=True, stable=True)  # of equal scores, the lower id comes first
     natural = order[:, :top_k]
     candidates = logits.shape[-1] // num_groups * top_k_groups
     if top_k < candidates:
         kth, next_one = ranked[:, top_k - 1], ranked[:, top_k]
-        margin = (kth - next_one).where(kth != next_one, 0.0)  # of two infinities too
+        margin = (kth - next_one).where(kth != next_one, 0.0)  # 0 for two equal infinities, whose difference is NaN
     else:
         margin = torch.full_like(ranked[:, 0], torch.inf)
     chosen, bad = natural, torch.zeros_like(natural[:, 0], dtype=torch.bool)
@@ -44,17 +47,17 @@ def moe_routing_reference(
     shared = (chosen[:, :, None] == natural[:, None, :]).any(-1)
     agreement = shared.to(logits.dtype).mean(-1)
     mass = torch.softmax(log_scores.detach(), -1).gather(-1, chosen).sum(-1)
-    # over the K gathered: the scores themselves may all underflow to 0
+    # a softmax over the K gathered logits, because all K scores may underflow to 0
     normalised = torch.softmax(log_scores.gather(-1, chosen), -1)
     weights = normalised if norm_topk_prob else scores.gather(-1, chosen)
     agreement, mass = (values.masked_fill(bad, torch.nan) for values in (agreement, mass))
-    # a product, so that its gradient is NaN too
+    # a product with NaN, rather than masked_fill, makes the gradient NaN too
     weights = weights * torch.where(mass.isnan(), torch.nan, scale)[:, None]
     return weights, chosen, natural, agreement, mass, margin
 
 
 def selection_scores(logits, scores, correction_bias, num_groups, top_k_groups) -> Tensor:
-    """What the natural experts are the largest of; -inf in groups that were not chosen."""
+    """[T, E]: the scores that select the natural experts; -inf in groups that are not kept."""
     if correction_bias is None and num_groups == 1:
         return logits
     selection = scores if correction_bias is None else scores + correction_bias

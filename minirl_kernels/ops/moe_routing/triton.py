@@ -1,6 +1,6 @@
-"""moe_routing on the GPU: one program per token, whose router logits are one tile.
+"""GPU backend of moe_routing: one program per token, with the router logits of the token in one tile.
 
-A natural and a replayed call run the same binary, so that the same experts give the same bits.
+Natural and replayed calls run the same binary, so that equal experts give equal bits.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from ...common.triton.launch import LaunchConfig, launch, make_config
 from ...common.triton.row_tiles import SIZES, load_tile, multiple, store_tile, tile_offsets
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# a score's order in the upper bits and the expert's in the lower 16, the lower id above
+# a rank has the order of the score in its upper bits, and 0xFFFF - expert in its lower 16 bits
 PLACE = tl.constexpr(0xFFFF)
 NOTHING = tl.constexpr(-(2**62))
 
 
 @triton.jit
 def scores_of(b_x, shift, SIGMOID: tl.constexpr):
-    """e^(x - shift), or e^(min(x, 0) - shift) / (1 + e^-|x|): the scores up to a factor."""
+    """The scores times e^-shift: e^(x - shift), or for a sigmoid e^(min(x, 0) - shift) / (1 + e^-|x|)."""
     if SIGMOID:
         b_negative = tl.where(b_x > 0, 0.0, b_x)
         return tl.exp2((b_negative - shift) * LOG2E) / (1.0 + tl.exp2(-tl.abs(b_x) * LOG2E))
@@ -38,7 +38,7 @@ def shift_of(b_x, SIGMOID: tl.constexpr):
 
 @triton.jit
 def ranked(b_s, i_place):
-    """int64 in the order of (score, lower place first): -0 is 0, and NaN is above all."""
+    """int64 ranks of the scores: a lower place ranks higher among equal scores, -0 equals 0, NaN ranks highest."""
     b_s = tl.where(b_s == 0, 0.0, b_s)
     b_bits = b_s.to(tl.int32, bitcast=True)
     b_key = tl.where(b_s == b_s, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
@@ -58,13 +58,13 @@ def score_of(ranked_one):
 
 @triton.jit
 def element(b_values, o_k, k):
-    """The k-th of a block, as a scalar."""
+    """Element k of a block, as a scalar."""
     return tl.sum(tl.where(o_k == k, b_values, 0))
 
 
 @triton.jit
 def keep_best_groups(b_ranked, o_e, V, NUM_GROUPS: tl.constexpr, TOP_K_GROUPS: tl.constexpr, G_BLOCK: tl.constexpr):
-    """NOTHING in place of the experts outside the groups with the largest sums of their two best scores."""
+    """Replace ranks by NOTHING outside the TOP_K_GROUPS groups with the largest sums of their two best scores."""
     o_g = tl.arange(0, G_BLOCK)
     b_group = o_e // (V // NUM_GROUPS)
     b_groups = tl.full([G_BLOCK], NOTHING, tl.int64)
@@ -136,7 +136,7 @@ def moe_routing_fwd_kernel(
     following = tl.max(b_ranked)
     kth = score_of(last)
     next_one = score_of(following)
-    b_margin = tl.where(kth == next_one, 0.0, kth - next_one)  # of two infinities too
+    b_margin = tl.where(kth == next_one, 0.0, kth - next_one)  # 0 for two equal infinities, whose difference is NaN
     b_margin = tl.where(following == NOTHING, float("inf"), b_margin)
 
     replays = tl.load(valid + i_t * stride_valid) != 0
@@ -188,7 +188,10 @@ def moe_routing_bwd_kernel(
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """d w_i / d x_j = w_i (1[i = j] - p_j), p normalised weights or the softmax; a sigmoid's has 1 - s_j as well."""
+    """d w_i / d x_j = w_i (1[i = j] - p_j) for softmax scores, where p is the normalised weights or the softmax.
+
+    Sigmoid scores: the term 1[i = j] - p_j has the further factor 1 - s_j, and p_j is 0 unless NORMALIZE.
+    """
     i_t = tl.program_id(0).to(tl.int64)
     V = V // ALIGN * ALIGN
     o_e = tile_offsets(LANES, VEC)
@@ -226,7 +229,7 @@ def forward(
     top_k_groups: int,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """The fields of Routing; natural_experts is empty where nothing is replayed: experts are that then."""
+    """The fields of Routing. natural_experts is empty without routed_experts: experts are the natural ones then."""
     tokens, num_experts = router_logits.shape
     weights = router_logits.new_empty((tokens, top_k), dtype=torch.float32)
     experts, natural = (torch.empty_like(weights, dtype=torch.int64) for _ in range(2))
@@ -275,7 +278,7 @@ def backward(
     scale: float,
     out: Tensor,
 ) -> None:
-    """d router_logits into `out`."""
+    """Writes d router_logits into `out`."""
     top_k, num_experts = experts.shape[1], router_logits.shape[1]
     launch(
         moe_routing_bwd_kernel,
@@ -299,5 +302,5 @@ def backward(
 
 
 def launch_config(num_experts: int, dtype: torch.dtype) -> LaunchConfig:
-    """One 128-bit access per thread: a row is short, and most of the time goes into picking its largest."""
+    """One 128-bit access per thread: rows are short, and selecting the largest scores takes most of the time."""
     return make_config(num_experts, dtype, threads=1024, per_thread=16 // dtype.itemsize)
