@@ -1,7 +1,7 @@
-"""The elementwise operations of aten, by the kernels of the CPU: below autograd, with aten's arguments.
+"""The elementwise operations of aten, computed by the CPU kernels, below autograd and with the arguments of aten.
 
-A function returns NotImplemented for a call that the kernels do not compute. On a GPU, torch computes all elements by
-the same code.
+A function returns NotImplemented for a call that the kernels do not compute. GPUs need no replacement: there, torch
+computes all elements by the same code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The elementwise functions on the CPU, with the arguments of the aten operations of the same names.
+"""CPU backend of the elementwise functions, with the arguments of the aten operations of the same names.
 
-An element's bits depend on its value alone: not on its place, the number of elements, strides or threads. Any shape
-and strides; the result has those that torch's own would have. A gradient's dtype and strides are made x's.
+The bits of a result depend on the value of its element alone, not on its place, the number of elements, the strides or
+the number of threads. Tensors have any shape and strides; the result has the strides of torch's own result. A gradient
+is converted to the dtype and the strides of the result.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def softplus_backward(grad: Tensor, x: Tensor, beta: float, threshold: float) ->
 
 
 def run(function: str, x: Tensor, grad: Tensor | None = None, a: float = 0.0, b: float = 0.0) -> Tensor:
-    """f(x), or grad * f'(x) where there is a grad; a and b are the function's numbers, if it has any."""
+    """f(x), or grad * f'(x) if grad is given. a and b are the numeric parameters of the function, if it has any."""
     out = place_for(x) if grad is None else place_for_gradient(grad, x)
     x = _in_memory_as(out, x)
     if grad is not None:
@@ -71,13 +72,13 @@ def run(function: str, x: Tensor, grad: Tensor | None = None, a: float = 0.0, b:
 
 
 def place_for(x: Tensor) -> Tensor:
-    """Dense, its dimensions in the order of x's."""
+    """An empty dense tensor for f(x), with its dimensions in memory in the order of x."""
     dense = torch.contiguous_format if x.is_contiguous() else torch.preserve_format
     return torch.empty_like(x, memory_format=dense)
 
 
 def place_for_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """torch lays the result of two tensors out by both."""
+    """An empty tensor for grad * f'(x), with the strides that torch derives from both tensors."""
     if grad.stride() == x.stride() or (grad.is_contiguous() and x.is_contiguous()):
         return place_for(x)
     like = (torch.empty_strided(y.shape, y.stride(), dtype=x.dtype, device="meta") for y in (grad, x))
@@ -85,7 +86,7 @@ def place_for_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _in_memory_as(out: Tensor, values: Tensor) -> Tensor:
-    """`values`, or a copy of them, whose elements lie where those of `out` do."""
+    """`values` with the dtype and strides of `out`, copied if they differ."""
     if values.dtype == out.dtype and values.stride() == out.stride():
         return values
     return torch.empty_like(out).copy_(values)

@@ -1,8 +1,8 @@
-"""silu, sigmoid, softplus, gelu, mish: elementwise functions whose bits do not depend on where an element lies.
+"""silu, sigmoid, softplus, gelu, mish: elementwise functions whose bits do not depend on the place of an element.
 
-On a CPU torch computes most of a tensor in vectors and the rest (the last elements of a row or of a thread's share, and
-whatever is strided) by other code, which for these functions rounds otherwise. Here all elements go through one path.
-On a GPU torch has one path itself: there is no other backend than torch's own functions there.
+On a CPU, torch computes most elements in vectors, and the rest by scalar code: the last elements of a row or of a
+thread's share, and strided elements. For these functions the scalar code rounds differently. Here every element goes
+through the same code. On a GPU torch itself has one code path, so its own functions are the only backend there.
 """
 
 from __future__ import annotations
@@ -21,22 +21,28 @@ OP = Op(__package__)
 
 
 def silu(x: Tensor, *, backend: str = "auto") -> Tensor:
-    """x / (1 + e^-x). x: any shape and strides, float32, bfloat16 or float16. Returns x's shape and dtype.
+    """silu(x) = x / (1 + e^-x), differentiable.
 
+    x: any shape and strides; float32, bfloat16 or float16.
+    Returns the shape and dtype of x.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
     """
     return _elementwise("silu", x, backend)
 
 
 def sigmoid(x: Tensor, *, backend: str = "auto") -> Tensor:
-    """1 / (1 + e^-x). x, what is returned and what is raised: as in silu."""
+    """sigmoid(x) = 1 / (1 + e^-x), differentiable. Argument, result and errors as in silu."""
     return _elementwise("sigmoid", x, backend)
 
 
 def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0, *, backend: str = "auto") -> Tensor:
-    """log(1 + e^(beta x)) / beta, and x itself where beta x > threshold. x and what is raised: as in silu.
+    """softplus(x) = log(1 + e^(beta x)) / beta, and x itself where beta x > threshold; differentiable.
 
-    beta: above 0; threshold: any number.
+    x: any shape and strides; float32, bfloat16 or float16.
+    beta: a number above 0.
+    threshold: any number.
+    Returns the shape and dtype of x.
+    Raises the same errors as silu.
     """
     for name, number in (("beta", beta), ("threshold", threshold)):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -49,9 +55,12 @@ def softplus(x: Tensor, beta: float = 1.0, threshold: float = 20.0, *, backend: 
 
 
 def gelu(x: Tensor, *, approximate: str = "none", backend: str = "auto") -> Tensor:
-    """x P(N <= x) of a standard normal N; x and what is raised: as in silu. arXiv 1606.08415.
+    """gelu(x) = x P(N <= x) for a standard normal N (arXiv 1606.08415), differentiable.
 
+    x: any shape and strides; float32, bfloat16 or float16.
     approximate: 'none', or 'tanh' for x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2.
+    Returns the shape and dtype of x.
+    Raises the same errors as silu.
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate is {approximate!r}: it must be 'none' or 'tanh'")
@@ -59,7 +68,7 @@ def gelu(x: Tensor, *, approximate: str = "none", backend: str = "auto") -> Tens
 
 
 def mish(x: Tensor, *, backend: str = "auto") -> Tensor:
-    """x tanh(log(1 + e^x)); x and what is raised: as in silu. arXiv 1908.08681."""
+    """mish(x) = x tanh(log(1 + e^x)) (arXiv 1908.08681), differentiable. Argument, result and errors as in silu."""
     return _elementwise("mish", x, backend)
 
 

@@ -1,4 +1,4 @@
-"""The elementwise functions in eager torch: what is correct, and what a GPU runs."""
+"""References of the elementwise functions, in eager torch. They also run on GPUs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What torch calls its products, by the kernels of a backend: below autograd, into `out` if it is given.
+"""The matrix products of aten, computed by the kernels of a backend, below autograd.
 
-Each takes the backend's module (cpu.py, triton.py) first, then what the operator of torch takes, of one dtype of
-float32, bfloat16 and float16, with any strides. Every element is summed in float32 and rounded once; its bits are a
-function of the reduced dimension and the dtype alone.
+A function takes the module of the backend (cpu.py, triton.py), then the arguments of the operator of torch. Tensors
+have one dtype of float32, bfloat16 and float16, and any strides. The result is written into `out` if it is given.
+Every element is summed in float32 and rounded once. Its bits are a function of the reduced dimension and the dtype.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def product(kernels, a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tens
 
 
 def added_product(kernels, addend: Tensor, a: Tensor, b: Tensor, *, beta=1, alpha=1, out: Tensor | None = None):
-    """addmm, baddbmm: beta addend + alpha a b; an addend that beta = 0 takes away may be no number."""
+    """addmm, baddbmm: beta addend + alpha a b. With beta = 0 the addend is not read, and may hold NaN."""
     return _multiply(kernels, out, a, b, addend if beta != 0 else None, float(alpha), float(beta))
 
 
@@ -36,7 +36,7 @@ def added_vector_product(kernels, addend: Tensor, a: Tensor, x: Tensor, *, beta=
 
 
 def dot_product(kernels, x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """dot: the sum of x y."""
+    """dot: the sum of the products of the elements of x and y."""
     if x.shape != y.shape or x.dim() != 1:
         raise ValueError(f"tensor has shape {tuple(y.shape)}: it must be that of self, {tuple(x.shape)}, one dimension")
     if out is None:
@@ -55,7 +55,10 @@ def grouped_product(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """_grouped_mm: the products of a batch, or of the groups of rows, columns or terms that end at offs [G] int32."""
+    """_grouped_mm: the products of a batch, or of groups of rows, columns or terms.
+
+    offs: [G] int32, the end of each group.
+    """
     if bias is not None:
         raise ValueError("bias is a tensor: it must be None, as grouped products have none")
     if out_dtype not in (None, a.dtype):
@@ -79,10 +82,10 @@ def grouped_product(
     return out
 
 
-# what the groups are of, by how many dimensions the operands have
+# {(dimensions of a, dimensions of b): what is grouped}
 _GROUPED = {(2, 3): "rows", (3, 2): "columns", (2, 2): "terms"}
 
-# by the names of the operators, each of which has an overload `out` as well but for the last
+# {operator of aten: its function}; every operator but _grouped_mm has an overload `out` too
 OPERATORS: dict[str, Callable] = {
     "mm": product,
     "bmm": product,
@@ -93,7 +96,7 @@ OPERATORS: dict[str, Callable] = {
     "dot": dot_product,
     "_grouped_mm": grouped_product,
 }
-# number of dimensions of the two factors
+# {operator of aten: dimensions of its two factors}
 _FACTORS = {
     "mm": (2, 2),
     "bmm": (3, 3),
@@ -107,7 +110,7 @@ _WITH_ADDEND = ("addmm", "baddbmm", "addmv")
 
 
 def operations(kernels: ModuleType) -> dict[str, Callable]:
-    """{overload: function that computes its result, or returns NotImplemented where the kernels do not}"""
+    """{overload: function}. A function returns NotImplemented for a call that the kernels do not compute."""
     found: dict[str, Callable] = {}
     for name, function in OPERATORS.items():
         overloads = [name] if name == "_grouped_mm" else [name, f"{name}.out"]
@@ -118,7 +121,10 @@ def operations(kernels: ModuleType) -> dict[str, Callable]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """aten::linear above autograd, as addmm for every layout of x. torch rounds before the bias for some layouts."""
+    """aten::linear above autograd, by addmm for every layout of x.
+
+    For some layouts torch itself rounds the product before it adds the bias.
+    """
     if (
         x.dim() == 0
         or weight.dim() != 2
@@ -138,14 +144,14 @@ def _product(function: Callable, dims, kernels, first: Tensor, *args, out: Tenso
         a, b = args if len(args) == 2 else (first, *args)
         if (a.dim(), b.dim()) != dims:
             return NotImplemented
-        # For an empty product too, torch checks the shape of the addend.
+        # torch checks the shape of the addend even if the product is empty
         if len(args) == 2 and not (a.numel() and b.numel()) and not _expands(first, a, b):
             return NotImplemented
     if out is not None:
         kwargs["out"] = out
     try:
         return function(kernels, first, *args, **kwargs)
-    except (TypeError, ValueError):  # outside the contract of the library's products
+    except (TypeError, ValueError):  # the kernels do not take these arguments
         return NotImplemented
 
 
@@ -157,7 +163,7 @@ def _expands(addend: Tensor, a: Tensor, b: Tensor) -> bool:
 
 
 def _as_one_row(kernels, out, a, x, addend=None, alpha=1.0, beta=1.0) -> Tensor:
-    """a x as x^T a^T: the kernels are made for many columns rather than for one."""
+    """a x, computed as x^T a^T: the kernels are faster with many columns than with one."""
     if a.dim() != 2 or x.dim() != 1:
         raise ValueError(f"self and vec have shapes {tuple(a.shape)} and {tuple(x.shape)}: they must be [M, K] and [K]")
     out = torch.empty(a.shape[:1], dtype=a.dtype, device=a.device) if out is None else out
@@ -185,7 +191,7 @@ def _multiply(kernels, out, a, b, addend=None, alpha=1.0, beta=1.0) -> Tensor:
         addend = _lay_out(addend, out)
     row, column = out.stride()[-2:]
     if row == 1 and (column != 1 or columns == 1):
-        # each sum has the same terms in the same order with its factors exchanged
+        # out^T = b^T a^T has the same bits: each sum has the same terms in the same order
         if addend is not None:
             addend = addend.expand(shape).mT.contiguous()
         kernels.matmul_into(out.mT, b.mT, a.mT, addend=addend, alpha=alpha, beta=beta)
@@ -207,7 +213,7 @@ def _check_operands(a, b) -> None:
 
 
 def _lay_out(addend, out) -> Tensor:
-    """As the kernels take it: [N], or of the shape of out, last dimension contiguous; and not in out's own memory."""
+    """The addend for the kernels: [N] or the shape of out, last dimension contiguous, in memory other than out's."""
     if addend.shape != out.shape[-1:]:
         addend = addend.expand(out.shape)
     if addend.data_ptr() == out.data_ptr():

@@ -1,4 +1,4 @@
-"""Products of matrices on the CPU: call the native kernels."""
+"""CPU backend of matmul: calls the native kernels."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ __all__ = ["grouped_into", "matmul_into"]
 
 
 def grouped_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor, grouped: str) -> None:
-    """Product g is of the rows of a and out, of the columns of b and out, or of the terms, from ends[g - 1] to ends[g].
+    """Write one matrix product per group into out. Group g goes from ends[g - 1] to ends[g]; the first starts at 0.
 
-    grouped: "rows": a [M, K], b [G, K, N], out [M, N]; "columns": a [G, M, K], b [K, N], out [M, N]; "terms": a [M, K],
-    b [K, N], out [G, M, N]. ends: [G] int32, contiguous. Otherwise as matmul_into; rows and columns of no group are 0.
+    out, a, b: as in matmul_into, but for the shapes below. Rows and columns of out that are in no group are 0.
+    ends: [G] int32, contiguous.
+    grouped: "rows" of a and out: a [M, K], b [G, K, N], out [M, N];
+        "columns" of b and out: a [G, M, K], b [K, N], out [M, N];
+        "terms" of the sums: a [M, K], b [K, N], out [G, M, N].
+    Raises ValueError if ends falls, or goes beyond the number of rows, columns or terms.
     """
     copies, bad_group = native().matmul_grouped(out, a, b, grouped, ends, torch.get_num_threads())
     if copies:

@@ -1,9 +1,9 @@
-"""matmul, linear and bmm: products of matrices whose bits depend on the reduced dimension and the dtype alone.
+"""matmul, linear and bmm: matrix products whose bits are a function of the reduced dimension and the dtype alone.
 
     matmul: out = a b            d a = (d out) b^T         d b = a^T (d out)
     linear: out = x W^T + bias   d x = (d out) W           d W = (d out)^T x       d bias = sum of d out over the rows
-Sums are float32, and each output is rounded once. In the forward and in d a, d x, a row has the same bits whatever rows
-are beside it; d b and d W sum over the rows, and have the same bits from run to run.
+Sums are float32, and each output is rounded once. A row of out, d a or d x does not depend on the other rows. d b and
+d W sum over the rows, and have equal bits in every run.
 """
 
 from __future__ import annotations
@@ -20,33 +20,38 @@ OP = Op(__package__)
 
 
 def matmul(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
-    """a b of two matrices; no bit of an output depends on M, N, its place, the strides or the number of threads.
+    """The product a b of two matrices, summed in float32 and rounded once.
 
-    a: [M, K]; float32, bfloat16 or float16; any strides, where neither dimension is contiguous a copy is made.
-    b: [K, N], or its transpose's view, of the dtype of a (autocast casts both). The same of its strides.
-    Returns [M, N] of that dtype, differentiable twice.
+    a: [M, K]; float32, bfloat16 or float16; any strides. A copy is made if neither dimension is contiguous.
+    b: [K, N], of the dtype of a; any strides, as for a. Autocast casts a and b.
+    Returns [M, N] of the dtype of a, differentiable twice.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    The bits of an output do not depend on M, N, its place, the strides or the number of threads.
     """
     return _product(a, b, 2, "matmul", backend)
 
 
 def bmm(a: Tensor, b: Tensor, *, backend: str = "auto") -> Tensor:
-    """a[i] b[i] for each matrix of a batch: the bits of matmul, whatever the size of the batch.
+    """The products a[i] b[i] of a batch of matrices. Each has the bits of matmul, for every size of the batch.
 
-    a: [B, M, K], b: [B, K, N], as in matmul. Returns [B, M, N] of their dtype, differentiable twice.
+    a: [B, M, K]; dtype and strides as in matmul.
+    b: [B, K, N], of the dtype of a.
+    Returns [B, M, N] of the dtype of a, differentiable twice.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
     """
     return _product(a, b, 3, "bmm", backend)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
-    """x weight^T + bias, the bias added in float32: a row has the same bits in any batch and place.
+    """x weight^T + bias, summed in float32 with the bias and rounded once.
 
-    x: [..., K]; float32, bfloat16 or float16; any strides, where neither of the last two dimensions is contiguous a
-        copy is made.
-    weight: [N, K] of the dtype of x (autocast casts all three), any strides. bias: [N] of that dtype, or None.
-    Returns [..., N] of that dtype, differentiable twice.
+    x: [..., K]; float32, bfloat16 or float16; any strides. A copy is made if neither of the last two dimensions is
+        contiguous.
+    weight: [N, K], of the dtype of x, any strides.
+    bias: [N], of the dtype of x, or None. Autocast casts x, weight and bias.
+    Returns [..., N] of the dtype of x, differentiable twice.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    The bits of a row do not depend on the other rows, or on its place.
     """
     check_tensor("x", x)
     check_tensor("weight", weight)
@@ -73,10 +78,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: st
 
 
 def float32_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """linear without its last rounding, and without a gradient: the logits that linear_token_logprobs looks at.
+    """linear in float32, without the last rounding and without a gradient: the logits of linear_token_logprobs.
 
-    x: [..., K], weight: [N, K], bias: [N], of one dtype as in linear (autocast casts all three). Returns [..., N]
-    float32. Raises RuntimeError where the kernels of x's device are missing.
+    x: [..., K]; dtype and strides as in linear.
+    weight: [N, K], of the dtype of x.
+    bias: [N], of the dtype of x, or None. Autocast casts x, weight and bias.
+    Returns [..., N] float32.
+    Raises RuntimeError if the backend for the device of x is missing.
     """
     x, weight, bias = _autocast(x, weight, bias)
     backend = OP.resolve("auto", x.device, "float32_linear")
@@ -162,7 +170,7 @@ def _linear(kernels, x, weight, bias):
     if x.dim() == 3:
         batch, length = outer
         if batch > 1 and length > 1 and x.stride(0) != length * x.stride(1):
-            columns = columns.expand(batch, *columns.shape)  # rows that are no one matrix, read where they are
+            columns = columns.expand(batch, *columns.shape)  # a batched product reads these strides without a copy
         else:
             x = x.flatten(0, 1)
     out = aten.product(kernels, x, columns) if bias is None else aten.added_product(kernels, bias, x, columns)

@@ -1,7 +1,7 @@
-"""Products of matrices on the GPU: every output is summed by one program, over its terms from the first to the last.
+"""GPU backend of matmul: one program sums an output, over its terms from the first to the last.
 
-The tile is chosen by N, the dtype and the architecture, never by M, so that a row's sum is made in the same steps
-whatever rows are beside it. Names: as in common/triton/row_tiles.py, and D the reduced dimension, G groups.
+N, the dtype and the architecture choose the tile. M does not, so that the sums of a row do not depend on other rows.
+Names: as in common/triton/row_tiles.py; D is the reduced dimension, G the number of groups.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from ...common.triton.launch import TileConfig
 from ...common.triton.numbers import dot, round_to
 from ...common.triton.row_tiles import multiple
 
-# one binary per dtype, layout and alignment: ALIGN says all that the kernel needs to know of these
+# not specialised, so that there is one binary per dtype, layout and ALIGN
 SIZES = ["M", "N", "D", "G", "tiles_m", "stride_ab", "stride_a", "stride_bb", "stride_b", "stride_cb", "stride_c"]
 SIZES += ["stride_ob", "stride_o"]
 
 
 @triton.jit
 def tile_of_program(tiles_m, tiles_n, BAND: tl.constexpr):
-    """(matrix, tile of rows, tile of columns): programs that run together share rows and columns, BAND tiles of rows at
-    a time."""
+    """(matrix, tile of rows, tile of columns) of this program.
+
+    Neighbouring programs are in a band of BAND tiles of rows, so that they share rows and columns in the cache.
+    """
     i = tl.program_id(0)
     i_b = i // (tiles_m * tiles_n)
     i -= i_b * (tiles_m * tiles_n)
@@ -35,10 +37,10 @@ def tile_of_program(tiles_m, tiles_n, BAND: tl.constexpr):
 
 @triton.jit
 def group_of_block(ends, i_block, M, G, G_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(group, first row, end of the group's rows) of a block of rows; no rows where the first is no less.
+    """(group, first row, end of the group's rows) of a block of rows; no rows if first row >= end.
 
-    The blocks of group g are those from begin // BLOCK_M + g on: as many as its rows fill or one more, whatever rows
-    come before them. Group G has the rows that are left.
+    The blocks of group g start at block begin // BLOCK_M + g. A group has as many blocks as its rows fill, or one
+    more, so that its blocks do not depend on the rows before them. Group G has the rows after the last group.
     """
     o_g = tl.arange(0, G_BLOCK)
     b_begins = tl.load(ends + o_g - 1, mask=(o_g > 0) & (o_g <= G), other=0)
@@ -81,9 +83,11 @@ def matmul_kernel(
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """out = alpha a b + beta addend, which may be None. A_TURNED, B_TURNED: columns are contiguous, not rows.
+    """out = alpha a b + beta addend; the addend may be None.
 
-    GROUPED: what the groups that end at ends are of, "rows" or "terms", or "" if there are none."""
+    A_TURNED, B_TURNED: whether the columns of a or b are contiguous, rather than the rows.
+    GROUPED: "rows" or "terms" in groups that end at `ends`, or "" without groups.
+    """
     M = M if not A_TURNED else multiple(M, ALIGN)
     N = multiple(N, ALIGN)
     D = D if A_TURNED and not B_TURNED else multiple(D, ALIGN)
@@ -136,14 +140,17 @@ def matmul_kernel(
 def matmul_into(
     out: Tensor, a: Tensor, b: Tensor, *, addend: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
 ) -> Tensor:
-    """out = alpha (a @ b) + beta addend: as native_matmul has it, of one dtype."""
+    """out = alpha (a @ b) + beta addend. Arguments as in common/native_matmul.py."""
     _launch(out, a, b, out.shape[0] if out.dim() == 3 else 1, addend=addend, alpha=alpha, beta=beta)
     return out
 
 
 def grouped_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor, grouped: str) -> None:
-    """As cpu.py has it, but for ends out of order or range, of which nobody can tell before the device has run: nothing
-    is read or written beyond a tensor for them."""
+    """Write one matrix product per group into out. Arguments as in cpu.py.
+
+    `ends` out of order or range raises no error, because the host does not wait for the device. The kernel reads and
+    writes no memory outside the tensors in that case.
+    """
     if grouped == "columns":
         turned = out.new_empty(out.shape[::-1])
         _launch(turned, b.mT, a.mT, 1, ends=ends, grouped="rows")
@@ -158,7 +165,7 @@ def _launch(out, a, b, batch, *, addend=None, alpha=1.0, beta=1.0, ends=None, gr
     rows, columns, depth = out.shape[-2], out.shape[-1], a.shape[-1]
     config = tile_config(columns, out.dtype)
     groups = len(ends) if ends is not None else 0
-    # those of groups are at least as many as there are, known without asking the device
+    # with groups of rows: an upper bound, known without waiting for the device
     tiles_m = rows // config.rows + groups + 1 if grouped == "rows" else triton.cdiv(rows, config.rows)
     a_turned, b_turned = a_column != 1, b_row == 1 and b_column != 1
     *_, stride_cb, stride_c, _ = (0, 0, 0, *(addend.stride() if addend is not None else ()))
@@ -197,7 +204,7 @@ def _launch(out, a, b, batch, *, addend=None, alpha=1.0, beta=1.0, ends=None, gr
             BLOCK_M=config.rows,
             BLOCK_N=config.columns,
             BLOCK_D=config.depth,
-            # accesses can be 128 bits where all of them are multiples of that
+            # 128-bit accesses need every size and stride to be a multiple of 128 bits
             ALIGN=vec if all(size % vec == 0 for size in (*contiguous, *strides)) else 1,
             num_warps=config.num_warps,
             num_stages=config.stages,
@@ -205,9 +212,9 @@ def _launch(out, a, b, batch, *, addend=None, alpha=1.0, beta=1.0, ends=None, gr
 
 
 def _matrix_strides(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """(x, its strides of batch, row and column), one of the last two 1: x is a copy where neither is.
+    """(x, (stride of the batch, of a row, of a column)), one of the last two 1. x is a copy if neither was 1.
 
-    That of a dimension of one element is free, and so are all where there is none.
+    A dimension of one element may have any stride, and so may every dimension of an empty tensor.
     """
     strides, (rows, columns) = x.stride(), x.shape[-2:]
     row, column = strides[-2], 1 if columns == 1 else strides[-1]
@@ -218,15 +225,17 @@ def _matrix_strides(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return x, (strides[0] if len(strides) == 3 else 0, row, column)
 
 
-# The fewest columns for which a decoded token's product still has 64 programs of the wider tile.
+# the fewest columns for which one row still gives 64 programs of the wider tile
 WIDE = 8192
 
 
 def tile_config(columns: int, dtype: torch.dtype) -> TileConfig:
-    """From N and the dtype alone. Where columns are few, tiles are narrow, so that enough programs read the weight when
-    there is one row. Threads and depth: what leaves registers for an address each, where no access is wide.
-    Float32 is multiplied from registers, and needs more of them for its operands. AMD's shared memory is 64 KiB, a
-    third of the others'."""
+    """The tile for N columns of a dtype. For few columns tiles are narrow, so that one row still has enough programs.
+
+    Threads and depth leave enough registers where rows allow no 128-bit access and each element takes an address.
+    Float32 operands are multiplied from registers, and need more of them. AMD GPUs have 64 KiB of shared memory, a
+    third of NVIDIA's, and so have fewer stages.
+    """
     if dtype == torch.float32:
         return TileConfig(rows=32, columns=64, depth=16, threads=256, stages=3)
     return TileConfig(

@@ -1,6 +1,7 @@
-"""The GPU vendor's matmul, float32 out of three dtypes; on the CPU, for Triton's interpreter, what stands for it.
+"""A matmul with a float32 result by the GPU vendor's library, called through torch.
 
-In batch-invariant mode it is our own: the vendor's picks its way of summing by the number of rows.
+The vendor's library chooses its order of summation by the number of rows, so batch-invariant mode uses the Triton
+kernel instead. On the CPU, for Triton's interpreter, torch multiplies in float32.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from . import triton
 
 
 def matmul_into(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b. a [M, K], b [K, N], of one dtype, either way round; out [M, N] float32.
+    """out = a @ b, or out += a @ b if `accumulate`.
 
-    Summed in float32 and never rounded to the dtype of a and b; float32 operands follow torch's own setting of TF32.
+    out: [M, N] float32.
+    a, b: [M, K] and [K, N] of one dtype; each may be a transposed view.
+    Sums are float32, and never rounded to the dtype of a and b. Float32 operands follow torch's setting of TF32.
     """
     if 0 in out.shape:
         return out
     if is_batch_invariant():
         return triton.matmul_into(out, a, b, addend=out if accumulate else None)
     options: dict[str, Any] = {"out_dtype": torch.float32}
-    if a.device.type == "cpu":  # torch has no out_dtype there
+    if a.device.type == "cpu":  # torch takes no out_dtype on the CPU
         a, b, options = a.float(), b.float(), {}
     return torch.addmm(out, a, b, beta=float(accumulate), out=out, **options)

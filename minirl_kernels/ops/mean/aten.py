@@ -1,4 +1,4 @@
-"""The sums and means of aten, by the kernels of a backend: below autograd, with aten's arguments."""
+"""The sums and means of aten, computed by the kernels of a backend, below autograd and with the arguments of aten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mean and sum on the CPU: allocate, call the native kernels."""
+"""CPU backend of mean and sum: allocates the result and calls the native kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .layout import layout_of, reduced_dims, reduced_shape
 def forward(
     x: Tensor, dim: int | tuple[int, ...] | None, keepdim: bool, dtype: torch.dtype | None, divide: bool
 ) -> Tensor:
-    """The mean over `dim` where `divide`, else the sum; `dtype` None is that of x."""
+    """The mean of x over `dim` if `divide`, else the sum. dtype: of the result; None means the dtype of x."""
     if dtype not in (None, x.dtype, torch.float32):
         return forward(x, dim, keepdim, torch.float32, divide).to(dtype)
     dtype = dtype or x.dtype

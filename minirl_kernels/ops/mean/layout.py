@@ -1,4 +1,4 @@
-"""How the elements of a reduction lie: as [B, L, R, I], R reduced, with R contiguous and I = 1 or I contiguous."""
+"""The operand of a reduction as [B, L, R, I], reduced over R: either I is 1 and R contiguous, or I is contiguous."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from torch import Tensor
 
 
 class Layout(NamedTuple):
-    """x holds the memory; strides are in elements; `trailing` says that the last dimension was among the reduced."""
+    """The operand of a reduction as [batch, length, reduced, inner].
+
+    x: the tensor that holds the elements.
+    batch_stride, length_stride, reduced_stride: in elements.
+    trailing: whether the last dimension is reduced.
+    """
 
     x: Tensor
     batch: int
@@ -23,7 +28,7 @@ class Layout(NamedTuple):
 
 
 def reduced_dims(x: Tensor, dim: int | tuple[int, ...] | None) -> tuple[int, ...]:
-    """In ascending order, from 0 on; None and an empty tuple are all of them. A number has none."""
+    """The reduced dimensions in ascending order, from 0 on. None and () mean all. A zero-dimensional x has none."""
     if x.dim() == 0:
         return ()
     if isinstance(dim, int):
@@ -42,13 +47,13 @@ def reduced_size(x: Tensor, dims: tuple[int, ...]) -> int:
 
 
 def layout_of(x: Tensor, dims: tuple[int, ...], *, transposes: bool) -> Layout:
-    """Of x, or of a copy where no view has such strides.
+    """The layout of x, or of a copy if no view of x has such strides.
 
-    transposes: whether rows may be summed as columns, or columns as rows: where both have the same bits.
+    transposes: whether rows may be summed as columns and columns as rows. This needs kernels with equal bits for both.
     """
     if not dims:
         x, dims = x.reshape(1), (0,)
-    elif dims[-1] - dims[0] >= len(dims):  # others are between them
+    elif dims[-1] - dims[0] >= len(dims):  # kept dimensions are between the reduced ones
         x = x.movedim(dims, tuple(range(-len(dims), 0)))
         dims = tuple(range(x.dim() - len(dims), x.dim()))
     first, end = dims[0], dims[-1] + 1
@@ -58,7 +63,7 @@ def layout_of(x: Tensor, dims: tuple[int, ...], *, transposes: bool) -> Layout:
         return Layout(x, 1, math.prod(outer), reduced, inner, 0, reduced * inner, inner, trailing)
     x = x.reshape(math.prod(outer[:-1]), math.prod(outer[-1:]), reduced, inner)
     if not _fits(x):
-        swapped = x.transpose(1, 3)  # the rows of a transposed matrix are columns, and the other way round
+        swapped = x.transpose(1, 3)  # exchanges rows and columns
         x = swapped if transposes and 1 in (x.shape[1], inner) and _fits(swapped) else x.contiguous()
     batch, length, reduced, inner = x.shape
     batch_stride, length_stride, reduced_stride, _ = x.stride()
@@ -66,5 +71,5 @@ def layout_of(x: Tensor, dims: tuple[int, ...], *, transposes: bool) -> Layout:
 
 
 def _fits(x: Tensor) -> bool:
-    """Of x [B, L, R, I], where a dimension of one element may have any stride."""
+    """Whether the strides of x [B, L, R, I] fit a Layout. A dimension of one element may have any stride."""
     return (x.stride(3) == 1) if x.shape[3] > 1 else (x.stride(2) == 1 or x.shape[2] <= 1)

@@ -1,6 +1,6 @@
-"""mean and sum over dimensions, in an order that depends on the number of elements and the dtype alone.
+"""mean and sum over dimensions, in an order that is a function of the number of elements and the dtype alone.
 
-sum = sum_r x_r,  d x_r = d sum;  mean = sum / R,  d x_r = d mean / R,  R elements being reduced
+For R reduced elements:  sum = sum_r x_r,  d x_r = d sum;  mean = sum / R,  d x_r = d mean / R
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ def mean(
 ) -> Tensor:
     """The mean of x over `dim`, summed in float32 and rounded once; differentiable.
 
-    x: any shape and strides; float32, bfloat16 or float16.
-    dim: a dimension, several, or None for all; keepdim: they stay, of size 1.
-    dtype: of the result; float32, bfloat16 or float16, None for that of x.
-    Several dimensions are reduced as one, in their order in the shape. On the CPU the bits of an element are the same
-    whichever way x lies in memory; on a GPU those of a reduction whose last dimension is kept are others than those of
-    one over the last dimension. The mean of nothing is NaN.
+    x: any shape and strides; float32, bfloat16 or float16. The mean of no elements is NaN.
+    dim: an integer, a tuple of integers, or None for all dimensions. Several dimensions are reduced as one, in their
+        order in the shape.
+    keepdim: whether the reduced dimensions stay, with size 1.
+    dtype: of the result; float32, bfloat16 or float16. None means the dtype of x.
+    Returns the mean, of the given dtype.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    On the CPU the bits do not depend on the strides of x. On a GPU a reduction that includes the last dimension has
+    another order of summation than a reduction that does not, and so other bits.
     """
     return _reduce(x, dim, keepdim, dtype, True, backend)
 
@@ -46,9 +48,11 @@ def sum(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """The sum of x over `dim`, in float32 and rounded once; differentiable. Arguments and errors as of mean.
+    """The sum of x over `dim`, in float32 and rounded once; differentiable. The sum of no elements is 0.
 
-    The sum of nothing is 0.
+    x, dim, keepdim, dtype: as in mean.
+    Returns the sum, of the given dtype.
+    Raises the same errors as mean.
     """
     return _reduce(x, dim, keepdim, dtype, False, backend)
 

@@ -1,7 +1,7 @@
-"""mean and sum on the GPU: a program sums one block of a row, or of some neighbouring columns.
+"""GPU backend of mean and sum: a program sums one block of a row, or of some neighbouring columns.
 
-What is reduced is cut into blocks of a fixed size, and their sums are summed alike until one is left: so a row of any
-length fills the processor, and its order is that of its length alone.
+The reduced dimension is cut into blocks of a fixed size. Their sums are reduced in the same way, until one is left. So
+one long row gives work to many programs, and the order of summation is a function of the length alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...common.triton.numbers import round_to
 from ...common.triton.row_tiles import SIZES, load_terms, multiple, row_offset
 from .layout import layout_of, reduced_dims, reduced_shape
 
-# elements of a row to a program: a whole number of tiles, and ten programs to a vocabulary's row
+# elements of a row per program: a whole number of tiles; the row of a vocabulary takes about ten programs
 BLOCK = 16_384
 COLUMN_SIZES = ["L", "R", "V", "blocks", "stride_b", "stride_l", "stride_r"]
 
@@ -52,7 +52,7 @@ def mean_rows_kernel(
 
 @triton.jit
 def column_offsets(V, COLUMNS: tl.constexpr):
-    """(row of blocks, offsets [1, COLUMNS], which of them are columns) of a program; all are on the first grid axis."""
+    """(index of the output row, column offsets [1, COLUMNS], their mask) of a program of a one-dimensional grid."""
     tiles = tl.cdiv(V, COLUMNS)
     i_program = tl.program_id(0).to(tl.int64)
     o_c = (i_program % tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
@@ -92,24 +92,24 @@ def mean_columns_kernel(
 def forward(
     x: Tensor, dim: int | tuple[int, ...] | None, keepdim: bool, dtype: torch.dtype | None, divide: bool
 ) -> Tensor:
-    """The mean over `dim` where `divide`, else the sum; `dtype` None is that of x."""
+    """The mean of x over `dim` if `divide`, else the sum. dtype: of the result; None means the dtype of x."""
     if dtype not in (None, x.dtype, torch.float32):
         return forward(x, dim, keepdim, torch.float32, divide).to(dtype)
     dtype = dtype or x.dtype
     dims = reduced_dims(x, dim)
     out = torch.empty(reduced_shape(x, dims, keepdim), dtype=dtype, device=x.device)
     if out.numel():
-        lie = layout_of(x, dims, transposes=False)
-        sizes = (lie.batch, lie.length, lie.reduced, lie.inner)
-        x = lie.x.as_strided(sizes, (lie.batch_stride, lie.length_stride, lie.reduced_stride, 1))
-        # by which dimensions are reduced, not by their sizes: the two ways have other bits
-        reduce = reduce_rows if lie.trailing else reduce_columns
-        reduce(x, out, lie.reduced if divide else 1)
+        layout = layout_of(x, dims, transposes=False)
+        sizes = (layout.batch, layout.length, layout.reduced, layout.inner)
+        x = layout.x.as_strided(sizes, (layout.batch_stride, layout.length_stride, layout.reduced_stride, 1))
+        # the two functions give different bits, so the choice must not depend on sizes
+        reduce = reduce_rows if layout.trailing else reduce_columns
+        reduce(x, out, layout.reduced if divide else 1)
     return out
 
 
 def reduce_rows(x: Tensor, out: Tensor, divisor: int) -> None:
-    """The sums of x [B, L, R, 1] over R, divided, into `out` of B L elements."""
+    """Write the sums of x [B, L, R, 1] over R, divided by `divisor`, into `out` of B L elements."""
     x = x.squeeze(3)
     while x.shape[2] > BLOCK:
         partials = x.new_empty((1, x.shape[0] * x.shape[1], triton.cdiv(x.shape[2], BLOCK)), dtype=torch.float32)
@@ -119,7 +119,7 @@ def reduce_rows(x: Tensor, out: Tensor, divisor: int) -> None:
 
 
 def reduce_row_blocks(x: Tensor, out: Tensor, divisor: int) -> None:
-    """The same for x [B, L, R], one for each block of R."""
+    """Write the sum of each block of R of x [B, L, R], divided by `divisor`, into `out`."""
     batch, length, reduced = x.shape
     launch(
         mean_rows_kernel,
@@ -139,7 +139,7 @@ def reduce_row_blocks(x: Tensor, out: Tensor, divisor: int) -> None:
 
 
 def reduce_columns(x: Tensor, out: Tensor, divisor: int) -> None:
-    """The sums of x [B, L, R, I] over R, divided, into `out` of B L I elements."""
+    """Write the sums of x [B, L, R, I] over R, divided by `divisor`, into `out` of B L I elements."""
     block = columns_config().block
     while x.shape[2] > block:
         sizes = (1, x.shape[0] * x.shape[1], triton.cdiv(x.shape[2], block), x.shape[3])
@@ -150,7 +150,7 @@ def reduce_columns(x: Tensor, out: Tensor, divisor: int) -> None:
 
 
 def reduce_column_blocks(x: Tensor, out: Tensor, divisor: int) -> None:
-    """The same, one for each block of R."""
+    """Write the sum of each block of R of x [B, L, R, I], divided by `divisor`, into `out`."""
     batch, length, reduced, inner = x.shape
     strides = x.stride()[:3]
     outer = out.numel() // inner
@@ -172,7 +172,7 @@ def reduce_column_blocks(x: Tensor, out: Tensor, divisor: int) -> None:
 
 
 def launch_columns(kernel, outer: int, *args, size: int, strides: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Run `kernel` over `outer` times `size` columns of tensors of `dtype`; args[0] is one of them."""
+    """Run `kernel` over `outer` times `size` columns of tensors of `dtype`; args[0] is one of these tensors."""
     config = columns_config()
     vec = 16 // dtype.itemsize
     aligned = all(n % vec == 0 for n in (size, *strides))
@@ -189,9 +189,11 @@ def launch_columns(kernel, outer: int, *args, size: int, strides: tuple[int, ...
 
 @dataclass(frozen=True)
 class ColumnConfig:
-    """How columns are cut: always alike, so that the bits of one do not depend on how many there are.
+    """The block sizes of a sum of columns. They are constant, so that a column does not depend on the other columns.
 
-    rows x columns: elements that a program loads at once; block: rows that it sums.
+    rows, columns: of the tile that a program loads at once.
+    block: number of rows that a program sums.
+    threads: of a program.
     """
 
     rows: int
@@ -209,11 +211,11 @@ class ColumnConfig:
 
 
 def rows_config(reduced: int, dtype: torch.dtype) -> LaunchConfig:
-    """Two accesses in flight to a thread; one element at a time takes as many registers as eight at once."""
+    """Two 128-bit accesses in flight per thread. A one-element access takes the registers of a 128-bit access."""
     per_thread = (32 if is_whole(reduced, dtype) else 16) // dtype.itemsize
     return make_config(min(reduced, BLOCK), dtype, threads=512, per_thread=per_thread)
 
 
 def columns_config() -> ColumnConfig:
-    """64 columns are 128 bytes or more of each row; blocks are short, as columns are few where tokens are many."""
+    """64 columns are 128 bytes or more of each row. Blocks are short, because many tokens come with few columns."""
     return ColumnConfig(rows=32, columns=64, block=1024, threads=128)

@@ -1,7 +1,8 @@
-"""The rms_norm of aten, which torch has on a GPU, by the kernels of a backend: below autograd, with aten's arguments.
+"""The fused rms_norm of aten, computed by the kernels of a backend, below autograd and with the arguments of aten.
 
-On a CPU, torch composes rms_norm from other covered operations. A function returns NotImplemented for a call that the
-kernels do not compute. torch has its own path for several dimensions, for weights of another dtype, and for eps=None.
+Only GPUs have this operation: on a CPU, torch composes rms_norm from other operations, which are replaced too. A
+function returns NotImplemented for a call that the kernels do not compute: several normalised dimensions, a weight of
+another dtype than x, or eps=None.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""rms_norm on the CPU: allocate, call the native kernels."""
+"""CPU backend of rms_norm: allocates the results and calls the native kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...common.rows import rows_of
 
 
 def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """(out, rstd [..., 1] float32): x * rstd * weight and 1 / sqrt(mean(x^2) + eps)."""
+    """Returns (out, rstd): x * rstd * weight, and 1 / sqrt(mean(x^2) + eps) as [..., 1] float32."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty(*x.shape[:-1], 1, dtype=torch.float32)
     native().rms_norm(rows_of(x), _wide(weight), eps, out, rstd)
@@ -20,7 +20,7 @@ def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tenso
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, input_grad: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """(d x, d weight float32), each empty where it is not asked for."""
+    """Returns (d x, d weight as [H] float32), each empty unless `input_grad` or `weight_grad`."""
     grad_x = torch.empty(x.shape if input_grad else (0,), dtype=x.dtype, device=x.device)
     grad_weight = torch.empty(x.shape[-1] if weight_grad else 0, dtype=torch.float32)
     native().rms_norm_backward(rows_of(x), rows_of(grad), _wide(weight), rstd, grad_x, grad_weight)
@@ -28,5 +28,5 @@ def backward(
 
 
 def _wide(weight: Tensor | None) -> Tensor | None:
-    """The kernels take a float32 weight: it is one row beside many."""
+    """The weight in float32, as the kernels take it. The conversion is cheap: the weight is one row."""
     return None if weight is None else weight.float().contiguous()

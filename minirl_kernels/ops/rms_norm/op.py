@@ -1,4 +1,4 @@
-"""rms_norm: each row divided by its root mean square.
+"""rms_norm: each row divided by its root mean square, times a weight.
 
 y = x rstd,  rstd = 1 / sqrt(mean(x^2) + eps),  out = y weight         (Zhang and Sennrich, arXiv 1910.07467)
 d x = rstd (g - y mean(g y)),  g = d out weight;  d weight = sum over rows of d out y
@@ -18,14 +18,15 @@ OP = Op(__package__)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, backend: str = "auto") -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: of x's shape and dtype, differentiable.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32 and rounded once; differentiable.
 
     x: [..., H]; float32, bfloat16 or float16; any strides of the outer dimensions.
-    weight: [H] of one of those dtypes, or None, which is 1.
-    eps: a number from 0 on, in units of x squared.
-    Computed in float32 and rounded once. The bits of a row of the result and of d x depend on that row and the weight
-    alone; d weight is a sum over the rows, in an order that depends on their number alone.
+    weight: [H]; float32, bfloat16 or float16; None means 1.
+    eps: a finite number from 0 on, in units of x squared.
+    Returns the shape and dtype of x.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    The bits of a row of the result, and of d x, depend on that row and the weight alone. d weight is a sum over the
+    rows, in an order that is a function of their number.
     """
     check_floats("x", x)
     if x.dim() == 0:
@@ -58,9 +59,9 @@ class _RmsNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, weight, rstd = ctx.saved_tensors
-        of_x, of_weight = ctx.needs_input_grad[:2]
-        grad_x, grad_weight = rms_norm_backward(grad, x, weight, rstd, of_x, of_weight, ctx.backend)
-        return grad_x if of_x else None, grad_weight.to(weight.dtype) if of_weight else None, None, None
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        grad_x, grad_weight = rms_norm_backward(grad, x, weight, rstd, needs_x, needs_weight, ctx.backend)
+        return grad_x if needs_x else None, grad_weight.to(weight.dtype) if needs_weight else None, None, None
 
 
 def _forward(kernels, x, weight, eps):

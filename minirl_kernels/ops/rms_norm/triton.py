@@ -1,4 +1,4 @@
-"""rms_norm on the GPU: one program per row, and for d weight one per block of rows and of columns."""
+"""GPU backend of rms_norm: one program per row; for d weight, one per block of rows and columns."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rms_norm_fwd_kernel(
     b_squares = tl.zeros([LANES], tl.float32)
     i_last = tl.cdiv(V, LANES * VEC) - 1
     if not ONE_TILE:
-        for i in range(i_last):  # from the end, so that a full tile is left on chip for the second reading
+        for i in range(i_last):  # from the end, so that the second reading finds a full tile in the cache
             b_x = load_terms(p_row, i_last - i, V, LANES, VEC)
             b_squares += tl.sum(b_x * b_x, 1)
     b_x = load_terms(p_row, 0, V, LANES, VEC)
@@ -128,7 +128,7 @@ def rms_norm_weight_kernel(
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """The sums of d out y over a block of rows."""
+    """Writes the sums of d out * y over a block of rows."""
     V = V // ALIGN * ALIGN
     i_block, o_c, m_c = column_offsets(V, COLUMNS)
     b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -145,7 +145,7 @@ def rms_norm_weight_kernel(
 
 
 def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """(out, rstd [..., 1] float32): x * rstd * weight and 1 / sqrt(mean(x^2) + eps)."""
+    """Returns (out, rstd): x * rstd * weight, and 1 / sqrt(mean(x^2) + eps) as [..., 1] float32."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     if x.numel():
@@ -175,20 +175,20 @@ def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tenso
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, input_grad: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """(d x, d weight float32), each empty where it is not asked for."""
+    """Returns (d x, d weight as [H] float32), each empty unless `input_grad` or `weight_grad`."""
     out = x.new_empty(x.shape if input_grad else (0,))
-    of_weight = x.new_zeros(x.shape[-1:] if weight_grad else (0,), dtype=torch.float32)
+    out_weight = x.new_zeros(x.shape[-1:] if weight_grad else (0,), dtype=torch.float32)
     if x.numel():
         x, grad = matrices_of(x, grad)
         if input_grad:
             _input_grad(x, grad, weight, rstd, out.view(x.shape))
         if weight_grad:
-            of_weight = mean.forward(weight_partials(x, grad, rstd), 0, False, None, False)
-    return out, of_weight
+            out_weight = mean.forward(weight_partials(x, grad, rstd), 0, False, None, False)
+    return out, out_weight
 
 
 def _input_grad(x: Tensor, grad: Tensor, weight: Tensor | None, rstd: Tensor, out: Tensor) -> None:
-    """d x into `out`; x, grad and out as [L, H] or [B, L, H]."""
+    """Writes d x into `out`. x, grad and out are [L, H] or [B, L, H]."""
     size = x.shape[-1]
     config = backward_config(size, x.dtype)
     length, *strides = row_strides(x)
@@ -212,7 +212,7 @@ def _input_grad(x: Tensor, grad: Tensor, weight: Tensor | None, rstd: Tensor, ou
 
 
 def weight_partials(x: Tensor, grad: Tensor, rstd: Tensor) -> Tensor:
-    """d weight as [blocks of rows, H] float32, still to be added up; x and grad as [L, H] or [B, L, H]."""
+    """The parts of d weight, [blocks of rows, H] float32; their sum is d weight. x, grad: [L, H] or [B, L, H]."""
     size = x.shape[-1]
     partials = rstd.new_empty(triton.cdiv(rstd.numel(), mean.columns_config().block), size)
     length, *strides = row_strides(x)
@@ -236,10 +236,10 @@ def weight_partials(x: Tensor, grad: Tensor, rstd: Tensor) -> Tensor:
 
 
 def forward_config(size: int, dtype: torch.dtype) -> LaunchConfig:
-    """A hidden state of up to 8,192 is one tile; elements are few to a thread where each needs an address."""
+    """A hidden state of up to 8,192 elements is one tile. A thread has fewer elements if each takes an address."""
     return make_config(size, dtype, threads=512, per_thread=16 if is_whole(size, dtype) else 8)
 
 
 def backward_config(size: int, dtype: torch.dtype) -> LaunchConfig:
-    """As the forward, with twice as much to keep in registers."""
+    """As in the forward, with twice as many values in registers."""
     return make_config(size, dtype, threads=512, per_thread=8 if is_whole(size, dtype) else 4)

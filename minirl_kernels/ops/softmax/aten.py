@@ -1,4 +1,4 @@
-"""The softmax operations of aten, by the kernels of a backend: below autograd, with aten's arguments.
+"""The softmax operations of aten, computed by the kernels of a backend, below autograd.
 
 A function returns NotImplemented for a call that the kernels do not compute.
 """

@@ -1,4 +1,4 @@
-"""softmax on the CPU: allocate, call the native kernels."""
+"""CPU backend of softmax: allocates the results and calls the native kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...common.rows import moved_back, moved_last, rows_of
 
 
 def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
-    """softmax along `dim`, or the logarithm of it; `dtype` is that of x, or float32."""
+    """softmax of x along `dim`, or its logarithm if `log`. dtype: of the result; the dtype of x, or float32."""
     x = moved_last(x, dim)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
@@ -19,7 +19,10 @@ def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
 
 
 def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
-    """d x from that of the output and the output, which share a dtype; `dtype`, that of x, is theirs, or 16-bit."""
+    """d x along `dim`, from the gradient of the output and the output, which have one dtype.
+
+    dtype: of x and of d x; the dtype of the output, or a 16-bit dtype.
+    """
     grad, output = moved_last(grad, dim), moved_last(output, dim)
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     if grad.numel():

@@ -1,4 +1,4 @@
-"""softmax and log_softmax of rows, each a function of its row alone.
+"""softmax and log_softmax: the bits of a result row depend on its own row alone.
 
 p = e^(x - max x) / sum(e^(x - max x))      d x = p (g - sum(p g))      for p = softmax(x)
 q = x - max x - log sum(e^(x - max x))      d x = g - e^q sum(g)        for q = log_softmax(x)
@@ -18,22 +18,26 @@ OP = Op(__package__)
 
 
 def softmax(x: Tensor, dim: int = -1, *, backend: str = "auto") -> Tensor:
-    """e^x / sum(e^x) along `dim`: of x's shape and dtype, computed in float32, differentiable.
+    """e^x / sum(e^x) along `dim`, computed in float32 and rounded once; differentiable.
 
-    x: any shape of one dimension or more; float32, bfloat16 or float16; along the last dimension any strides of the
-        others, along another one x is copied. -inf gives 0; a row of nothing but -inf gives NaN, as torch has it.
-    The bits of a row depend on the row alone: not on its place, the others, the strides or the number of threads.
+    x: one dimension or more; float32, bfloat16 or float16; any strides. -inf gives 0; a row of -inf alone gives NaN, as
+        in torch.
+    dim: the dimension of the rows. x is copied unless it is contiguous along dim.
+    Returns the shape and dtype of x.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    The bits of a row do not depend on its place, the other rows, the strides or the number of threads.
     """
     return _softmax(x, dim, False, backend)
 
 
 def log_softmax(x: Tensor, dim: int = -1, *, backend: str = "auto") -> Tensor:
-    """x - log(sum(e^x)) along `dim`, in nats: of x's shape and dtype, computed in float32, differentiable.
+    """x - log(sum(e^x)) along `dim`, in nats, computed in float32 and rounded once; differentiable.
 
-    x: as in softmax; -inf stays -inf, a row of nothing but -inf gives NaN.
-    The bits of a row depend on the row alone.
+    x: as in softmax. -inf stays -inf; a row of -inf alone gives NaN.
+    dim: as in softmax.
+    Returns the shape and dtype of x.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
+    The bits of a row depend on that row alone.
     """
     return _softmax(x, dim, True, backend)
 

@@ -1,4 +1,4 @@
-"""Softmax and its logarithm in eager torch: what is correct."""
+"""Reference of softmax and log_softmax, in eager torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import Tensor
 
 
 def softmax_reference(x: Tensor, dim: int, log: bool) -> Tensor:
-    """e^x / sum(e^x) along `dim`, or the logarithm of it; in float32 at least, rounded to the dtype of x at the end."""
+    """e^x / sum(e^x) along `dim`, or its logarithm if `log`; in float32 or wider, rounded once to the dtype of x."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (torch.log_softmax if log else torch.softmax)(wide, dim).to(x.dtype)

@@ -1,4 +1,4 @@
-"""softmax on the GPU: one program per row."""
+"""GPU backend of softmax: one program per row."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def load_both(p_grad, p_output, i_tile, V, LANES: tl.constexpr, VEC: tl.constexp
 
 @triton.jit
 def gradient_of_softmax(b_g, b_y, row_sum, LOG: tl.constexpr):
-    """p (g - sum(p g)) for a softmax p; g - e^q sum(g) for its logarithm q."""
+    """d x = p (g - sum(p g)) for a softmax p; d x = g - e^q sum(g) for a log-softmax q."""
     if LOG:
         return b_g - tl.exp2(exponent(b_y, LOG2E)) * row_sum
     return b_y * (b_g - row_sum)
@@ -93,7 +93,7 @@ def softmax_bwd_kernel(
     b_sum = tl.zeros([LANES], tl.float32)
     i_last = tl.cdiv(V, LANES * VEC) - 1
     if not ONE_TILE:
-        for i in range(i_last):  # from the end, so that a full tile is left on chip for the second reading
+        for i in range(i_last):  # from the end, so that the second reading finds a full tile in the cache
             b_g, b_y = load_both(p_grad, p_output, i_last - i, V, LANES, VEC)
             b_sum += tl.sum(b_g if LOG else b_g * b_y, 1)
     b_g, b_y = load_both(p_grad, p_output, 0, V, LANES, VEC)
@@ -107,7 +107,7 @@ def softmax_bwd_kernel(
 
 
 def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
-    """softmax along `dim`, or the logarithm of it; `dtype` is that of x, or float32."""
+    """softmax of x along `dim`, or its logarithm if `log`. dtype: of the result; the dtype of x, or float32."""
     x = moved_last(x, dim)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if x.numel():
@@ -133,7 +133,10 @@ def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
 
 
 def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
-    """d x from that of the output and the output, which share a dtype; `dtype`, that of x, is theirs, or 16-bit."""
+    """d x along `dim`, from the gradient of the output and the output, which have one dtype.
+
+    dtype: of x and of d x; the dtype of the output, or a 16-bit dtype.
+    """
     grad, output = moved_last(grad, dim), moved_last(output, dim)
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     if grad.numel():
@@ -161,7 +164,7 @@ def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dty
 
 
 def forward_config(size: int, dtype: torch.dtype) -> LaunchConfig:
-    """At most 1,024 threads of 64 registers; a tile's float32 values and the next tile are in them."""
+    """At most 1,024 threads of 64 registers, which hold the float32 values of a tile and the next tile."""
     per_thread = 16 if is_whole(size, dtype) else 8
     if size > 1024 * per_thread:
         per_thread //= 2
@@ -169,5 +172,5 @@ def forward_config(size: int, dtype: torch.dtype) -> LaunchConfig:
 
 
 def backward_config(size: int, dtype: torch.dtype) -> LaunchConfig:
-    """As the forward, with two tensors to read; `dtype` is that of what is written, the narrowest."""
+    """As in the forward, with two input tensors. dtype: of the output, which is the narrowest tensor."""
     return make_config(size, dtype, threads=1024, per_thread=8 if is_whole(size, dtype) else 4)
