@@ -1,7 +1,7 @@
-"""Bridge from setuptools to CMake; everything about the native code lives in CMakeLists.txt.
+"""The build by setuptools, which calls CMake for the native module. CMakeLists.txt describes the native code.
 
-Environment: MINIRL_NO_NATIVE=1 builds no native code, MINIRL_CUDA=ON adds the CUDA C++ kernels,
-CMAKE_ARGS is handed on to CMake.
+Environment variables: MINIRL_NO_NATIVE=1 skips the native module, MINIRL_CUDA=ON adds the CUDA C++ kernels, and
+CMAKE_ARGS is passed to CMake.
 """
 
 import os
@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
-WITHOUT = "Set MINIRL_NO_NATIVE=1 to install without it (slow: every op then runs its eager reference)."
+ADVICE = "Set MINIRL_NO_NATIVE=1 to install without it; every op then runs its eager reference, which is slow."
 
 
 def without_native() -> bool:
@@ -30,12 +30,12 @@ def without_native() -> bool:
 class CMakeBuild(build_ext):
     def build_extension(self, ext):
         if shutil.which("cmake") is None:
-            raise CompileError(f"minirl_kernels._C is built by CMake, and no cmake is on the PATH. {WITHOUT}")
-        import pybind11  # only a build of the extension needs it
+            raise CompileError(f"minirl_kernels._C is built by CMake, and no cmake is on the PATH. {ADVICE}")
+        import pybind11  # here, because an install without the native module does not need it
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        # One folder for plain and editable installs, so that a second build compiles only what changed. The
-        # cache in it must go: it names tools of the first build's isolated environment, which is gone.
+        # Plain and editable installs share a folder, so that a second build compiles only changed files.
+        # CMake's cache is removed, because it names tools of an isolated environment that no longer exists.
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{platform.machine()}"
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
@@ -55,7 +55,7 @@ class CMakeBuild(build_ext):
             if result.returncode != 0:
                 raise CompileError(
                     f"building minirl_kernels._C failed: `{shlex.join(command)}` ended with "
-                    f"{result.returncode}, for the reason printed above. It needs GCC or Clang with C++17. {WITHOUT}"
+                    f"{result.returncode}, for the reason printed above. It needs GCC or Clang with C++17. {ADVICE}"
                 )
 
 

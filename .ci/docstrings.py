@@ -1,17 +1,17 @@
-"""Docstrings of this house as Markdown, for mkdocs.yml: each `name: text` becomes an entry of a list."""
+"""An extension of griffe for mkdocs.yml: turns docstrings into Markdown. Each `name: text` becomes a list entry."""
 
 import re
 
 import griffe
 
-# names, then a colon and a text: "clip_ratio_low, clip_ratio_high: the bounds of r"
+# one or more names, a colon and a text, as in "clip_ratio_low, clip_ratio_high: the bounds of r"
 _ENTRY = re.compile(r"^(?P<names>[\w`]+(, [\w`]+)*): (?P<text>.*)")
 _LAST = re.compile(r"^(Raises|Returns|Yields)\b")
 _SPECIAL = re.compile(r"`[^`]*`|[*_\[\]]|<")
 
 
 class Lists(griffe.Extension):
-    """Rewrites every docstring when its object has been read."""
+    """Rewrites the docstring of every object that griffe reads."""
 
     def on_object(self, *, obj: griffe.Object, **_) -> None:
         if obj.docstring is not None:
@@ -19,7 +19,7 @@ class Lists(griffe.Extension):
 
 
 def as_markdown(text: str) -> str:
-    """`text` with a list entry for each described name. Characters that Markdown would read are escaped."""
+    """`text` with a list entry for each described name, and with the special characters of Markdown escaped."""
     first, *lines = text.splitlines()
     written, in_list = [_escaped(first)], False
     for line in lines:
@@ -37,7 +37,7 @@ def as_markdown(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Code between backticks stays as it is."""
+    """`text` with the special characters of Markdown escaped, but not between backticks."""
 
     def escape(found: re.Match) -> str:
         return {"`": found[0], "<": "&lt;"}.get(found[0][0], "\\" + found[0])

@@ -1,4 +1,4 @@
-"""The rules of the house (CONTRIBUTING.md) that a search can check: prints each line that breaks one."""
+"""Checks the rules of CONTRIBUTING.md that a text search can check, and prints every line that breaks one."""
 
 import ast
 import graphlib
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 500
 
-# (which files, what must not be in them, what to do instead)
+# (pattern of file names, pattern that their lines must not match, the rule)
 RULES = [
     (
         r"\.py$",
@@ -18,7 +18,7 @@ RULES = [
         "launch configurations are frozen and depend on (V, H, dtype, architecture) alone",
     ),
     (
-        r"^(?!tests/).*\.(py|cu|h)$",  # the tests plant such kernels, to see them caught
+        r"^(?!tests/).*\.(py|cu|h)$",  # some tests write such kernels to test the rule
         r"\b(tl\.atomic_\w+|atomicAdd)\b",
         "every output element is written by exactly one program",
     ),
@@ -35,7 +35,7 @@ RULES = [
     (
         r"^csrc/(common/|cpu/(?!dispatch)\w+\.cpp)",
         r"#\s*include <\w+>",
-        "a kernel table includes C headers only: C++ ones bring weak symbols",
+        "a kernel table includes C headers only: C++ headers bring weak symbols",
     ),
     (
         r"^(csrc/|CMakeLists\.txt|setup\.py)",
@@ -45,21 +45,21 @@ RULES = [
     (
         r"^minirl_kernels/(?!common/library\.py$).*\.py$",
         r"\bimport_module\b|\b__import__\b",
-        "an import that no reader sees: only an op's backend is imported by its name, in common/library.py",
+        "imports by string belong in common/library.py, which imports the backends of an op",
     ),
     (
         r"",
         r"\b(TODO|FIXME|XXX)\b",
-        "finish it",
+        "finish the work instead of leaving a note",
     ),
     (
         r"",
         r"(?<![\w./$}>~:*-])/(?!(usr|proc|sys|dev|etc|bin)/)[A-Za-z]+/[A-Za-z]",
-        "a path of one machine does not belong here",
+        "absolute paths of one machine do not belong in the repository",
     ),
 ]
 
-# From the ground up: the folders and files of the package. Each imports from its own floor or from lower ones.
+# The folders and files of the package by floor, lowest first. Code imports from its own floor or from lower floors.
 FLOORS = [
     {"backends", "versions"},
     {"common"},
@@ -90,13 +90,13 @@ def broken_rules(name: str, text: str) -> list[str]:
         for match in re.finditer(pattern, line)
     ]
     if re.match(r"(minirl_kernels|csrc)/", name) and len(lines) > MAX_LINES:
-        found.append(f"{name}: {len(lines)} lines; a file holds one idea in at most {MAX_LINES}")
+        found.append(f"{name}: {len(lines)} lines; a file has at most {MAX_LINES}")
     return found
 
 
 def imported_files(name: str, text: str, files: set[str]) -> set[str]:
-    """Those of `files` that the Python file `name` imports, at its top or within a function."""
-    targets = []  # each: the paths that it may be at, without their ends
+    """The members of `files` that the Python file `name` imports, at its top or within a function."""
+    targets = []  # for each imported name, its possible paths without suffix
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             targets += [[alias.name.replace(".", "/")] for alias in node.names]
@@ -111,7 +111,7 @@ def imported_files(name: str, text: str, files: set[str]) -> set[str]:
 
 
 def broken_floors(texts: dict[str, str]) -> list[str]:
-    """Imports that run up, and a circle of imports if there is one; texts: the Python files of the package."""
+    """Imports from a higher floor, and a circle of imports if there is one. texts: {file name: text} of the package."""
     rooms = {name: Path(name).parts[1].removesuffix(".py") for name in texts}
     unknown = sorted({room for room in rooms.values() if room not in FLOOR})
     if unknown:
@@ -136,7 +136,7 @@ def main() -> None:
         try:
             text = (ROOT / name).read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue  # a picture
+            continue  # not a text file
         found += broken_rules(name, text)
         if re.fullmatch(r"minirl_kernels/.*\.py", name):
             package[name] = text

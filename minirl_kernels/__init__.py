@@ -50,7 +50,7 @@ __all__ += layers.__all__
 
 
 def __getattr__(name: str) -> str:
-    """__version__, of the installed distribution; read when asked, since a checkout need not be installed."""
+    """__version__ of the installed distribution, read on first use, because a checkout may not be installed."""
     if name != "__version__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -1,7 +1,7 @@
-"""Which implementation runs an op, and why another one cannot.
+"""The choice of the backend that runs an op, and the reasons why a backend cannot run.
 
-An op has up to three: `reference` (eager torch, any device), `cpu` (the native module `_C`) and `triton`.
-`backend="auto"` follows the device of the tensors; a backend named explicitly never falls back.
+An op has up to three backends: `reference` (eager torch, any device), `cpu` (the native module `_C`) and `triton`.
+`backend="auto"` chooses by the device of the tensors. A backend that is named explicitly runs or raises an error.
 """
 
 import ctypes
@@ -21,9 +21,9 @@ _native_reason: str | None = None
 
 
 def native() -> ModuleType:
-    """The compiled module `minirl_kernels._C`, loaded once and attached to torch's thread pool.
+    """The compiled module `minirl_kernels._C`, which is loaded once and uses torch's thread pool.
 
-    Raises RuntimeError with the reason when it is missing or does not load.
+    Raises RuntimeError with the reason if the module is missing or does not load.
     """
     global _native, _native_reason
     if _native is None and _native_reason is None:
@@ -40,12 +40,12 @@ def _load_native() -> ModuleType:
     import minirl_kernels._C as module
 
     module.set_parallel_for(_parallel_for_address())
-    module.isa_picked()  # an unusable MINIRL_ISA is reported here, not in the middle of a first op
+    module.isa_picked()  # raises for an unusable MINIRL_ISA now, rather than in the first op
     return module
 
 
 def _parallel_for_address() -> int:
-    """Address of torch's C symbol `torch_parallel_for`; 0, which means serial, where torch has none."""
+    """Address of torch's C symbol `torch_parallel_for`; 0 if torch has none, and kernels then run serially."""
     try:
         function = ctypes.CDLL(torch._C.__file__).torch_parallel_for
     except (OSError, AttributeError):
@@ -69,9 +69,9 @@ def _why_not_loaded(error: Exception) -> str:
 
 
 def _constant_when_compiling(function):
-    """Let torch.compile call `function` and take the answer as a constant, rather than trace the probing.
+    """Make torch.compile call `function` and use the result as a constant, rather than trace into `function`.
 
-    As torch.compiler.assume_constant_result does, without loading torch._dynamo (seconds) at import.
+    torch.compiler.assume_constant_result does the same, but takes seconds at import to load torch._dynamo.
     """
     function._dynamo_marked_constant = True
     return function
@@ -101,22 +101,29 @@ def _missing(backend: str, device_type: str | None) -> str | None:
 
 
 def unavailable_reason(backend: str, device: torch.device | None = None) -> str | None:
-    """Why `backend` cannot run on tensors of `device` (None: on any), or None when it can."""
+    """The reason why `backend` cannot run on tensors of `device`, or None if it can.
+
+    backend: "reference", "cpu" or "triton".
+    device: None asks for any device of this machine.
+    Raises ValueError for an unknown backend.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
     return _missing(backend, None if device is None else device.type)
 
 
 def available() -> tuple[str, ...]:
-    """The backends that can run here."""
+    """The names of the backends that can run on this machine."""
     return tuple(name for name in BACKENDS if unavailable_reason(name) is None)
 
 
 def resolve(backend: str, device: torch.device, *, op: str, supported: tuple[str, ...]) -> str:
-    """The backend that runs `op` on tensors of `device`; `supported` names those that the op has.
+    """The name of the backend that runs `op` on tensors of `device`.
 
-    Raises ValueError for a name that is unknown or that this op does not have, RuntimeError with the reason
-    for one that cannot run here.
+    backend: "auto", or the name of a backend.
+    op: the name of the op, for error messages.
+    supported: the backends of the op.
+    Raises ValueError for a backend that the op does not have, RuntimeError with the reason if it cannot run.
     """
     if backend == "auto":
         backend = _default(device.type, supported)
@@ -138,15 +145,20 @@ def _default(device_type: str, supported: tuple[str, ...]) -> str:
     return backend
 
 
-# Streaming kernels have the same bits on every table; what a matmul's depend on, where that is no common ground.
+# Every kernel but the matmuls has equal bits on all instruction sets.
 _MATMUL_BITS = {
-    "baseline": "bits of its own: this table has no fused multiply-add",
-    "amx": "bits of its own in bfloat16, by the order of AMX's tiles; in float32 and float16 those of the other tables",
+    "baseline": "bits differ from all other instruction sets: baseline has no fused multiply-add",
+    "amx": "in bfloat16, bits differ from all other instruction sets; else they are equal on all but baseline",
 }
+_COMMON_MATMUL_BITS = "bits are equal on all instruction sets but baseline, and amx in bfloat16"
 
 
 def status() -> dict:
-    """What can run here: per backend whether and why not, and what is known of the native module."""
+    """The state of the backends and of the native module on this machine, for `python -m minirl_kernels.env`.
+
+    Returns {"backends": {name: {"available", "reason"}},
+        "native": {"built", "supported", "picked", "why", "matmul", "threads"}}.
+    """
     reasons = {name: unavailable_reason(name) for name in BACKENDS}
     return {
         "backends": {name: {"available": why is None, "reason": why} for name, why in reasons.items()},
@@ -162,10 +174,10 @@ def _native_status(missing: str | None) -> dict:
     if os.environ.get("MINIRL_ISA") == picked:
         why = f"MINIRL_ISA={picked}"
     elif picked == [name for name in built if name in supported][-1]:
-        why = "the widest built one that this processor supports"
+        why = "the widest built instruction set that this processor supports"
     else:
         why = "set_isa"
     threads = "torch's pool" if _parallel_for_address() else "serial: this torch exports no torch_parallel_for"
-    matmul = _MATMUL_BITS.get(picked, "the bits of every table with fused multiply-adds")
+    matmul = _MATMUL_BITS.get(picked, _COMMON_MATMUL_BITS)
     native_facts = {"built": built, "supported": supported, "picked": picked, "why": why}
     return {**native_facts, "matmul": matmul, "threads": threads}

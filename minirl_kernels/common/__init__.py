@@ -1,1 +1,1 @@
-"""The pieces below the ops: checks, registration, memory and the tiles that Triton kernels share."""
+"""Code that the ops share: checks, registration of ops, memory, and the tiles of Triton kernels."""

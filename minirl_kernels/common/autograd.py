@@ -1,4 +1,4 @@
-"""A loss whose gradients were made with it: how they are handed to autograd."""
+"""Gradients that the forward of a loss computed, and their way into autograd."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from .memory import rounded
 
 
 def attach_gradient(loss: Tensor, tensor: Tensor, grad: Tensor) -> Tensor:
-    """`loss` with d loss / d tensor = grad, added to what gradient it already carries."""
+    """`loss` with d loss / d tensor = grad, in addition to the gradients that `loss` already has."""
     return _AttachGradient.apply(loss, tensor, grad)
 
 
 def attach_gradient_once(loss: Tensor, pairs: list[tuple[Tensor, Tensor]], call: str) -> Tensor:
-    """The same for gradients too large to copy: the first backward scales them in place and hands them over.
+    """attach_gradient for gradients too large to copy: the first backward scales them in place and returns them.
 
-    pairs: (tensor, grad); a float32 gradient of a 16-bit tensor is rounded after it was scaled.
-    A second backward raises RuntimeError in the name of `call`.
+    pairs: (tensor, grad). A float32 grad of a 16-bit tensor is rounded after the scaling.
+    call: the name of the public function, for the error message.
+    The backward raises RuntimeError when it runs a second time.
     """
     tensors, grads = zip(*pairs, strict=True)
     return _HandOverGradients.apply(loss, call, *tensors, *grads)
@@ -52,7 +53,7 @@ class _HandOverGradients(torch.autograd.Function):
                 "call it again, or use token_logprobs with policy_loss, where one graph is to be run backward twice"
             )
         grads, none = ctx.grads, [None] * len(ctx.grads)
-        if torch.compiler.is_compiling():  # the compiler knows whether anybody else still needs the buffers
+        if torch.compiler.is_compiling():  # the compiler decides whether to reuse the buffers
             grads = [grad * grad_output for grad in grads]
         else:
             ctx.grads = None
@@ -62,7 +63,7 @@ class _HandOverGradients(torch.autograd.Function):
 
 
 def _scale_in_place(grad: Tensor, factor: Tensor) -> None:
-    # nearly always 1: a pass over the gradient is worth a look, but no wait for a GPU, whose kernel looks itself
+    # The factor is nearly always 1. On a GPU the kernel reads it, because item() would wait for the device.
     if grad.device.type == "cuda":
         from .triton.scale import scale_in_place  # Triton may be absent
 

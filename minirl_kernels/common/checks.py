@@ -1,4 +1,4 @@
-"""Argument checks that every op shares; each message names the argument, what it was and what it must be."""
+"""Argument checks that the ops share. Each message gives the argument, its value and the rule for it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def check_integers(name: str, value: Any) -> None:
 
 
 def check_floats(name: str, value: Any) -> None:
-    """A tensor of any shape; float32, bfloat16 or float16."""
+    """value must be a tensor of float32, bfloat16 or float16, of any shape."""
     check_tensor(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}: it must be float32, bfloat16 or float16")
 
 
 def check_dim(name: str, dim: Any, value: Tensor) -> None:
-    """One dimension of `value`, from its front or from its end."""
+    """dim must be a dimension of `value`; negative dimensions count from the end."""
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"{name} is {dim!r}: it must be an integer")
     if not -value.dim() <= dim < value.dim():
@@ -41,7 +41,7 @@ def check_dim(name: str, dim: Any, value: Tensor) -> None:
 
 
 def check_float_matrix(name: str, value: Tensor) -> None:
-    """[..., D] with one or two outer dimensions, float32/bfloat16/float16, contiguous in the last dimension."""
+    """value must be [T, D] or [B, L, D], float32, bfloat16 or float16; the last dimension contiguous and not empty."""
     check_floats(name, value)
     if value.dim() not in (2, 3):
         raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be [T, D] or [B, L, D]")
@@ -54,7 +54,7 @@ def check_float_matrix(name: str, value: Tensor) -> None:
 
 
 def check_rows_apart(name: str, value: Tensor) -> None:
-    """No two rows share memory, so that each can be overwritten."""
+    """No two rows of value may share memory, so that each can be overwritten."""
     outer = [(stride, size) for stride, size in zip(value.stride()[:-1], value.shape[:-1], strict=True) if size > 1]
     if len(outer) == 2 and outer[1][0] < outer[0][0]:
         outer = outer[::-1]
@@ -76,7 +76,7 @@ def check_token_ids(token_ids: Tensor, shape: torch.Size, device: torch.device) 
 
 
 def check_like(name: str, value: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """A tensor of the same shape and device as the call's first argument."""
+    """value must be a tensor of this shape, on this device."""
     check_tensor(name, value)
     if value.shape != shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: it must be {tuple(shape)}")
@@ -89,7 +89,7 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def per_token_float(name: str, value: Any, shape: torch.Size, device: torch.device) -> Tensor | None:
-    """A per-token argument as detached float32, or None where it was None."""
+    """A per-token argument as a detached float32 tensor, or None if it is None."""
     return None if value is None else _per_token_float(name, value, shape, device)
 
 
@@ -102,14 +102,16 @@ def _per_token_float(name: str, value: Any, shape: torch.Size, device: torch.dev
 
 
 def always_looks(device: torch.device, backend: str) -> bool:
-    """Whether a call looks at the values in its arguments unasked: where the CPU computes, nothing waits for that."""
+    """Whether a call always checks the values of its arguments. On the CPU the check does not wait for a device."""
     return device.type == "cpu" and backend != "triton"
 
 
 def check_finite(name: str, values: Tensor, mask: Tensor, offsets: Tensor) -> Tensor:
-    """A copy of `values`; raises ValueError where one inside the mask is NaN or infinite. Waits for the device.
+    """A copy of `values`. Waits for the device.
 
-    values, mask: one per token, [B, L] or [T]. offsets: [B + 1], where responses begin and end, rows flat.
+    values, mask: one per token, [B, L] or [T].
+    offsets: [B + 1], the first flat row of each response, then the number of rows.
+    Raises ValueError if a value with mask 1 is NaN or infinite.
     """
     return _finite_per_token(values, mask, offsets, name)
 
@@ -125,7 +127,7 @@ def _check_finite(values, mask, offsets, name):
     return values.clone(memory_format=torch.contiguous_format)
 
 
-# an op, so that torch.compile need not trace its branches; what it returns is used, so that it is not dropped either
+# a registered op, because torch.compile cannot trace the branches; the used copy keeps the op from being dropped
 _finite_per_token = register(
     "finite_per_token(Tensor values, Tensor mask, Tensor offsets, str name) -> Tensor",
     _check_finite,
@@ -135,27 +137,28 @@ _finite_per_token = register(
 
 
 def place_of_token(row: int, offsets: Tensor) -> str:
-    """A flat row as its place in its response; offsets [B + 1], rows flat."""
+    """The words "token i of response j" for a flat row. offsets: [B + 1], the first flat row of each response."""
     response = int(torch.searchsorted(offsets[1:], torch.full_like(offsets[0], row), right=True))
     return f"token {row - offsets[response].item()} of response {response}"
 
 
 def per_token_temperature(temperature: Any, shape: torch.Size, device: torch.device) -> Tensor:
-    """A float or a per-token tensor, as a float32 tensor of `shape` (a float costs no memory: its strides are 0)."""
+    """The temperature, a number or a tensor, as a float32 tensor of `shape`. A number becomes a tensor of strides 0."""
     if isinstance(temperature, Tensor):
         return _per_token_float("temperature", temperature, shape, device)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature is {temperature!r}: it must be a number or a tensor of one value per token")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}: it must be above 0 and finite")
-    # multiplied rather than filled in: torch.compile would compile again for every value of a fill
+    # multiplied, because torch.compile recompiles for each new value of torch.full
     return torch.ones((), dtype=torch.float32, device=device).mul(temperature).expand(shape)
 
 
 def check_contents(token_ids: Tensor, vocab_size: int | Tensor, temperature: Tensor) -> Tensor:
-    """The checks that cost a host sync: ids in range, temperatures above 0, of the tokens that are not ignored.
+    """Check that the ids of all tokens that are not ignored are in range, and their temperatures above 0 and finite.
 
-    Returns a copy of token_ids.
+    Returns a copy of token_ids. Waits for the device.
+    Raises ValueError.
     """
     if not isinstance(vocab_size, Tensor):
         vocab_size = torch.full((), vocab_size, dtype=torch.int64)
@@ -174,7 +177,7 @@ def _check_contents(token_ids, vocab_size, temperature):
     return token_ids.clone()
 
 
-# an op, so that torch.compile need not trace its branches; what it returns is used, so that it is not dropped either
+# a registered op, because torch.compile cannot trace the branches; the used copy keeps the op from being dropped
 _checked_token_ids = register(
     "checked_token_ids(Tensor token_ids, Tensor vocab_size, Tensor temperature) -> Tensor",
     _check_contents,

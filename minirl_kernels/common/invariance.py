@@ -1,4 +1,4 @@
-"""Whether batch-invariant mode is on: state of a thread, which autograd's threads inherit, and of the process."""
+"""The state of batch-invariant mode: one for the process, and one per thread that the threads of autograd inherit."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _everywhere = False
 
 
 def is_batch_invariant() -> bool:
-    """Whether the mode is on in this thread."""
+    """Whether the mode is on in this thread. The state of the thread comes before the state of the process."""
     wanted = of_this_thread()
     return _everywhere if wanted is None else wanted
 
 
 def of_this_thread() -> bool | None:
-    """None: the thread follows the process."""
+    """The state of this thread; None means that the thread follows the process."""
     return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None
 
 

@@ -1,4 +1,4 @@
-"""How an op is defined: its entries in torch.library, which torch.compile does not look into, and its backends."""
+"""The definition of an op: its entries in torch.library, which are opaque to torch.compile, and its backends."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ OPS: list[Op] = []
 
 
 def register(schema: str, implementation: Callable, fake: Callable, *, waits: bool = False) -> Callable:
-    """Define `minirl_kernels::<schema>` for tensors of any device and return the callable op.
+    """Define `minirl_kernels::<schema>` for tensors of any device. Returns the callable op.
 
-    waits: the host waits for the device in it, so that no CUDA graph can hold it.
+    implementation: the function that computes the results.
+    fake: returns empty results of the right shapes and dtypes, for torch.compile.
+    waits: whether the host waits for the device in the op, which keeps the op out of CUDA graphs.
     """
     name = schema.partition("(")[0]
     tags = (torch.Tag.needs_exact_strides, *([torch.Tag.cudagraph_unsafe] if waits else []))
@@ -30,9 +32,9 @@ def register(schema: str, implementation: Callable, fake: Callable, *, waits: bo
 
 
 class Op:
-    """An op in a folder of its own, which has the op's name. Its op.py makes one as `Op(__package__)`.
+    """An op: a folder with the name of the op, whose op.py creates `Op(__package__)`.
 
-    The folder has a file for each backend (cpu.py, triton.py). The reference runs without one.
+    The folder has one file per backend: cpu.py, triton.py. Every op also has the backend "reference".
     """
 
     def __init__(self, package: str):
@@ -46,14 +48,17 @@ class Op:
         OPS.append(self)
 
     def resolve(self, backend: str, device: torch.device, call: str | None = None) -> str:
-        """The backend that runs on tensors of `device`. Errors name the public function `call`, or else the op.
+        """The name of the backend that runs on tensors of `device`.
 
-        Raises ValueError or RuntimeError as `backends.resolve` does.
+        backend: "auto", or the name of a backend.
+        call: the public function that error messages name; None means the name of the op.
+
+        Raises the errors of `backends.resolve`.
         """
         return resolve(backend, device, op=call or self.name, supported=self.backends)
 
     def kernels(self, backend: str) -> ModuleType:
-        """The module of a backend, imported when it is first asked for: Triton may be absent."""
+        """The module of a backend, imported on first use, because Triton may be absent."""
         module = self._modules.get(backend)
         if module is None:
             if backend == "reference" or backend not in self.backends:
@@ -63,22 +68,22 @@ class Op:
         return module
 
     def define(self, schema: str, implementation: Callable, fake: Callable) -> Callable:
-        """`register` for an entry whose last argument is the name of a backend.
+        """`register` for a schema whose last argument is the name of a backend.
 
-        implementation: takes the module of that backend first, then the other arguments.
+        implementation: takes the module of the backend, then the other arguments.
         """
         kernels = self.kernels
         return register(schema, lambda *arguments: implementation(kernels(arguments[-1]), *arguments[:-1]), fake)
 
     def override(self, operations: Callable[[ModuleType], dict[str, Callable]], *backends: str) -> None:
-        """In batch-invariant mode the kernels of `backends` compute these operations of aten.
+        """Declare the aten operations that the kernels of `backends` compute in batch-invariant mode.
 
-        operations: takes the module of a backend, and returns for each overload, such as "mm.out", its function.
+        operations: takes the module of a backend, and returns {overload: function}, with overloads such as "mm.out".
         """
         self._overrides.update(dict.fromkeys(backends, operations))
 
     def overrides(self, backend: str) -> dict[str, Callable]:
-        """What `override` was given for a backend, by overload; imports the backend's module."""
+        """{overload: function} of the declared aten operations of a backend. Imports the module of the backend."""
         if backend not in self._overrides:
             return {}
         return self._overrides[backend](self.kernels(backend))

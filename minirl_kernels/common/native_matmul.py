@@ -18,12 +18,14 @@ def matmul_into(
     alpha: float = 1.0,
     beta: float = 1.0,
 ) -> Tensor:
-    """out = a @ b, or out += a @ b, or out = alpha (a @ b) + beta addend.
+    """out = a @ b, or out += a @ b if `accumulate`, or out = alpha (a @ b) + beta addend.
 
-    a [M, K] and b [K, N], of one dtype, either way round; out [M, N], float32 or of that dtype, last dimension
-    contiguous; addend of the dtype of a: [M, N], last dimension contiguous, or [N]. Or all but an addend [N] with one
-    more dimension in front. accumulate: into float32, without an addend. None of them shares memory with out.
-    The order of every output's sum is a function of K and the dtype alone; it is rounded once, to the dtype of out.
+    out: [M, N], float32 or the dtype of a, last dimension contiguous; it shares no memory with the other tensors.
+    a, b: [M, K] and [K, N] of one dtype; each may be a transposed view.
+    addend: [M, N] with a contiguous last dimension, or [N]; of the dtype of a.
+    accumulate: needs a float32 out and no addend.
+    A batch dimension may come first in out, a, b and an addend [M, N].
+    The order of each sum is a function of K and the dtype alone. A sum is rounded once, to the dtype of out.
     """
     copies = native().matmul(out, a, b, addend, alpha, beta, accumulate, torch.get_num_threads())
     if copies:
@@ -33,5 +35,5 @@ def matmul_into(
 
 
 def copied(copies: int, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a and b, with a contiguous copy of each that the native call cannot read: bit 0 is a, bit 1 is b."""
+    """(a, b), each copied to contiguous memory if its bit is set in `copies`: bit 0 for a, bit 1 for b."""
     return a.contiguous() if copies & 1 else a, b.contiguous() if copies & 2 else b

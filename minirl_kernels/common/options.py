@@ -1,4 +1,4 @@
-"""Checks of the fields of an option dataclass; each message names the field, its value and what it must be."""
+"""Checks of the fields of an option dataclass. Each message gives the field, its value and the rule for it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
 
 
 def check_number(name: str, value: object, must_be: str, holds: Callable[[float], bool]) -> None:
-    """must_be: the rule in words. holds: the rule itself."""
+    """must_be: the rule in words. holds: whether a number obeys the rule."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r}: it must be a number {must_be}")
     if not holds(value):

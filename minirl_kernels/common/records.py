@@ -1,6 +1,6 @@
-"""Values that travel together through an op: one NamedTuple lists them, for its schema and for its functions.
+"""Records: NamedTuples of values that pass together through an op, for its schema and its functions.
 
-An op of torch.library takes flat arguments. A record is spread into them with *record, and `unpack` makes it again.
+An op of torch.library takes flat arguments. `*record` spreads a record into arguments, and `unpack` rebuilds it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ _SCHEMA_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str", bool: "
 
 
 def schema(*records: type[Any], skip: int = 0) -> str:
-    """The fields of the records as arguments of an op's schema, without the first `skip` of them."""
+    """The fields of the records as arguments of an op's schema, without the first `skip` fields."""
     fields = [field for record in records for field in get_type_hints(record).items()]
     return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in fields[skip:])
 
 
 def unpack(arguments: tuple, *records: type[Any]) -> tuple[Any, ...]:
-    """(a value of each record, made of the first of the flat arguments; then the arguments that are left)."""
+    """(a value of each record, rebuilt from the first arguments; then the remaining arguments)."""
     values: list[Any] = []
     for record in records:
         count = len(record._fields)
@@ -30,6 +30,6 @@ def unpack(arguments: tuple, *records: type[Any]) -> tuple[Any, ...]:
 
 
 def at_rows(record: Record, index: Tensor | slice) -> Record:
-    """The record with each of its tensors at these rows."""
+    """The record with every tensor indexed by `index`."""
     kind: Any = type(record)
     return kind(*(value[index] if isinstance(value, Tensor) else value for value in record))

@@ -1,4 +1,4 @@
-"""A tensor as rows, for kernels that reach them by two strides: a copy only where no view has them."""
+"""Tensors as rows, for kernels that address rows by two strides. A tensor is copied only if no view fits."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from torch import Tensor
 
 
 def moved_last(x: Tensor, dim: int) -> Tensor:
+    """x with dimension `dim` moved to the end."""
     return x if dim in (-1, x.dim() - 1) else x.movedim(dim, -1)
 
 
 def moved_back(x: Tensor, dim: int) -> Tensor:
-    """The inverse of moved_last, for a result: contiguous, as torch's own results are."""
+    """The inverse of moved_last, for a result. It is contiguous, like torch's own results."""
     if dim in (-1, x.dim() - 1):
         return x
-    return x.movedim(-1, dim).clone(memory_format=torch.contiguous_format)  # a dimension of size 1 keeps no odd stride
+    # clone, unlike contiguous, also gives canonical strides to dimensions of size 1
+    return x.movedim(-1, dim).clone(memory_format=torch.contiguous_format)
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x [..., D], at least one-dimensional, as a contiguous tensor or as [L, D] or [B, L, D] with D contiguous."""
+    """x [..., D] of one dimension or more, unchanged if contiguous, else as [L, D] or [B, L, D] with D contiguous."""
     if x.is_contiguous():
         return x
     if x.shape[-1] > 1 and x.stride(-1) != 1:
@@ -27,7 +29,7 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def matrices_of(*tensors: Tensor) -> list[Tensor]:
-    """Tensors of one shape [..., D] as [L, D] or [B, L, D], all alike, with D contiguous."""
+    """Tensors of one shape [..., D], all as [L, D] or all as [B, L, D], with D contiguous."""
     rows = [rows_of(x) for x in tensors]
     if all(x.is_contiguous() for x in rows):
         return [x.view(-1, x.shape[-1]) for x in rows]

@@ -1,7 +1,7 @@
-"""torch.compile set aside: functions that were compiled run as they were written, in all threads.
+"""A switch that makes compiled functions run uncompiled, in all threads.
 
-torch has one such setting for the process. A count of its holders keeps it on until the last of them lets go, in
-whatever order they do.
+torch has one such setting for the process. A counter of holders keeps the setting on until the last holder releases
+it; holders may release it in any order.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import torch
 
 _lock = threading.Lock()
 _holders = 0
-_before: Any = None  # the setting before the first holder
+_force_eager: Any = None  # torch's handle of the setting, which ends it
 
 
 def hold_uncompiled() -> None:
-    """From now on nothing runs compiled. Raises RuntimeError inside a compiled function."""
-    global _holders, _before
+    """Make all functions run uncompiled from now on. Raises RuntimeError inside a compiled function."""
+    global _holders, _force_eager
     with _lock:
         if _holders == 0:
-            _before = torch.compiler.set_stance("force_eager")
+            _force_eager = torch.compiler.set_stance("force_eager")
         _holders += 1
 
 
 def release_uncompiled() -> None:
-    """Ends one hold_uncompiled: after the last, torch.compile is as it was before the first."""
+    """End one hold_uncompiled. The last release restores the setting from before the first hold."""
     global _holders
     with _lock:
         _holders -= 1
         if _holders == 0:
-            _before.__exit__(None, None, None)
+            _force_eager.__exit__(None, None, None)

@@ -1,4 +1,4 @@
-"""How a kernel is cut and launched, by sizes and dtypes alone."""
+"""Tile sizes and launches of kernels, as functions of sizes and dtypes alone."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How one row is cut, from V and dtype alone, so that a token's bits do not depend on its neighbours.
+    """The tile of a row, a function of V and the dtype alone, so that a token does not depend on other tokens.
 
-    lanes x vec: elements of a tile; threads: of a program.
+    lanes, vec: a tile has lanes * vec elements; vec elements make one 128-bit access.
+    threads: of a program.
     """
 
     lanes: int
@@ -31,9 +32,12 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a product is cut, never by its number of rows, so that a row's bits do not depend on which others there are.
+    """The tile of a matrix product. It does not depend on the number of rows, so that a row is batch-invariant.
 
-    rows x columns: of a program's tile; depth: what it sums over at once; stages: how many of those are in flight.
+    rows, columns: of the tile of a program.
+    depth: number of terms of a sum in one step.
+    threads: of a program.
+    stages: number of steps whose loads are in flight.
     """
 
     rows: int
@@ -52,9 +56,9 @@ class TileConfig:
 
 
 def make_config(vocab_size: int, dtype: torch.dtype, *, threads: int, per_thread: int) -> LaunchConfig:
-    """A tile of `per_thread` logits for each of `threads` threads; for a short row fewer, down to AMD's warp.
+    """A tile with `per_thread` logits for each of `threads` threads. A short row has fewer threads, 64 at least.
 
-    dtype: the narrowest of what is loaded and stored.
+    dtype: the narrowest dtype of the tensors that are loaded and stored.
     """
     wanted = triton.next_power_of_2(vocab_size) // per_thread
     threads = min(max(wanted, 64), threads)
@@ -68,7 +72,7 @@ def is_whole(vocab_size: int, dtype: torch.dtype) -> bool:
 
 
 def row_strides(x: Tensor) -> tuple[int, int, int]:
-    """(L, stride of B, stride of L) of [B, L, V] or [T, V], which is one batch entry."""
+    """(L, stride of B, stride of L) of x [B, L, V], or of x [T, V] as one batch entry."""
     return x.shape[-2], x.stride(0) if x.dim() == 3 else 0, x.stride(-2)
 
 
@@ -76,7 +80,7 @@ def launch(kernel, grid: tuple[int, ...], *args, config: LaunchConfig, rows: tup
     """Run `kernel` over tiles of `rows` (tensors of one shape [..., V]) on their device."""
     if 0 in grid:
         return
-    # accesses can be 128 bits where every row begins and ends at a multiple of them
+    # 128-bit accesses need every row to begin and end at a multiple of 128 bits
     aligned = all(n % config.vec == 0 for x in rows for n in (x.shape[-1], *row_strides(x)[1:]))
     with torch.cuda.device_of(rows[0]):
         kernel[grid](

@@ -1,7 +1,7 @@
 """The softmax of a row of logits in tiles, and the gradient of the row.
 
-Each lane keeps a softmax of its own over all the tiles of a row, so that threads meet once at the end of a row rather
-than once per tile.
+Each lane keeps its own softmax over all tiles of a row, so that threads exchange values once per row rather than once
+per tile.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from .numbers import LN2, LOG2E, LOWEST, exponent, tanh
 from .row_tiles import load_tile, store_tile, tile_offsets
 
 IGNORE_INDEX = tl.constexpr(-100)
-ELSEWHERE = tl.constexpr(-1)  # the id counts, and is in another shard of the vocabulary
-# a logit that the sampler did not keep, where a softcap is still to come: that would make a number of -inf
+ELSEWHERE = tl.constexpr(-1)  # a token that counts, with an id in another shard of the vocabulary
+# a logit that the sampler did not keep, before a softcap; the softcap would make -inf a finite number
 NOT_KEPT = LOWEST
 
 
 @triton.jit
 def logits_of(b_x, i_tile, V, bias, softcap, LANES: tl.constexpr, VEC: tl.constexpr):
-    """A tile of logits in float32 from what was loaded: u = b_x + bias, and softcap * tanh(u / softcap); either may
-    be None, which costs nothing. -inf beyond V, and of NOT_KEPT where there is a softcap."""
+    """A tile of logits in float32: u = b_x + bias, then softcap * tanh(u / softcap). bias and softcap may be None.
+
+    b_x: the loaded tile. The result is -inf beyond V, and with a softcap also where b_x is NOT_KEPT.
+    """
     b_x = b_x.to(tl.float32)
     start = i_tile * (LANES * VEC)
     o_v = tile_offsets(LANES, VEC)
@@ -35,7 +37,7 @@ def logits_of(b_x, i_tile, V, bias, softcap, LANES: tl.constexpr, VEC: tl.conste
 
 @triton.jit
 def logit_of_id(p_row, b_id, bias, softcap):
-    """The same for the logit of one token."""
+    """The logit of one token, as logits_of computes it."""
     logit = tl.load(p_row + b_id).to(tl.float32)
     if bias is not None:
         logit += tl.load(bias + b_id)
@@ -51,10 +53,10 @@ def capped(b_x, softcap):
 
 @triton.jit
 def softmax_step(b_x, b_shift, b_sum, b_weighted, c):
-    """One more tile in each lane's softmax: the largest logit, sum of 2**y, sum of 2**y * y; y = (x - shift) * c.
+    """Add one tile to the softmax of each lane: the largest logit, sum of 2**y, sum of 2**y * y; y = (x - shift) * c.
 
-    b_x [LANES, VEC] float32; b_shift, b_sum, b_weighted [LANES]. Online softmax of Milakov and Gimelshein (arXiv
-    1805.02867).
+    b_x is [LANES, VEC] float32; b_shift, b_sum and b_weighted are [LANES].
+    The method is online softmax (Milakov and Gimelshein, arXiv 1805.02867).
     """
     b_max = tl.maximum(b_shift, tl.max(b_x, 1))
     b_y = exponent(b_x - b_max[:, None], c)
@@ -67,7 +69,7 @@ def softmax_step(b_x, b_shift, b_sum, b_weighted, c):
 
 @triton.jit
 def softmax_merge(b_shift, b_sum, b_weighted, c):
-    """The lanes' softmaxes as the row's: three scalars."""
+    """Merge the softmaxes of the lanes into the softmax of the row: three scalars."""
     shift = tl.max(b_shift, 0)
     b_fall = exponent(b_shift - shift, c)
     b_keep = tl.exp2(b_fall)
@@ -76,9 +78,9 @@ def softmax_merge(b_shift, b_sum, b_weighted, c):
 
 @triton.jit
 def sums_of_row(p_row, V, bias, softcap, c, LANES: tl.constexpr, VEC: tl.constexpr, ONE_TILE: tl.constexpr):
-    """(shift, sum of 2**y, sum of 2**y * y, first tile as it is stored); y = (x - shift) * c.
+    """(shift, sum of 2**y, sum of 2**y * y, first tile in its stored dtype); y = (x - shift) * c.
 
-    The row is read once, a tile ahead, from its end: so the tile that is left on chip for a second reading is full.
+    The row is read once, one tile ahead, from its end, so that a second reading finds a full tile in the cache.
     """
     b_shift = tl.full([LANES], LOWEST, tl.float32)
     b_sum = tl.zeros([LANES], tl.float32)
@@ -101,7 +103,7 @@ def sums_of_row(p_row, V, bias, softcap, c, LANES: tl.constexpr, VEC: tl.constex
 def softmax_of_row(
     p_row, V, bias, softcap, temperature, LANES: tl.constexpr, VEC: tl.constexpr, ONE_TILE: tl.constexpr
 ):
-    """(shift, log_sum, entropy, first tile as it is stored): log p_j = (x_j - shift) / temperature - log_sum."""
+    """(shift, log_sum, entropy, first tile in its stored dtype); log p_j = (x_j - shift) / temperature - log_sum."""
     c = LOG2E / temperature
     shift, row_sum, weighted, b_x = sums_of_row(p_row, V, bias, softcap, c, LANES, VEC, ONE_TILE)
     log_sum = tl.log(row_sum)
@@ -110,9 +112,9 @@ def softmax_of_row(
 
 @triton.jit
 def gradient_factors(log_prob_grad, entropy_grad, log_sum, entropy, temperature):
-    """(k0, k1, at_id) such that a row's gradient is 2**y (k0 + k1 y), and at_id more at its token; y as above.
+    """(k0, k1, at_id): the gradient of a row is 2**y (k0 + k1 y), plus at_id at the token; y = (x - shift) * c.
 
-    That is (c_t (onehot - p) - e_t p (log p + entropy)) / temperature, exactly 0 where p is 1.
+    The gradient is (c_t (onehot - p) - e_t p (log p + entropy)) / temperature, and exactly 0 where p is 1.
     """
     per_logit = 1.0 / temperature
     scale = tl.exp(-log_sum) * per_logit
@@ -122,14 +124,14 @@ def gradient_factors(log_prob_grad, entropy_grad, log_sum, entropy, temperature)
 
 @triton.jit
 def gradient_tile(b_x, i_tile, V, bias, softcap, b_id, shift, c, k0, k1, at_id, LANES: tl.constexpr, VEC: tl.constexpr):
-    """By what was loaded, where logits_of makes the logits of it. No token is at an id below 0."""
+    """The gradient of a tile with respect to b_x, the loaded tile. An id below 0 is at no element of the row."""
     b_x = logits_of(b_x, i_tile, V, bias, softcap, LANES, VEC)
     b_y = exponent(b_x - shift, c)
     is_id = tile_offsets(LANES, VEC) == (b_id - i_tile * (LANES * VEC)).to(tl.int32)
     b_grad = tl.exp2(b_y) * (k0 + k1 * b_y) + tl.where(is_id, at_id, 0.0)
     if softcap is not None:
         b_part = b_x * (1.0 / softcap)
-        b_grad *= tl.maximum(1 - b_part * b_part, 0.0, propagate_nan=tl.PropagateNan.ALL)  # of -inf too
+        b_grad *= tl.maximum(1 - b_part * b_part, 0.0, propagate_nan=tl.PropagateNan.ALL)  # 0 for a logit of -inf too
     return b_grad
 
 
@@ -151,11 +153,10 @@ def store_gradient_row(
     VEC: tl.constexpr,
     ONE_TILE: tl.constexpr,
 ):
-    """gradient_tile over a row whose first tile is b_x, a tile ahead. p_out may be p_row; then the rest of the row is
-    still to be read.
+    """Write gradient_tile for every tile of a row, whose first tile is b_x, reading one tile ahead.
 
-    A gradient narrower than the logits has its tile i in the memory of their tiles up to i: walking upwards, these have
-    been read. By this warp; the barrier is for those that have not come so far, and keeps all within a tile.
+    p_out may be p_row: the gradient then overwrites the logits. If the gradient is the narrower dtype, its tile i
+    overwrites tiles of logits up to i, which this warp has read. The barrier makes sure that the other warps have too.
     """
     i_last = tl.cdiv(V, LANES * VEC) - 1
     if not ONE_TILE:

@@ -1,4 +1,4 @@
-"""A gradient times a number that is nearly always 1: one launch that leaves the memory alone when it is."""
+"""A gradient times a factor that is nearly always 1, in place. The kernel does not touch the gradient for 1."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ def scale_kernel(tensor, factor, L, V, stride_b, stride_l, LANES: tl.constexpr, 
 
 
 def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
-    """tensor *= factor. tensor [B, L, V] or [T, V] by its outer strides, or [V]; factor: one float on its device."""
+    """tensor *= factor.
+
+    tensor: [B, L, V] or [T, V] with any outer strides, or [V].
+    factor: one float, on the device of tensor.
+    """
     tensor = torch.atleast_2d(tensor)
     length, *strides = row_strides(tensor)
     launch(
@@ -41,5 +45,5 @@ def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
 
 
 def launch_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
-    """A program is a row rather than a tile: when the factor is 1, thousands of them start and end in no time."""
+    """One program per row rather than per tile: with a factor of 1, fewer programs start and end."""
     return make_config(vocab_size, dtype, threads=512, per_thread=32 // dtype.itemsize)
