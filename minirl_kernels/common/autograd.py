@@ -50,7 +50,7 @@ class _HandOverGradients(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError(
                 f"{ctx.call} made its gradient in the forward, and an earlier backward has consumed that buffer: "
-                "call it again, or use token_logprobs with policy_loss, where one graph is to be run backward twice"
+                "call it again, or use token_logprobs with policy_loss to run backward twice through one graph"
             )
         grads, none = ctx.grads, [None] * len(ctx.grads)
         if torch.compiler.is_compiling():  # the compiler decides whether to reuse the buffers

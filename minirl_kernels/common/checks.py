@@ -63,7 +63,7 @@ def check_rows_apart(name: str, value: Tensor) -> None:
         if stride < extent:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)} and strides {tuple(value.stride())}: its rows must not overlap "
-                "where they are to be overwritten"
+                "if they are to be overwritten"
             )
         extent += stride * (size - 1)
 

@@ -217,7 +217,7 @@ ONES = torch.ones(3, 4)
         (
             lambda: matmul(ONES, ONES.double()),
             TypeError,
-            "b has dtype torch.float64: it must be that of a, torch.float32",
+            "b has dtype torch.float64: it must be the dtype of a, torch.float32",
         ),
         (
             lambda: matmul(ONES.long(), ONES),
@@ -225,7 +225,7 @@ ONES = torch.ones(3, 4)
             "a has dtype torch.int64: it must be float32, bfloat16 or float16",
         ),
         (lambda: matmul(ONES[0], ONES), ValueError, r"a has shape \(4,\): it must be \[M, K\]"),
-        (lambda: matmul(ONES, ONES), ValueError, r"b has shape \(3, 4\): it must be \[4, N\], as a has it"),
+        (lambda: matmul(ONES, ONES), ValueError, r"b has shape \(3, 4\): it must be \[4, N\] for this a"),
         (lambda: bmm(ONES, ONES), ValueError, r"a has shape \(3, 4\): it must be \[B, M, K\]"),
         (lambda: bmm(ONES[None], ONES.expand(2, 3, 4)), ValueError, r"b has shape .*: it must be \[1, 4, N\]"),
         (lambda: matmul(ONES, ONES.T.to("meta")), ValueError, "b is on meta: it must be on cpu"),
@@ -233,7 +233,7 @@ ONES = torch.ones(3, 4)
         (lambda: linear(torch.ones(()), ONES), ValueError, r"x has shape \(\): it must be \[..., K\]"),
         (lambda: linear(ONES, ONES.T), ValueError, r"weight has shape \(4, 3\): it must be \[N, 4\], K of x"),
         (lambda: linear(ONES, ONES, ONES[0]), ValueError, r"bias has shape \(4,\): it must be \(3,\), N of weight"),
-        (lambda: linear(ONES, ONES, ONES[0].half()), TypeError, "bias has dtype torch.float16: it must be that of x"),
+        (lambda: linear(ONES, ONES, ONES[0].half()), TypeError, "bias has dtype torch.float16: .* be the dtype of x"),
         (lambda: matmul(ONES, ONES.T, backend="cuda"), ValueError, "backend is 'cuda'; matmul must be given one of"),
     ],
 )
@@ -357,7 +357,7 @@ BATCH = torch.ones(2, 4, 5)
         (
             lambda: aten.product(kernels, ONES, ONES.T.half()),
             TypeError,
-            "mat2 has dtype torch.float16: it must be that",
+            "mat2 has dtype torch.float16: it must be the dtype of self",
         ),
         (
             lambda: aten.product(kernels, ONES, BATCH),
@@ -384,7 +384,7 @@ BATCH = torch.ones(2, 4, 5)
         (
             lambda: aten.grouped_product(kernels, ONES, BATCH, offsets(2, 3), None, torch.float16),
             ValueError,
-            "out_dtype is torch.float16: it must be that of the operands",
+            "out_dtype is torch.float16: it must be the dtype of the operands",
         ),
         (lambda: aten.grouped_product(kernels, ONES[0], BATCH), ValueError, "they must have two or three each"),
     ],

@@ -5,8 +5,8 @@ With S = scale q k^T over the keys that a query sees, and P = softmax(S):
     d v = P^T d out,  d S = P (d out v^T - rowsum(d out * out)),  d q = scale d S k,  d k = scale d S^T q
 Sums are float32. A query reads its keys in blocks of a fixed size, from the first key of its sequence on. The method is
 online softmax (Milakov and Gimelshein, arXiv 1805.02867). The bits of a query's result do not depend on the number of
-queries, on later keys, on other sequences, or on the place in memory. A token decoded from a cache of keys has the same
-bits as in the whole sequence.
+queries, later keys, other sequences, or the place in memory. A token decoded from a cache of keys has the same bits as
+in the whole sequence.
 
 The weights of a block are relative to the largest score so far. They are rounded to the dtype of v before the product
 with v, and their sum is computed before that rounding. The backward rounds P and d S in the same way.
@@ -69,7 +69,7 @@ def attention(
         check_device(name, offsets, q.device)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:
         raise ValueError(
-            f"cu_seqlens_k has shape {tuple(cu_seqlens_k.shape)}: it must be that of cu_seqlens_q, "
+            f"cu_seqlens_k has shape {tuple(cu_seqlens_k.shape)}: it must be the shape of cu_seqlens_q, "
             f"{tuple(cu_seqlens_q.shape)}"
         )
     spans = packed_spans(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
@@ -118,7 +118,7 @@ def _check_operands(q, k, v) -> None:
         if x.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} has dtype {x.dtype}: it must be float32, bfloat16 or float16")
         if x.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {x.dtype}: it must be that of q, {q.dtype}")
+            raise TypeError(f"{name} has dtype {x.dtype}: it must be the dtype of q, {q.dtype}")
         check_device(name, x, q.device)
         if x.dim() != 4 or not 0 < x.shape[3] <= MAX_SIZE or x.shape[1] == 0:
             raise ValueError(
@@ -135,7 +135,7 @@ def _check_operands(q, k, v) -> None:
     if heads % key_heads:
         raise ValueError(f"k has {key_heads} heads: the {heads} of q must be a multiple of them")
     if v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"v has shape {tuple(v.shape)}: its heads and rows must be those of k, {key_heads} and {keys}")
+        raise ValueError(f"v has shape {tuple(v.shape)}: it must have the heads and rows of k, {key_heads} and {keys}")
 
 
 def _check_spans(spans, q) -> None:

@@ -1,8 +1,8 @@
 """CPU backend of the elementwise functions, with the arguments of the aten operations of the same names.
 
-The bits of a result depend on the value of its element alone, not on its place, the number of elements, the strides or
-the number of threads. Tensors have any shape and strides; the result has the strides of torch's own result. A gradient
-is converted to the dtype and the strides of the result.
+The bits of a result depend on the value of its element alone. Its place, the number of elements, the strides and the
+number of threads do not matter. Tensors have any shape and strides; the result has the strides of torch's own result. A
+gradient is converted to the dtype and the strides of the result.
 """
 
 from __future__ import annotations

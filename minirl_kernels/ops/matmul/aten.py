@@ -38,7 +38,9 @@ def added_vector_product(kernels, addend: Tensor, a: Tensor, x: Tensor, *, beta=
 def dot_product(kernels, x: Tensor, y: Tensor, *, out: Tensor | None = None) -> Tensor:
     """dot: the sum of the products of the elements of x and y."""
     if x.shape != y.shape or x.dim() != 1:
-        raise ValueError(f"tensor has shape {tuple(y.shape)}: it must be that of self, {tuple(x.shape)}, one dimension")
+        raise ValueError(
+            f"tensor has shape {tuple(y.shape)}: it must be the shape of self, {tuple(x.shape)}, with one dimension"
+        )
     if out is None:
         out = x.new_empty(())
     elif out.dim():
@@ -60,9 +62,9 @@ def grouped_product(
     offs: [G] int32, the end of each group.
     """
     if bias is not None:
-        raise ValueError("bias is a tensor: it must be None, as grouped products have none")
+        raise ValueError("bias is a tensor: it must be None for grouped products")
     if out_dtype not in (None, a.dtype):
-        raise ValueError(f"out_dtype is {out_dtype}: it must be that of the operands, {a.dtype}")
+        raise ValueError(f"out_dtype is {out_dtype}: it must be the dtype of the operands, {a.dtype}")
     dims = (a.dim(), b.dim())
     if dims == (3, 3):
         return _multiply(kernels, None, a, b)
@@ -73,7 +75,7 @@ def grouped_product(
     _check_operands(a, b)
     batch = {len(x) for x in (a, b) if x.dim() == 3}
     if batch - {len(offs)}:
-        raise ValueError(f"offs has {len(offs)} groups: it must have {batch.pop()}, as self or mat2 has")
+        raise ValueError(f"offs has {len(offs)} groups: it must have {batch.pop()}, the batch size of self or mat2")
     grouped = _GROUPED[dims]
     shape = (a.shape[-2], b.shape[-1])
     out = torch.empty((len(offs), *shape) if grouped == "terms" else shape, dtype=a.dtype, device=a.device)
@@ -82,7 +84,7 @@ def grouped_product(
     return out
 
 
-# {(dimensions of a, dimensions of b): what is grouped}
+# {(dimensions of a, dimensions of b): the dimension that is grouped}
 _GROUPED = {(2, 3): "rows", (3, 2): "columns", (2, 2): "terms"}
 
 # {operator of aten: its function}; every operator but _grouped_mm has an overload `out` too
@@ -187,7 +189,7 @@ def _multiply(kernels, out, a, b, addend=None, alpha=1.0, beta=1.0) -> Tensor:
         return out
     if addend is not None:
         if addend.dtype != a.dtype:
-            raise TypeError(f"self has dtype {addend.dtype}: it must be that of mat1, {a.dtype}")
+            raise TypeError(f"self has dtype {addend.dtype}: it must be the dtype of mat1, {a.dtype}")
         addend = _lay_out(addend, out)
     row, column = out.stride()[-2:]
     if row == 1 and (column != 1 or columns == 1):
@@ -205,11 +207,9 @@ def _multiply(kernels, out, a, b, addend=None, alpha=1.0, beta=1.0) -> Tensor:
 
 def _check_operands(a, b) -> None:
     if b.dtype != a.dtype:
-        raise TypeError(f"mat2 has dtype {b.dtype}: it must be that of self, {a.dtype}")
+        raise TypeError(f"mat2 has dtype {b.dtype}: it must be the dtype of self, {a.dtype}")
     if b.shape[-2] != a.shape[-1]:
-        raise ValueError(
-            f"mat2 has shape {tuple(b.shape)}: it must be [{a.shape[-1]}, N], as self has {tuple(a.shape)}"
-        )
+        raise ValueError(f"mat2 has shape {tuple(b.shape)}: it must be [{a.shape[-1]}, N] for self {tuple(a.shape)}")
 
 
 def _lay_out(addend, out) -> Tensor:

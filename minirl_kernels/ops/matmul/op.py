@@ -106,7 +106,7 @@ def _product(a, b, dims, op, backend) -> Tensor:
     _check_like("b", b, a, "a")
     if b.dim() != dims or b.shape[:-1] != (*a.shape[:-2], a.shape[-1]):
         expected = ", ".join(map(str, (*a.shape[:-2], a.shape[-1])))
-        raise ValueError(f"b has shape {tuple(b.shape)}: it must be [{expected}, N], as a has it")
+        raise ValueError(f"b has shape {tuple(b.shape)}: it must be [{expected}, N] for this a")
     backend = OP.resolve(backend, a.device, op)
     if backend == "reference":
         return matmul_reference(a, b)
@@ -128,7 +128,7 @@ def _check_dtype(name, value) -> None:
 
 def _check_like(name, value, other, name_of_other) -> None:
     if value.dtype != other.dtype:
-        raise TypeError(f"{name} has dtype {value.dtype}: it must be that of {name_of_other}, {other.dtype}")
+        raise TypeError(f"{name} has dtype {value.dtype}: it must be the dtype of {name_of_other}, {other.dtype}")
     check_device(name, value, other.device)
 
 

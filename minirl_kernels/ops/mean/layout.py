@@ -53,7 +53,7 @@ def layout_of(x: Tensor, dims: tuple[int, ...], *, transposes: bool) -> Layout:
     """
     if not dims:
         x, dims = x.reshape(1), (0,)
-    elif dims[-1] - dims[0] >= len(dims):  # kept dimensions are between the reduced ones
+    elif dims[-1] - dims[0] >= len(dims):  # kept dimensions are between reduced dimensions
         x = x.movedim(dims, tuple(range(-len(dims), 0)))
         dims = tuple(range(x.dim() - len(dims), x.dim()))
     first, end = dims[0], dims[-1] + 1

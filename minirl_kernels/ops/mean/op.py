@@ -73,12 +73,12 @@ def _reduce(x, dim, keepdim, dtype, divide, backend):
 def _checked_dims(x, dim) -> tuple[int, ...]:
     given = () if dim is None else (dim,) if isinstance(dim, int) else dim
     if not isinstance(given, (tuple, list)):
-        raise TypeError(f"dim is {dim!r}: it must be an integer, a tuple of them or None")
+        raise TypeError(f"dim is {dim!r}: it must be an integer, a tuple of integers or None")
     for one in given:
         check_dim("dim", one, x)
     dims = reduced_dims(x, tuple(given))
     if len(set(dims)) != len(dims):
-        raise ValueError(f"dim is {dim}: its dimensions must be different ones")
+        raise ValueError(f"dim is {dim}: its dimensions must be different")
     return dims
 
 

@@ -44,8 +44,8 @@ def moe_experts(
     activation: "silu", the only one supported.
     Returns [T, H] of the dtype of hidden, differentiable by hidden, the weights and both projections.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
-    The bits of a token's result, and of its gradients by hidden and the weights, depend on neither the rest of the
-    batch nor the number of threads. The gradients of the projections have equal bits in every run.
+    The bits of a token's result depend on neither the rest of the batch nor the number of threads. The same is true of
+    its gradients by hidden and the weights. The gradients of the projections have equal bits in every run.
     The forward keeps gate and up for the backward: 2 I numbers for each of the T K pairs of token and expert.
     """
     check_tensor("hidden", hidden)
@@ -90,9 +90,9 @@ def _with_packed(hidden, routing, gate_up_proj, down_proj, activation, backend) 
     packed = {"gate_up_proj": gate_up_proj, "down_proj": down_proj}
     for name, value in packed.items():
         if not isinstance(value, PackedExperts):
-            raise TypeError(f"{name} is a {type(value).__name__}: it must be packed, as the other projection is")
+            raise TypeError(f"{name} is a {type(value).__name__}: it must be packed, like the other projection")
         if value.dtype != hidden.dtype:
-            raise TypeError(f"{name} was packed from {value.dtype}: it must be from that of hidden, {hidden.dtype}")
+            raise TypeError(f"{name} was packed from {value.dtype}: it must have the dtype of hidden, {hidden.dtype}")
         picked = native().isa_picked()
         if value.instruction_set != picked:
             raise ValueError(f"{name} was packed for {value.instruction_set}: it must be for {picked}, which runs now")
@@ -133,15 +133,15 @@ def _check_shapes(gate_up_proj, down_proj, hidden_size) -> None:
     expected = (num_experts, hidden_size, rows // 2)
     if down_proj.shape != expected:
         raise ValueError(
-            f"down_proj has shape {tuple(down_proj.shape)}: it must be {expected}, as gate_up_proj and hidden have it"
+            f"down_proj has shape {tuple(down_proj.shape)}: it must be {expected} for this gate_up_proj and hidden"
         )
 
 
 def _check_projection(name, value, hidden) -> None:
     if value.dtype != hidden.dtype:
-        raise TypeError(f"{name} has dtype {value.dtype}: it must be that of hidden, {hidden.dtype}")
+        raise TypeError(f"{name} has dtype {value.dtype}: it must be the dtype of hidden, {hidden.dtype}")
     if value.dim() != 3:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}: it must have three dimensions, that of E first")
+        raise ValueError(f"{name} has shape {tuple(value.shape)}: it must have three dimensions, E first")
     if value.shape[-1] > 1 and value.stride(-1) != 1:
         raise ValueError(
             f"{name} has strides {tuple(value.stride())}: its last dimension must be contiguous (stride 1)"

@@ -15,7 +15,7 @@ def routed_experts_message(row: int, routed_experts: Tensor, num_experts: int) -
         if not 0 <= expert < num_experts:
             return (
                 f"routed_experts has the expert {expert} at row {row}: an expert must be in [0, {num_experts}), and a "
-                "row without any must be marked in valid"
+                "row without experts must be marked in valid"
             )
     twice = next(expert for expert in ids if ids.count(expert) > 1)
     return f"routed_experts has the expert {twice} twice at row {row} ({ids}): the experts of a row must differ"
