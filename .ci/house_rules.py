@@ -102,7 +102,9 @@ def imported_files(name: str, text: str, files: set[str]) -> set[str]:
             targets += [[alias.name.replace(".", "/")] for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = Path(*Path(name).parts[: -node.level] if node.level else (), *(node.module or "").split("."))
-            targets += [[f"{base}/{alias.name}", f"{base}"] for alias in node.names]  # a module, or a name in one
+            targets += [
+                [f"{base}/{alias.name}", f"{base}"] for alias in node.names
+            ]  # the alias is a module, or a name in `base`
     found = set()
     for paths in targets:
         ends = [path + end for path in paths for end in (".py", "/__init__.py")]

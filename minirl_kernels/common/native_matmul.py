@@ -1,4 +1,4 @@
-"""The native float32-accumulating matmul that several ops share."""
+"""The native matmul with float32 sums, which several ops share."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Pieces that several Triton kernels share."""
+"""Code that the Triton kernels of several ops share."""

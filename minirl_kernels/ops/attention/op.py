@@ -64,7 +64,7 @@ def attention(
         check_tensor(name, offsets)
         if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype not in INDEX_DTYPES:
             raise ValueError(
-                f"{name} has shape {tuple(offsets.shape)} and dtype {offsets.dtype}: it must be int32 [B + 1]"
+                f"{name} has shape {tuple(offsets.shape)} and dtype {offsets.dtype}: it must be int64 or int32 [B + 1]"
             )
         check_device(name, offsets, q.device)
     if cu_seqlens_k.shape != cu_seqlens_q.shape:

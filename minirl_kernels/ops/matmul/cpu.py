@@ -27,6 +27,6 @@ def grouped_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor, grouped: str) 
     elif bad_group >= 0:
         size = {"rows": a.shape[-2], "columns": b.shape[-1], "terms": a.shape[-1]}[grouped]
         raise ValueError(
-            f"offs has {ends[bad_group].item()} for group {bad_group}: it must be from the end of the group before on, "
-            f"and at most {size}, the number of {grouped}"
+            f"offs has {ends[bad_group].item()} for group {bad_group}: it must be 0 or more, never fall, and be "
+            f"at most {size}, the number of {grouped}"
         )

@@ -140,7 +140,7 @@ def _check_groups(num_experts, top_k, num_groups, top_k_groups) -> tuple[int, in
 def _check_replay(router_logits, top_k, routed_experts, valid) -> tuple[Tensor | None, Tensor | None]:
     if routed_experts is None:
         if valid is not None:
-            raise ValueError("valid is given without routed_experts: it must be None without routed_experts")
+            raise ValueError("valid is given without routed_experts: it must then be None")
         return None, None
     tokens = router_logits.shape[0]
     check_integers("routed_experts", routed_experts)
