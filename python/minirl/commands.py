@@ -21,6 +21,7 @@ from .errors import MiniRLError
 from .loss_values import options_of_values
 from .paths import home
 
+# endings of picture files
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
 
 console = Console(highlight=False, soft_wrap=True)
@@ -29,16 +30,17 @@ console = Console(highlight=False, soft_wrap=True)
 def run(arguments: Sequence[str]) -> None:
     """Run a command. Raises MiniRLError for an error that the user can correct, SystemExit for --help."""
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    for argument in rest:
+    for argument in rest:  # refuses --rollout.top-p and other filters
         if argument.startswith("--"):
             refuse_filter(argument.removeprefix("--").partition("=")[0])
+    # the called command reads the file that is named first, for the defaults of its options
     commands = {
         "train": train_command(rest if name == "train" else []),
         "eval": eval_command,
         "discrepancy": discrepancy_command(rest if name == "discrepancy" else []),
         "plot": plot_command,
     }
-    with options_of_values(convert):
+    with options_of_values(convert):  # tyro cannot read an objective or a Correction by itself
         if name in commands:
             tyro.cli(commands[name], args=rest, prog=f"minirl {name}")
         else:
@@ -61,7 +63,7 @@ def train_command(arguments: Sequence[str]) -> Callable[..., None]:
         # The preset comes first. Then [policy_loss] of the file, and then other options, change single fields.
         first, _ = tyro.cli(_First, args=arguments[1:], add_help=False, return_unknown_args=True)
         default = load_config(Path(home(arguments[0], "CONFIG")), first.preset)
-        if first.path is not None:  # given weights replace the file's config of a new model
+        if first.path is not None:  # given weights exclude model.config, which describes a new model
             default = replace(default, model=replace(default.model, config={}))
 
     def command(

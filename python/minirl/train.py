@@ -1,4 +1,4 @@
-"""The global step of MiniRL: sample, grade, recompute old_log_probs, and make N updates, each response used once."""
+"""The global step of MiniRL: sample, grade, recompute old_log_probs, and make N updates. Each has its own responses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from .tasks import ProblemStream
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer update was made of."""
+    """The loss, gradient norm and metrics of one optimizer update."""
 
     loss: float
     grad_norm: float
@@ -63,9 +63,9 @@ class Trainer:
         )
 
     def step(self, number: int) -> dict[str, float]:
-        """Global step `number`, counted from 1, without the hand-over of its weights to the engine.
+        """Run global step `number`, counted from 1. The caller then gives the new weights to the engine.
 
-        Returns its metrics by name; raises MiniRLError if it diverges, or the engine fails.
+        Returns the metrics by name. Raises MiniRLError if training diverges or the engine fails.
         """
         seconds: dict[str, float] = {}
         with _timed(seconds, "seconds_rollout"):
@@ -85,7 +85,7 @@ class Trainer:
         }
 
     def collect(self, number: int) -> tuple[Batch, dict[str, float]]:
-        """The responses of a global step with their advantages, and what is to be told of them."""
+        """The responses of a global step with their advantages, and the metrics of the responses."""
         count = self.config.num_minibatches * self.config.prompts_per_minibatch
         problems = self.problems.take((number - 1) * count, count)
         rollouts, rewards = self.sampler.sample(
@@ -105,10 +105,10 @@ class Trainer:
 
     @torch.no_grad()
     def with_old_log_probs(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
-        """(`batch` with log pi_old, log pi_ref and the experts to replay, what is to be told of its routing).
+        """(`batch` with log pi_old, log pi_ref and the experts to replay, the metrics of its routing).
 
-        In the micro-batches of the updates: then the first update finds the same bits, and log r is 0 there. Raises
-        MiniRLError where one of them is not finite.
+        The micro-batches are the same as in the updates. So the first update computes the same bits, and its log r is
+        0. Raises MiniRLError if a log-probability is not finite.
         """
         length = batch.token_ids.shape[1]
         old_log_probs, routed_experts, agreement = [], [], Agreement()
@@ -133,7 +133,7 @@ class Trainer:
         return batch, metrics
 
     def _check_finite(self, name: str, batch: Batch) -> None:
-        """Raises MiniRLError that names the first response and token: a NaN would switch the loss's mask off."""
+        """Raises MiniRLError that names the first value that is not finite. A NaN would silently disable clipping."""
         values = getattr(batch, name)
         if values is None or not bool((wrong := batch.loss_mask & ~values.isfinite()).any()):
             return
@@ -153,22 +153,22 @@ class Trainer:
             yield from minibatch.micro_batches(self.config.micro_batch_size, self.model.device)
 
     def _replaying(self, micro: Batch) -> AbstractContextManager[RoutingReplay | None]:
-        """For one forward of the policy, and its backward."""
+        """Replays the experts of `micro`, if it has any, during one forward of the policy and its backward."""
         return nullcontext() if micro.routed_experts is None else replay_routing(self.model, micro.routed_experts)
 
     def update(self, minibatch: Batch) -> Update:
         """One optimizer update from a mini-batch of whole groups, in micro-batches.
 
-        Raises MiniRLError if it diverges; a loss that overflows names the token.
+        Raises MiniRLError if the loss overflows, naming the token, or if the gradient norm is not finite.
         """
-        with _computed(first=0):
+        with _loss_errors(first=0):
             parts = self._loss_inputs(minibatch).split(self.config.micro_batch_size)
         outputs, agreement = [], Agreement()
         micro_batches = minibatch.micro_batches(self.config.micro_batch_size, self.model.device)
         for number, (micro, part) in enumerate(zip(micro_batches, parts, strict=True)):
             inputs = part.shorten(micro.token_ids.shape[1]).to(self.model.device)
             with self._replaying(micro) as replay:
-                with _computed(first=number * self.config.micro_batch_size):
+                with _loss_errors(first=number * self.config.micro_batch_size):
                     output = self._forward(self.model, micro, policy_loss={"inputs": inputs}).policy_loss
                 output.loss.backward()
             outputs.append(output)
@@ -186,7 +186,7 @@ class Trainer:
         )
 
     def _loss_inputs(self, minibatch: Batch) -> PolicyLossInputs:
-        """The loss of a mini-batch but for its log-probabilities: what each token weighs is settled by the whole."""
+        """All inputs of the loss but the log-probabilities. A token's weight depends on the whole mini-batch."""
         return PolicyLossInputs.prepare(
             minibatch.token_ids,
             old_log_probs=minibatch.old_log_probs,
@@ -199,7 +199,7 @@ class Trainer:
         )
 
     def _forward(self, model: PreTrainedModel, batch: Batch, policy_loss: dict | None = None) -> ModelOutput:
-        """Log-probabilities of the batch's tokens, and their loss if told what it is made of; no logits."""
+        """Log-probabilities of the batch's tokens, and their loss if `policy_loss` has its inputs; no logits."""
         with autocast(model.device, self.config.dtype):
             return model(
                 batch.input_ids,
@@ -212,8 +212,8 @@ class Trainer:
 
 
 @contextmanager
-def _computed(first: int) -> Iterator[None]:
-    """Raises MiniRLError for a loss that cannot be computed, of responses of a mini-batch from `first` on."""
+def _loss_errors(first: int) -> Iterator[None]:
+    """Turns a ValueError of the loss into a MiniRLError. `first`: the first response that the loss covers."""
     try:
         yield
     except ValueError as error:

@@ -42,7 +42,7 @@ class InferenceSettings(EngineSettings):
     """The inference engine; transformers is the embedded one."""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
     decode: bool = True
-    """True: log-probabilities come from the decode. False: whole responses are scored again, as π does."""
+    """True: log-probabilities come from the decode. False: μ scores whole responses again, as π does."""
 
     @property
     def summary(self) -> str:
@@ -50,10 +50,10 @@ class InferenceSettings(EngineSettings):
         return engine + super().summary + ("" if self.decode else ", not decoded")
 
     def check(self) -> None:
-        """Raises MiniRLError, naming the option, for an engine that the report lacks and settings that vLLM lacks."""
+        """Raises MiniRLError, naming the option, for another engine, or for a setting that vLLM does not have."""
         if self.engine == "transformers":
             return
-        if self.engine != "vllm":  # an engine of your own, as the target has it
+        if self.engine != "vllm":  # the target may have an engine that the user added
             raise MiniRLError(f"--mu.engine is {self.engine!r}: it must be transformers or vllm")
         for name in ("attn_implementation", "experts_implementation"):
             value = getattr(self, name)
