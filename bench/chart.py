@@ -20,6 +20,8 @@ SETTINGS = {"svg.hashsalt": "minirl-kernels", "svg.fonttype": "path", "font.fami
 
 @dataclass(frozen=True)
 class Theme:
+    """The colors of text, of small text and axes, of our bars and of the other bars."""
+
     text: str
     faint: str
     ours: str
@@ -31,7 +33,7 @@ THEMES = {
     "dark": Theme(text="#e6edf3", faint="#9198a1", ours="#4493f8", theirs="#4d5661"),
 }
 
-# a panel: a case, and its contenders under names for readers; the first ones are ours
+# a work is a row of two panels; each of its contenders has a name for readers; our calls come first
 PANELS: tuple[tuple[Work, dict[str, str]], ...] = (
     (
         FROM_LOGITS,
@@ -69,7 +71,7 @@ QUANTITIES = ("time", "peak memory on top of the inputs")
 
 @dataclass(frozen=True)
 class Bars:
-    """One panel: a bar with its label for each contender."""
+    """One panel: the time or the memory of a work, as a bar with its label for each contender."""
 
     work: Work
     names: list[str]
@@ -79,7 +81,7 @@ class Bars:
 
 
 def panels(results: dict[str, dict]) -> list[list[Bars]]:
-    """For each work, its bars of time and its bars of memory."""
+    """For each work, its panel of time and its panel of memory."""
     return [_work_panels(work, work.case(results), names) for work, names in PANELS]
 
 
@@ -95,7 +97,7 @@ def _work_panels(work, case, names):
 
 
 def description(results: dict[str, dict]) -> str:
-    """The chart in words, as the SVG carries it."""
+    """The chart in words. The SVG contains them as its description, which is_same compares."""
     lines = []
     for work_panels in panels(results):
         for quantity, bars in zip(QUANTITIES, work_panels, strict=True):
@@ -158,7 +160,7 @@ def _draw(ax, bars, colors):
 
 
 def is_same(old: str, new: str) -> bool:
-    """Whether two charts are the same text, or only the same figures if different releases of matplotlib drew them."""
+    """Whether two charts are equal: as text, or by their descriptions if different releases of matplotlib drew them."""
     if _matplotlib(old) == _matplotlib(new):
         return old == new
     return _description(old) == _description(new)

@@ -1,4 +1,4 @@
-"""Full tables: every contender and every bar of a result, as Markdown beside its JSON."""
+"""Full tables: every contender and every bar (a ratio to reach) of a result, as Markdown beside its JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from records import machine, median, met, quartiles, spread, value
 from source import sources_in_words
 from units import markdown_table, milliseconds, number, rate, shape, tenths_of_mebibytes, threads
 
+# by the measure of a bar
 SIGNS = {"speed": "≥", "time": "≤", "memory": "≤"}
 WORDS = {"speed": "times as fast as", "time": "times the time of", "memory": "times the memory of"}
 
@@ -91,7 +92,7 @@ def _quartiles_of(case, bar):
 
 
 def _by_shape(cases):
-    """Lists of the cases that share a shape, in the order of their first ones."""
+    """The cases in one list per shape, in the order of the first case of each shape."""
     groups = {}
     for case in cases:
         groups.setdefault(shape(case["shape"]), []).append(case)

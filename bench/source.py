@@ -8,7 +8,7 @@ from pathlib import Path
 import minirl_kernels
 
 PACKAGE = Path(minirl_kernels.__file__).parent
-# a run writes these files itself
+# not changes of the checkout: a benchmark writes these files
 OUTPUTS = (":(top,exclude)bench/results",)
 
 
@@ -25,9 +25,9 @@ def source(package: Path = PACKAGE) -> dict:
 
 
 def sources_in_words(sources: list[dict]) -> str:
-    """Each commit, dirty tree and note once.
+    """Sentences on the sources, each sentence once: commits, uncommitted changes, installed packages and notes.
 
-    Results from before the commit was recorded know only the commit that added their file.
+    The oldest results do not record the measured commit. They have `added_by`, the commit that added their file.
     """
     found = [
         _commits("Added by", [source["added_by"] for source in sources if "added_by" in source]),
