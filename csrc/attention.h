@@ -10,7 +10,7 @@
 
 namespace minirl {
 
-// A result [batch, rows, heads, size], contiguous.
+// A contiguous tensor [batch, rows, heads, size] for a result. data may be null.
 struct AttentionOutput {
   void* data;
   int64_t batch, rows, heads, size;
@@ -23,7 +23,8 @@ struct AttentionOutput {
   }
 };
 
-// Blocks of the spans' queries for each head, ordered by head, so that equal shares of the list are about equal work.
+// The list of pieces: blocks of the spans' queries for each head of keys. Its order gives threads with equally many
+// pieces about equal work.
 class AttentionPieces {
  public:
   AttentionPieces(const Span* spans, int64_t num_spans) : spans_(spans), num_spans_(num_spans) {
@@ -36,7 +37,7 @@ class AttentionPieces {
     }
   }
 
-  // At least 1: scratch of no bytes is not allocated.
+  // At least 1: run divides by the queries of a piece, and scratch memory for rows and scores is never of 0 bytes.
   void describe(Attention& args) const {
     args.spans = spans_;
     args.most_queries = std::max<int64_t>(most_queries_, 1);
@@ -45,6 +46,7 @@ class AttentionPieces {
   int64_t queries() const { return queries_; }
   int64_t keys() const { return keys_; }
 
+  // attention: the Attention in `args`, which gets the list of pieces.
   template <class Args>
   void run(Attention& attention, const Args& args, int64_t queries_of_a_piece, Kernel<Args> kernel) {
     std::vector<AttentionPiece> pieces;
@@ -79,7 +81,7 @@ static inline void run_attention(Attention args, int64_t num_spans, const Attent
   pieces.run(args, args, args.queries_at_once(), MINIRL_PICK_PRODUCT(attention_forward, Attention));
 }
 
-// Each gradient may be null.
+// Each of grad_q, grad_k and grad_v may have null data. A piece is a whole span for one head of keys.
 static inline void run_attention_backward(Attention args, int64_t num_spans, const AttentionOutput& out,
                                           const AttentionOperand& grad_out, const AttentionOutput& grad_q,
                                           const AttentionOutput& grad_k, const AttentionOutput& grad_v) {

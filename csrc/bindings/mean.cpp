@@ -13,6 +13,7 @@ using minirl::Tensor;
 namespace {
 
 // layout: a record of x as [B, L, R, I] with R or I contiguous (Layout of minirl_kernels/ops/mean/layout.py).
+// divisor: 1 for a sum. The kernels sum R in blocks; with several blocks, mean_of_blocks adds their partial sums.
 void mean(py::handle layout, double divisor, const Tensor& out) {
   using minirl::Mean;
   static const Field<minirl::Elements> elements("x");

@@ -1,6 +1,6 @@
 // Attention block by block of keys, with the online softmax of Milakov and Gimelshein (arXiv 1805.02867).
 //
-// A score that a row does not see has weight 0. A block in which a row sees nothing leaves the row's sums unchanged to
+// A key that a row does not see has weight 0. A block in which a row sees nothing leaves the row's sums unchanged to
 // the last bit: they are multiplied by 1, and 0 is added. So blocks that no row of a piece sees are skipped.
 #include "cpu/attention.h"
 
@@ -22,6 +22,7 @@ struct Tile {
   int64_t stride;
 
   T* weights(int64_t row) const { return (T*)(scores + row * stride); }
+  // The weights as a left operand: by_row for a sum over keys, by_key for a sum over rows.
   Operand<T> by_row() const { return {weights(0), weight_stride(), 1, 0}; }
   Operand<T> by_key() const { return {weights(0), 1, weight_stride(), stride}; }
   int64_t weight_stride() const { return stride * (int64_t)(sizeof(float) / sizeof(T)); }
@@ -32,15 +33,16 @@ MINIRL_INLINE Tile<T> tile_for(const Attention& args, int64_t rows) {
   return {(float*)allocate(rows * stride), stride};
 }
 
-// A block of a span's queries, stacked.
+// The stacked rows of a block of a span's queries (cpu/attention.h). `first` is its first query.
 struct Rows {
   int64_t first, count, group;
-  int64_t keys, seen_before;  // keys - queries: the first query sees one key more; may be negative
+  int64_t keys;
+  int64_t seen_before;  // keys - queries, may be negative; causal: the span's first query sees one key more
   bool causal;
 
   int64_t seen_by(int64_t row) const { return causal ? most(seen_before + first + row / group + 1, 0) : keys; }
   int64_t seen() const { return seen_by(count - 1); }
-  // How many of `columns` keys from `key` on the row sees.
+  // The number of keys that the row sees among `columns` keys from `key` on.
   int64_t seen_by(int64_t row, int64_t key, int64_t columns) const {
     return least(most(seen_by(row) - key, 0), columns);
   }
@@ -59,7 +61,7 @@ MINIRL_INLINE T* at(const AttentionOperand& x, const Span& span, int64_t head, i
   return (T*)x.data + span.batch * x.batch_stride + head * x.head_stride + row * x.row_stride;
 }
 
-// An operand of the queries for a piece: where each row of a block lies.
+// The stacked rows of q, out or d out for a block: row r begins at data + offsets[r].
 template <class T>
 struct QueryRows {
   T* data;
@@ -79,7 +81,8 @@ MINIRL_INLINE QueryRows<T> query_rows_for(int64_t rows) {
   return {nullptr, (int64_t*)allocate(2 * rows)};
 }
 
-// Keys or values as the right operand of a product: of a block of queries, and of a block of weights.
+// Keys or values as a right operand. As columns, each key is a column of the product. As terms, the product sums over
+// keys.
 template <class T>
 MINIRL_INLINE Operand<T> keys_as_columns(const AttentionOperand& x, const Span& span, int64_t head, int64_t key) {
   return {at<T>(x, span, head, span.first_key + key), x.row_stride, 1, 0};
@@ -90,7 +93,7 @@ MINIRL_INLINE Operand<T> keys_as_terms(const AttentionOperand& x, const Span& sp
   return {at<T>(x, span, head, span.first_key + key), 1, x.row_stride, size};
 }
 
-// The softmax of a row: weights are 2^((score - shift) c) / sum.
+// The softmax of a row: weights are 2^((score - shift) c) / sum, with c = scale log2(e).
 struct RowStats {
   float shift, sum;
 };
@@ -128,13 +131,13 @@ MINIRL_INLINE void store_scaled(const float* sums, int64_t n, float factor, Out*
 
 template <class T>
 MINIRL_INLINE void forward(const T*, const Attention& args, int64_t begin, int64_t end) {
-  const int64_t most_of_them = most_rows(args), width = args.value_size;
+  const int64_t max_rows = most_rows(args), width = args.value_size;
   const float c = args.scale * kLog2E;
-  const Tile<T> tile = tile_for<T>(args, most_of_them);
-  QueryRows<T> q = query_rows_for<T>(most_of_them), out = query_rows_for<T>(most_of_them);
-  float* const sums = (float*)allocate(most_of_them * width);
-  RowStats* const stats = (RowStats*)allocate(2 * most_of_them);
-  uint32_t* const words = (uint32_t*)allocate(scratch_words<T>(most(tile.stride, width)));
+  const Tile<T> tile = tile_for<T>(args, max_rows);
+  QueryRows<T> q = query_rows_for<T>(max_rows), out = query_rows_for<T>(max_rows);
+  float* const sums = (float*)allocate(max_rows * width);
+  RowStats* const stats = (RowStats*)allocate(2 * max_rows);
+  uint32_t* const scratch = (uint32_t*)allocate(scratch_words<T>(most(tile.stride, width)));
   for (int64_t index = begin; index < end; ++index) {
     const AttentionPiece& piece = args.pieces[index];
     const Span& span = args.spans[piece.span];
@@ -146,7 +149,7 @@ MINIRL_INLINE void forward(const T*, const Attention& args, int64_t begin, int64
       const int64_t columns = least(rows.seen() - key, kKeyBlock);
       multiply_block<T>({q.by_row(), keys_as_columns<T>(args.k, span, piece.head, key), tile.scores, tile.stride,
                          rows.count, columns, args.key_size, false},
-                        words);
+                        scratch);
       for (int64_t r = 0; r < rows.count; ++r) {
         const float factor =
             weigh(tile.scores + r * tile.stride, rows.seen_by(r, key, columns), columns, c, stats[r], tile.weights(r));
@@ -154,7 +157,7 @@ MINIRL_INLINE void forward(const T*, const Attention& args, int64_t begin, int64
       }
       multiply_block<T>({tile.by_row(), keys_as_terms<T>(args.v, span, piece.head, key, width), sums, width, rows.count,
                          width, columns, key > 0},
-                        words);
+                        scratch);
     }
     for (int64_t r = 0; r < rows.count; ++r) {
       if (stats[r].sum == 0.f)  // the row sees no key
@@ -165,7 +168,7 @@ MINIRL_INLINE void forward(const T*, const Attention& args, int64_t begin, int64
       if (args.stats) args.stats_of(span, piece.head, rows.first, r)[1] = stats[r].sum;
     }
   }
-  free(words);
+  free(scratch);
   free(stats);
   free(sums);
   free(out.offsets);
@@ -174,30 +177,30 @@ MINIRL_INLINE void forward(const T*, const Attention& args, int64_t begin, int64
 }
 
 // out . d out of each row of a block, by the matmul. Where one key has all the weight of a row, this equals the product
-// of d out and the key's value to the last bit. So the row's slope is exactly 0, not a difference of two orders of a
-// sum.
+// of d out and the key's value to the last bit. So the gradient of that score is exactly 0, not a
+// difference of two roundings.
 template <class T>
 MINIRL_INLINE void inner_products(const QueryRows<T>& a, const QueryRows<T>& b, int64_t rows, int64_t size, float* out,
-                                  uint32_t* words) {
+                                  uint32_t* scratch) {
   constexpr int64_t kSide = 16;
   float square[kSide * kSide];
   for (int64_t r = 0; r < rows; r += kSide) {
     const int64_t side = least(rows - r, kSide);
-    multiply_block<T>({a.by_row().from(r), b.by_row().from(r), square, kSide, side, side, size, false}, words);
+    multiply_block<T>({a.by_row().from(r), b.by_row().from(r), square, kSide, side, side, size, false}, scratch);
     for (int64_t i = 0; i < side; ++i) out[r + i] = square[i * kSide + i];
   }
 }
 
-// For a row: weights from the scores, and the gradient of the scores from that of the weights, without the factor
-// `scale`.
+// For a row: the weights from the scores, and the slopes from the gradient of the weights. A slope is the gradient of a
+// score without the factor `scale`; delta is out . d out of the row.
 template <class T>
-MINIRL_INLINE void slopes(const float* scores, const float* by_weights, int64_t seen, int64_t columns, float c,
-                          RowStats row, float delta, T* weights, T* by_scores) {
+MINIRL_INLINE void slopes(const float* scores, const float* grad_weights, int64_t seen, int64_t columns, float c,
+                          RowStats row, float delta, T* weights, T* row_slopes) {
   const Floats shift = splat(row.shift), cs = splat(c), reciprocal = splat(1.f / row.sum), deltas = splat(delta);
   int64_t j = 0;
   for (; j < seen; j += kLanes) {
     const Floats e = exp2_lanes(bounded_exponent((load_first(scores + j, seen - j) - shift) * cs)), p = e * reciprocal;
-    Floats slope = p * (load(by_weights + j) - deltas);
+    Floats slope = p * (load(grad_weights + j) - deltas);
     if (seen - j < kLanes) {  // lanes beyond the last key hold arbitrary values
       float lanes[kLanes];
       store(lanes, slope);
@@ -205,11 +208,11 @@ MINIRL_INLINE void slopes(const float* scores, const float* by_weights, int64_t 
       slope = load(lanes);
     }
     store(weights + j, p);
-    store(by_scores + j, slope);
+    store(row_slopes + j, slope);
   }
   for (; j < columns; j += kLanes) {
     store(weights + j, splat(0.f));
-    store(by_scores + j, splat(0.f));
+    store(row_slopes + j, splat(0.f));
   }
 }
 
@@ -217,17 +220,17 @@ MINIRL_INLINE void slopes(const float* scores, const float* by_weights, int64_t 
 template <class T>
 MINIRL_INLINE void backward(const T*, const AttentionBackward& grads, int64_t begin, int64_t end) {
   const Attention& args = grads.forward;
-  const int64_t most_of_them = most_rows(args), all = args.most_queries * args.group;
+  const int64_t max_rows = most_rows(args), all = args.most_queries * args.group;
   const int64_t size = args.key_size, width = args.value_size;
   const float c = args.scale * kLog2E;
-  const Tile<T> tile = tile_for<T>(args, most_of_them), slope_tile = tile_for<T>(args, most_of_them);
-  QueryRows<T> q = query_rows_for<T>(most_of_them), out = query_rows_for<T>(most_of_them),
-               grad_out = query_rows_for<T>(most_of_them);
+  const Tile<T> tile = tile_for<T>(args, max_rows), slope_tile = tile_for<T>(args, max_rows);
+  QueryRows<T> q = query_rows_for<T>(max_rows), out = query_rows_for<T>(max_rows),
+               grad_out = query_rows_for<T>(max_rows);
   float* const deltas = (float*)allocate(all);
   float* const query_sums = (float*)allocate(grads.grad_q.data ? all * size : 0);
   float *const key_sums = (float*)allocate(tile.stride * size), *const value_sums =
                                                                     (float*)allocate(tile.stride * width);
-  uint32_t* const words = (uint32_t*)allocate(scratch_words<T>(most(most(tile.stride, 16), most(size, width))));
+  uint32_t* const scratch = (uint32_t*)allocate(scratch_words<T>(most(most(tile.stride, 16), most(size, width))));
   for (int64_t index = begin; index < end; ++index) {
     const AttentionPiece& piece = args.pieces[index];
     const Span& span = args.spans[piece.span];
@@ -235,7 +238,7 @@ MINIRL_INLINE void backward(const T*, const AttentionBackward& grads, int64_t be
       const Rows rows = rows_of(args, span, first);
       out.move_to(args.out, span, piece.head, rows);
       grad_out.move_to(grads.grad_out, span, piece.head, rows);
-      inner_products(grad_out, out, rows.count, width, deltas + first * args.group, words);
+      inner_products(grad_out, out, rows.count, width, deltas + first * args.group, scratch);
     }
     if (grads.grad_q.data) memset(query_sums, 0, span.queries * args.group * size * sizeof(float));
     for (int64_t key = 0; key < span.keys; key += kKeyBlock) {
@@ -250,10 +253,10 @@ MINIRL_INLINE void backward(const T*, const AttentionBackward& grads, int64_t be
         grad_out.move_to(grads.grad_out, span, piece.head, rows);
         multiply_block<T>({q.by_row(), keys_as_columns<T>(args.k, span, piece.head, key), tile.scores, tile.stride,
                            rows.count, columns, size, false},
-                          words);
+                          scratch);
         multiply_block<T>({grad_out.by_row(), keys_as_columns<T>(args.v, span, piece.head, key), slope_tile.scores,
                            tile.stride, rows.count, columns, width, false},
-                          words);
+                          scratch);
         for (int64_t r = 0; r < rows.count; ++r) {
           const float* const stats = args.stats_of(span, piece.head, first, r);
           slopes(tile.scores + r * tile.stride, slope_tile.scores + r * tile.stride, rows.seen_by(r, key, columns),
@@ -262,14 +265,14 @@ MINIRL_INLINE void backward(const T*, const AttentionBackward& grads, int64_t be
         }
         if (grads.grad_v.data)
           multiply_block<T>(
-              {tile.by_key(), grad_out.by_column(width), value_sums, width, columns, width, rows.count, true}, words);
+              {tile.by_key(), grad_out.by_column(width), value_sums, width, columns, width, rows.count, true}, scratch);
         if (grads.grad_k.data)
           multiply_block<T>({slope_tile.by_key(), q.by_column(size), key_sums, size, columns, size, rows.count, true},
-                            words);
+                            scratch);
         if (grads.grad_q.data)
           multiply_block<T>({slope_tile.by_row(), keys_as_terms<T>(args.k, span, piece.head, key, size),
                              query_sums + first * args.group * size, size, rows.count, size, columns, true},
-                            words);
+                            scratch);
       }
       for (int64_t j = 0; j < keys; ++j) {
         const int64_t row = span.first_key + key + j;
@@ -284,7 +287,7 @@ MINIRL_INLINE void backward(const T*, const AttentionBackward& grads, int64_t be
           query_sums + r * size, size, args.scale,
           at<T>(grads.grad_q, span, piece.head * args.group + r % args.group, span.first_query + r / args.group));
   }
-  free(words);
+  free(scratch);
   free(value_sums);
   free(key_sums);
   free(query_sums);
