@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton_cases
-from policy_batches import random_batch
+from policy_batches import TOKEN_LEVEL, random_batch
 
 from minirl_kernels import (
     Correction,
@@ -140,7 +139,7 @@ def check_fused(batch, config, backend):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU")
-@pytest.mark.parametrize("preset", triton_cases.TOKEN_LEVEL)
+@pytest.mark.parametrize("preset", TOKEN_LEVEL)
 def test_a_masked_token_is_zero_in_triton(preset):
     """A masked token has d = exp(-inf) in the kernel's single sweep."""
     batch = random_batch(LENGTHS, vocab_size=33)
