@@ -35,12 +35,12 @@ class PolicyLossInputs:
     layout: maps tokens to responses, for padded [B, L] or packed [T].
     mask: True where a token is in the loss.
     lengths: for each token, the number of tokens of its response that are in the loss; at least 1.
-    weights: the factor of each token's own loss in the loss; 0 outside the mask.
+    weights: the loss is the sum of weight * token loss over the tokens; 0 outside the mask.
     advantages: the advantage of each token.
     old_log_probs, rollout_log_probs, ref_log_probs: log pi_old, log mu_old and log pi_ref in nats, or None.
     config: the objective and its options.
-    raises: a NaN or an infinity inside the mask raises ValueError, which waits for the device. Otherwise it makes the
-        advantage of its token NaN.
+    raises: True: a NaN or an infinity inside the mask raises ValueError, and the host waits for the device. False: a
+        NaN or an infinity makes the advantage of its token NaN.
     """
 
     layout: Padded | Packed
@@ -144,7 +144,10 @@ class PolicyLossInputs:
     def for_call(
         self, shape: torch.Size, device: torch.device, ignored: Tensor | None, raises: bool
     ) -> PolicyLossInputs:
-        """These inputs for one call: checks its shape and device, and takes the `ignored` tokens out of the loss."""
+        """These inputs for one call: checks its shape and device, and takes the `ignored` tokens out of the loss.
+
+        The other tokens keep their weights, since the counts of the mini-batch were taken by `prepare`.
+        """
         if self.layout.shape != shape:
             raise ValueError(
                 f"inputs has the shape {tuple(self.layout.shape)}: it must be {tuple(shape)}, the shape of the tokens"
@@ -187,8 +190,9 @@ def prepare_inputs(
 ) -> PolicyLossInputs:
     """Check the arguments that all policy losses share, and bring them to one shape.
 
-    inputs: the PolicyLossInputs of the caller, or None. It replaces the other arguments.
-    raises: the same as in PolicyLossInputs. ignored: bool, tokens that are not in the loss, even if loss_mask is 1.
+    inputs: the PolicyLossInputs of the caller, or None. It replaces all but shape, device, ignored and raises.
+    raises: the same as in PolicyLossInputs.
+    ignored: bool, True for tokens that are not in the loss, even if loss_mask is 1.
     """
     if inputs is not None:
         return inputs.for_call(shape, device, ignored, raises)
@@ -229,7 +233,7 @@ def prepare_inputs(
     if raises:
         per_token |= {name: check_finite(name, values, mask, layout.offsets) for name, values in given.items()}
     else:
-        # the advantage, because every objective passes its NaN on; a NaN in a ratio can vanish in a comparison
+        # every objective passes on the NaN of an advantage; the NaN of a ratio can vanish in a comparison
         bad = mask & ~torch.stack([values.isfinite() for values in given.values()]).all(0)
         per_token["advantages"] = torch.where(bad, torch.nan, per_token["advantages"])
     return PolicyLossInputs(

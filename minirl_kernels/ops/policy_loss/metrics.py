@@ -45,7 +45,7 @@ class PolicyLossMetrics:
         docs/metrics.md lists the names and their meaning.
         """
         sums = self.sums.tolist()
-        counts = dict(zip(COUNTS, sums, strict=False))
+        counts = dict(zip(COUNTS, sums, strict=False))  # the sums begin with the counts
         totals = dict(zip(SUMS, sums[len(COUNTS) :], strict=True))
         maxima = dict(zip(MAXIMA, self.maxima.tolist(), strict=True))
         out = {}
@@ -63,7 +63,7 @@ def collect_metrics(
 ) -> PolicyLossMetrics:
     """The metrics of one call: float64 sums over the tokens of the mask, in an order that threads do not change.
 
-    overflows: bool, True where a token's loss or c_t is NaN.
+    overflows: bool, True where a token's loss, or its derivative by the log-probability, is NaN.
     """
     mask, layout = inputs.mask, inputs.layout
     given = {
@@ -72,19 +72,19 @@ def collect_metrics(
         "ref": inputs.ref_log_probs is not None,
         "rollout": inputs.rollout_log_probs is not None,
     }
-    none = torch.zeros_like(mask)
-    known = {name: mask if is_given else none for name, is_given in given.items()}
+    no_token = torch.zeros_like(mask)
+    known = {name: mask if is_given else no_token for name, is_given in given.items()}
     seen = _observed(log_probs, entropy, overflows, known, inputs)
     ones = torch.ones_like(mask, dtype=torch.float64)
     # for each sum over tokens: its values, and the tokens that it is over
     per_token = {count: (ones, known[count.over]) for count in COUNTS if count.per == "token"}
-    per_token |= {one: (one.value(seen), known[one.count.over]) for one in SUMS if one.count.per == "token"}
+    per_token |= {entry: (entry.value(seen), known[entry.count.over]) for entry in SUMS if entry.count.per == "token"}
     table = torch.stack([torch.where(over, values.double(), 0.0) for values, over in per_token.values()])
     sums = dict(zip(per_token, ordered_sum(layout.response_sum(table)).unbind(), strict=True))
     for count in COUNTS:
         if count.per == "response":
             sums[count] = ones.new_full((), layout.num_responses * given[count.over])
-    sums |= {one: ordered_sum(one.value(seen)) for one in SUMS if one.count.per == "response"}
+    sums |= {entry: ordered_sum(entry.value(seen)) for entry in SUMS if entry.count.per == "response"}
     return PolicyLossMetrics(
         torch.stack([sums[key] for key in (*COUNTS, *SUMS)]), torch.stack([_maximum(value(seen)) for value in MAXIMA])
     )
@@ -97,14 +97,17 @@ def _observed(
     known: dict[str, Tensor],
     inputs: PolicyLossInputs,
 ) -> Observed:
-    """known: for each choice of Count.over, the tokens of the mask, or no token if its tensor was not given."""
+    """The values that the metrics sum.
+
+    known: for each choice of Count.over, the tokens of the mask, or no token if its tensor was not given.
+    """
     zero, layout = log_probs.new_zeros(()), inputs.layout
     old = log_probs if inputs.old_log_probs is None else inputs.old_log_probs
     rollout = zero if inputs.rollout_log_probs is None else inputs.rollout_log_probs
     ref = zero if inputs.ref_log_probs is None else inputs.ref_log_probs
 
-    def log_ratio(over, above, below):
-        return torch.where(known[over], above.double() - below.double(), 0.0)
+    def log_ratio(over, numerator, denominator):
+        return torch.where(known[over], numerator.double() - denominator.double(), 0.0)
 
     log_w = log_ratio("rollout", log_probs, rollout)
     clip_high, clip_low, truncated = _bounds_met(log_probs, inputs)
@@ -123,14 +126,18 @@ def _observed(
 
 
 def _bounds_met(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(upper, lower, truncated): where a bound on r changes the gradient, and where a bound changes the weight."""
+    """(clip_high, clip_low, truncated) of Observed.
+
+    clip_high, clip_low: where the upper or the lower bound on r changes the gradient.
+    truncated: where rollout_is_threshold or a bound of a Correction changes the weight.
+    """
     config, token = inputs.config, token_ratios(log_probs, inputs)
-    above, below = config.policy_objective.bounds_met(token)
+    clip_high, clip_low = config.policy_objective.bounds_met(token)
     truncated = (token.log_w if config.weighs_by_w else token.log_d).exp() > token.threshold
     if isinstance(config.rollout_is, Correction):
         old = log_probs if inputs.old_log_probs is None else inputs.old_log_probs
         truncated = truncated | changed_tokens(old, config.rollout_is, inputs)
-    return above, below, truncated
+    return clip_high, clip_low, truncated
 
 
 def _maximum(values: Tensor) -> Tensor:
