@@ -132,12 +132,12 @@ def fused_policy_loss(
     if kept is not None and in_place:
         kept_logits_in_place(source, *sets, backend)
     elif kept is not None:
-        source, in_place = kept_logits(source, *sets, backend), True
+        source, in_place = kept_logits(source, *sets, backend), True  # a copy, which the gradient may overwrite
     rows = LogitRows(source, token_ids, temperature.contiguous())
     if not needs_gradient:
         log_probs, entropy, *_ = token_logprobs_forward(*rows, True, backend)
         return loss_of_log_probs(log_probs, entropy, inputs)
-    # in one sweep on a GPU, rows are already overwritten when the loss of another row overflows
+    # a GPU finds an overflow after the sweep, which has already overwritten the logits; two phases find it before
     would_raise_too_late = check and overwrite_logits and backend == "triton"
     sweep = _one_sweep if takes_one_sweep(inputs) and not would_raise_too_late else _two_phases
     with torch.no_grad():
@@ -147,9 +147,9 @@ def fused_policy_loss(
 
 
 def takes_one_sweep(inputs: PolicyLossInputs) -> bool:
-    """Whether the kernels can compute a token's loss from its row alone. Otherwise the call takes two phases."""
+    """Whether the kernels can compute a token's loss from its row and `inputs`. Otherwise the call takes two phases."""
     config = inputs.config
-    # a correction other than d_t may depend on the whole response, so d must be known before the sweep
+    # without old_log_probs, d comes from the row: the kernels compute it for one token, but apply no other correction
     d_is_known = config.rollout_is in ("token", None) or inputs.old_log_probs is not None
     return has_kernel(config.policy_objective) and d_is_known
 
@@ -192,6 +192,7 @@ def _forward_in_place(logits, offsets, *arguments):
 
 
 def _check_before_overwriting(rows: LogitRows, loss: LossRows, offsets: Tensor, backend: str) -> None:
+    """Raise ValueError for a loss that overflows, while the logits are still unchanged."""
     log_probs, _, token_loss, token_grad = _kernels(backend).forward_backward(
         rows, loss, rows.logits, only_overflow=True
     )

@@ -1,8 +1,11 @@
-"""A linear head in tiles of rows, on any backend: from hidden states to the gradients of both operands.
+"""A linear head in tiles of rows, on any backend: the log-probabilities, and the gradients of hidden, weight and bias.
 
-A tile holds the float32 logits of some hundreds or thousands of rows. A matmul fills it. One sweep overwrites the
-logits with their gradient (16-bit gradients fill the first half of each row). Two matmuls add the tile to the gradients
-of the operands.
+A tile holds the float32 logits of some hundreds or thousands of rows. A matmul fills it. The forward reduces each row.
+The backward fills the tile again and overwrites the logits with their gradient. A 16-bit gradient fills the first half
+of each row. Two more matmuls make the gradients of hidden and weight from the tile.
+
+The epilogue is the bias and the softcap. The CPU applies it to the tile. On a GPU the tile holds the logits before the
+epilogue, and the kernels apply it as they read a row.
 
 `kernels` is the module of a backend (cpu.py or triton.py). It has rows_per_tile, logits_into, keep_, matmul_into, and
 forward_of_tile and backward_of_tile, which are token_logprobs on the rows of a tile.
@@ -24,9 +27,9 @@ from .head import HeadRows, Needs
 
 
 def rows_that_count(is_counted: Tensor) -> Tensor | slice:
-    """The index of the rows that count, or a slice if all rows count.
+    """The index of the rows where is_counted is True, or a slice of all rows if it is True everywhere.
 
-    The host waits for the device here, for the number of rows, and nowhere else in a call.
+    The host waits for the device here, for the number of these rows, and nowhere else in a call.
     """
     index = is_counted.nonzero().squeeze(-1)
     return slice(None) if len(index) == len(is_counted) else index
@@ -41,7 +44,8 @@ def kept_at(head: HeadRows, index: Tensor | slice) -> KeptRows | None:
 def logit_tiles(kernels: ModuleType, head: HeadRows, kept: KeptRows | None = None) -> Iterator[tuple[slice, LogitRows]]:
     """(rows, the LogitRows of these rows) of each tile. All tiles use the same memory, [rows, V] float32.
 
-    The logit of a token that was not kept is -inf. Before a softcap it is NOT_KEPT, which the kernels read as -inf.
+    The logit of a token that was not kept is -inf. If a kernel has yet to apply a softcap, the logit is NOT_KEPT, and
+    the kernel reads it as -inf after the softcap.
     """
     num_rows, vocab_size = head.hidden.shape[0], head.weight.shape[0]
     size = kernels.rows_per_tile(num_rows, head.weight)
@@ -58,12 +62,12 @@ def logit_tiles(kernels: ModuleType, head: HeadRows, kept: KeptRows | None = Non
 
 
 def gradient_in_place(tile: Tensor, dtype: torch.dtype) -> Tensor:
-    """The memory of a tile of logits as rows of `dtype` for the gradient. Each row begins at the same address."""
+    """The memory of a tile of logits as rows of `dtype` for the gradient. A row begins at the address of its logits."""
     return tile if dtype == torch.float32 else tile.view(dtype)[:, : tile.shape[1]]
 
 
 class Gradients:
-    """d hidden, d weight and d bias, made from tiles of d logits. Gradients that are not needed cost nothing.
+    """d hidden, d weight and d bias, made from tiles of d logits. Gradients that are not needed are not computed.
 
     d weight and d bias are summed over tokens in float32, in the order of the tiles. They are the only results that
     depend on the size of the tiles.
@@ -80,7 +84,7 @@ class Gradients:
         self._started = False
 
     def add(self, rows: slice | Tensor, grad_tile: Tensor) -> None:
-        """grad_tile: [n, V], the dtype of the operands: d logits of these n rows of hidden."""
+        """Add a tile. grad_tile: d logits of these n rows of hidden, [n, V], in the dtype of hidden and weight."""
         hidden, weight = self._operands
         if not grad_tile.shape[0]:
             return
