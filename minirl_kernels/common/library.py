@@ -24,6 +24,7 @@ def register(schema: str, implementation: Callable, fake: Callable, *, waits: bo
     waits: whether the host waits for the device in the op, which keeps the op out of CUDA graphs.
     """
     name = schema.partition("(")[0]
+    # compiled code must pass arguments with the strides of eager mode, because kernels read the strides
     tags = (torch.Tag.needs_exact_strides, *([torch.Tag.cudagraph_unsafe] if waits else []))
     _LIBRARY.define(schema, tags=tags)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
@@ -62,7 +63,7 @@ class Op:
         module = self._modules.get(backend)
         if module is None:
             if backend == "reference" or backend not in self.backends:
-                names = ", ".join(self.backends[1:])
+                names = ", ".join(self.backends[1:])  # "reference" is the first
                 raise ValueError(f"backend is {backend!r}: the kernels of {self.name} must be of one of {names}")
             module = self._modules[backend] = importlib.import_module(f".{backend}", self._package)
         return module

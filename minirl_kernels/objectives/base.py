@@ -15,15 +15,16 @@ Weighting = Literal["d", "d in loss", "w in loss"]
 
 @dataclass(frozen=True)
 class TokenRatios:
-    """The log-ratios of each token: float64 tensors of one shape, [B, L] or [T]; 0 where a token is masked.
+    """The log-ratios of each token: float64 tensors of one shape, [B, L] or [T].
 
-    r = pi_theta / pi_old, d = pi_old / mu_old, w = pi_theta / mu_old. If a level is not "token", every token of a
-    response has the log-ratio of the response.
+    r = pi_theta / pi_old, d = pi_old / mu_old, w = r d. The level of r is the level of the objective. The weight of a
+    Correction replaces d: it has a level of its own, and log_d is -inf where it masks a token. At a level other than
+    "token", every token of a response has the log-ratio of the response. Tokens outside the loss mask count as 0.
 
-    log_prob: log pi_theta in nats.
+    log_prob: log pi_theta of the token, in nats.
     log_r, log_w, log_d: logarithms of r, w and d.
     advantages: float32, of the same shape.
-    threshold: upper bound of the weight d or w.
+    threshold: upper bound of d and of w, of which an objective uses one.
     """
 
     log_prob: Tensor
@@ -60,8 +61,8 @@ class Objective:
 
     level: the level of r. "token": r of each token. "sequence": the product over the response. "sequence_mean": the
         geometric mean over the response. At the last two levels a token's gradient depends on its whole response.
-    weighting: how the train-inference correction enters. "d": `loss` does not use d, and both results of `loss` are
-        multiplied by d. "d in loss": `loss` uses d. "w in loss": `loss` uses w.
+    weighting: how the train-inference correction enters. "d": `loss` does not use d, and the caller multiplies both
+        results of `loss` by d. "d in loss": `loss` uses d. "w in loss": `loss` uses w.
     preset: the fields of PolicyLossConfig that `PolicyLossConfig.preset` sets for this objective.
     """
 
@@ -72,9 +73,10 @@ class Objective:
     def loss(self, token: TokenRatios) -> tuple[Tensor, Tensor]:
         """(loss, d loss / d log_prob) of every token before aggregation. The loss is minus the objective.
 
-        At level "sequence" the loss is the loss of the response, and the caller divides it by the number of tokens.
-        At level "sequence_mean" every token has the whole loss, as in GSPO's token form. If the advantage is 0, both
-        results must be 0, even if a ratio is infinite (use `times`). A NaN must stay NaN.
+        At level "sequence" the loss of a token is the loss of its response, and the caller divides it, but not the
+        derivative, by the number of tokens. At level "sequence_mean" the caller does not divide, as in GSPO's token
+        form. If the advantage is 0, both results must be 0, even if a ratio is infinite (use `times`). A NaN must stay
+        NaN.
         """
         raise NotImplementedError(f"{type(self).__name__} has no method loss: an objective must have one")
 
@@ -104,6 +106,9 @@ def times(weight: Tensor, factor: Tensor) -> Tensor:
 
 
 def masked_gradient(token: TokenRatios, stopped: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss, d loss / d log_prob) of the objective sg[M w] A log pi, with M = 0 where `stopped`, else 1."""
+    """(loss, d loss / d log_prob) of the objective sg[M w] A log pi, with M = 0 where `stopped`, else 1.
+
+    sg stops the gradient: the derivative treats M w as a constant.
+    """
     grad = times(-token.w, token.advantages.masked_fill(stopped, 0.0))
     return times(token.log_prob, grad), grad
