@@ -1,4 +1,8 @@
-"""Registers the library's kernels for aten operations in torch's dispatcher, and removes them again."""
+"""Registers the library's kernels for aten operations in torch's dispatcher, and removes them again.
+
+`ours` is a function of this library, and `stock` is the kernel of torch that it overrides. `ours` returns
+NotImplemented for a call that it does not compute, and then the stock kernel runs.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,8 @@ _library: Any = None  # a torch.library.Library while the overrides are installe
 
 
 class _Calls(threading.local):
+    """The number of overridden calls of a thread, and the operation of the last one."""
+
     count = 0
     last = ""
 
@@ -27,7 +33,10 @@ _calls = _Calls()
 
 
 def calls(name: str) -> int:
-    """Number of overridden calls of this thread so far, if the last one was `name`, such as "aten::mm"; otherwise 0."""
+    """Number of overridden calls of this thread so far, if the last one was `name`, such as "aten::mm"; otherwise 0.
+
+    The number rises over a call of operation `name` if, and only if, an override computed the call.
+    """
     return _calls.count if _calls.last == name else 0
 
 
@@ -44,35 +53,39 @@ def install(is_wanted: Callable[[], bool]) -> None:
 
 
 def uninstall() -> None:
+    """Remove the overrides of all threads."""
     global _library
     _library._destroy()
     _library = None
 
 
 def _override(name: str, key: str, ours: Callable[..., Tensor], is_wanted: Callable[[], bool]) -> None:
-    call_stock = torch.library.get_kernel(f"aten::{name}", key).call_boxed
+    stock = torch.library.get_kernel(f"aten::{name}", key).call_boxed
     base, _, overload = name.partition(".")
     full_name = f"aten::{base}"
+    # these overloads write into an argument: the first one ("addmm_"), or a keyword argument ("mm.out")
     if base.endswith("_") or overload.endswith(("out", "grad_input")):
-        given = "grad_input" if overload == "grad_input" else "out" if overload else None
-        writes = partial(_written, ours, base.removesuffix("_") in OPERATORS, None if base.endswith("_") else given)
+        target_name = "grad_input" if overload == "grad_input" else "out" if overload else None
+        takes_out = base.removesuffix("_") in OPERATORS
+        writes = partial(_write_result, ours, takes_out, None if base.endswith("_") else target_name)
     else:
         writes = None
 
     def kernel(keys, *args, **kwargs):
         if is_wanted() and args[0].dtype in FLOAT_DTYPES:
-            out = ours(*args, **kwargs) if writes is None else writes(partial(call_stock, keys), *args, **kwargs)
+            out = ours(*args, **kwargs) if writes is None else writes(partial(stock, keys), *args, **kwargs)
             if out is not NotImplemented:
                 _calls.count += 1
                 _calls.last = full_name
                 return out
-        return call_stock(keys, *args, **kwargs)
+        return stock(keys, *args, **kwargs)
 
     _library.impl(name, kernel, key, with_keyset=True)
 
 
 def _override_linear(is_wanted: Callable[[], bool]) -> None:
-    call_stock = torch.library.get_kernel("aten::linear", "CPU").call_boxed  # the same kernel on all devices
+    """Override linear with a bias unless x has two dimensions. With two, torch calls addmm, which is overridden."""
+    stock = torch.library.get_kernel("aten::linear", "CPU").call_boxed  # the same kernel on all devices
 
     def kernel(keys, x, weight, bias=None):
         if bias is not None and x.dim() != 2 and is_wanted() and x.dtype in FLOAT_DTYPES:
@@ -81,20 +94,24 @@ def _override_linear(is_wanted: Callable[[], bool]) -> None:
                 _calls.count += 1
                 _calls.last = "aten::linear"
                 return out
-        return call_stock(keys, x, weight, bias)
+        return stock(keys, x, weight, bias)
 
     _library.impl("linear", kernel, "CompositeImplicitAutograd", with_keyset=True)
 
 
-def _written(ours: Callable, is_product: bool, given: str | None, stock: Callable, *args, **kwargs) -> Tensor:
-    """Write the result of `ours` into the argument `given`, or into the first argument if `given` is None."""
-    target = args[0] if given is None else kwargs[given]
-    others = args[1:] if given is None else args
-    own = {name: value for name, value in kwargs.items() if name != given}
+def _write_result(ours: Callable, takes_out: bool, target_name: str | None, stock: Callable, *args, **kwargs) -> Tensor:
+    """Write the result of `ours` into the target, and return the target.
+
+    takes_out: whether `ours` has an argument `out`, and can write into the target itself.
+    target_name: the keyword argument that is the target. None: the first argument is.
+    """
+    target = args[0] if target_name is None else kwargs[target_name]
+    others = args[1:] if target_name is None else args
+    own = {name: value for name, value in kwargs.items() if name != target_name}
     if not _elements_apart(target):
         return NotImplemented  # torch writes overlapping elements in its own order, or raises
     shares = any(isinstance(x, Tensor) and _share_memory(x, target) for x in others)
-    if is_product and not shares:
+    if takes_out and not shares:
         result = ours(*args, **own, out=target)
         if result is not NotImplemented:
             return result
@@ -107,7 +124,7 @@ def _written(ours: Callable, is_product: bool, given: str | None, stock: Callabl
 
 
 def _elements_apart(x: Tensor) -> bool:
-    """Whether no two elements share memory, judged by the sorted strides."""
+    """Whether the strides make sure that no two elements share memory. False for some layouts without overlap too."""
     if x.is_contiguous():
         return True
     extent = 1
