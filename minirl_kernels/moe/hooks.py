@@ -6,7 +6,8 @@ Code that torch.compile made before the hooks does not call them. So compiled fu
 and a forward whose routers did not run raises an error.
 
 Gradient checkpointing runs a part of the forward again inside the backward (a recompute). Autograd numbers the nodes of
-a graph in the order in which they are made. These numbers show to which forward a recompute belongs.
+a graph in the order in which they are made. A recompute runs inside a node of its forward. If the node's number is
+between the first and the last number of a context, the forward ran inside this context.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Context(Protocol):
 
 @contextmanager
 def hooked(name: str, model: nn.Module, found: list[Router], context: Context) -> Iterator[None]:
-    """Inside the block, `context` routes the tokens of all routers in `found`.
+    """Inside the block, `context` chooses the experts of all routers in `found`, which are the routers of `model`.
 
     name: the public function's name, for messages. Raises RuntimeError for the cases listed in record_routing.
     """
@@ -59,19 +60,22 @@ def hooked(name: str, model: nn.Module, found: list[Router], context: Context) -
 
 
 class _Running(NamedTuple):
-    """A forward of a module that contains routers and has not returned yet."""
+    """A forward, not yet returned, of a router or of a module that contains routers."""
 
-    runs_before: list[int]
-    keeps_graph: bool
+    runs_before: list[int]  # _Hooks._runs when the forward began
+    keeps_graph: bool  # whether a backward may follow, which may recompute the forward
 
 
 class _Hooks:
+    """The hooks of one context. They choose the experts, and raise an error where a router would choose others."""
+
     def __init__(self, name: str, model: nn.Module, found: list[Router], context: Context):
         self._name, self._routers, self._context = name, found, context
-        self._runs = [0] * len(found)
+        self._runs = [0] * len(found)  # per router: forwards and recomputes so far
         self._pending = [0] * len(found)  # per router: forwards that checkpointing may still recompute
         self._running: dict[str, _Running] = {}  # by module path
-        self._in_another_thread = False
+        self._in_another_thread = False  # whether a module ran in a thread outside the context
+        # numbers of the next autograd node when the context begins and when it ends
         self._start, self._end = torch.autograd._get_sequence_nr(), None
         self._handles = [
             [module.register_forward_hook(partial(self._after, index)) for module in router.modules]
@@ -88,6 +92,7 @@ class _Hooks:
         ]
 
     def refuse_nesting(self, name: str, found: list[Router]) -> None:
+        """Raise RuntimeError if this context holds one of the routers `found`, which `name` would hook."""
         mine = {module for router in self._routers for module in router.modules}
         for router in found:
             if not mine.isdisjoint(router.modules):
@@ -116,8 +121,8 @@ class _Hooks:
         elif self._in_another_thread:
             raise RuntimeError(f"{self._name}: the model ran in another thread only: enter it in that thread")
 
-    def _check_all_ran(self, inner, before: list[int]) -> None:
-        for index in inner:
+    def _check_all_ran(self, indices, before: list[int]) -> None:
+        for index in indices:
             if self._runs[index] == before[index]:
                 raise RuntimeError(
                     f"{self._name}: the forward left out {self._routers[index].name}: every router must be called as a "
@@ -134,15 +139,18 @@ class _Hooks:
             self._check_all_ran(inner, self._running.pop(path).runs_before)
 
     def _outermost(self, router: Router) -> _Running:
+        """The outermost running forward that contains the router."""
         return next(self._running[path] for path in _paths(router) if path in self._running)
 
     def _is_active(self) -> bool:
+        """Whether this thread is inside the context. If not, this is noted, for the error of `end`."""
         if any(one is self for one in _thread_contexts()):
             return True
         self._in_another_thread = True
         return False
 
     def _after(self, index: int, module: nn.Module, inputs: tuple, output):
+        """The forward hook of router `index`. Returns the output with the context's experts; None keeps the output."""
         router = self._routers[index]
         if torch.compiler.is_compiling():
             if self._end is None:
@@ -203,7 +211,10 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _node_in_backward() -> int | None:
-    """Sequence number of the autograd node that is running: -1 between two nodes, None outside a backward."""
+    """Sequence number of the autograd node that is running: None outside a backward.
+
+    Between two nodes of a backward it is -1, which is before every context.
+    """
     if torch._C._current_graph_task_id() == -1:
         return None
     node = torch._C._current_autograd_node()
