@@ -1,7 +1,7 @@
 // The softmax of one row of logits by two passes over the row: its sums, then its gradient.
 //
-// With c = log2(e) / temperature and y_j = (x_j - shift) c, probabilities are p_j = 2^y_j / sum. The shift is the
-// maximum. It is subtracted before the scaling, so that a row far from 0 loses no digits.
+// With c = log2(e) / temperature and y_j = (x_j - shift) c, probabilities are p_j = 2^y_j / (sum of 2^y). The shift is
+// the maximum. It is subtracted before the scaling, so that a row far from 0 loses no digits.
 #pragma once
 #include "cpu/lanes.h"
 
@@ -11,7 +11,7 @@ constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
 constexpr int64_t kUnroll = 4;  // independent sums hide the latency of the additions
 constexpr int64_t kStep = kUnroll * kLanes;
-constexpr int64_t kTile = 16 * kStep;  // read twice, so it must fit in the first-level cache
+constexpr int64_t kTile = 16 * kStep;  // read twice, by tile_max and tile_sums: it must fit in the first-level cache
 
 struct RowSums {
   float shift;     // -inf where every logit is -inf
@@ -19,8 +19,8 @@ struct RowSums {
   float weighted;  // sum of 2^y y
 };
 
-// Two sinks for the 2^y of the sums: one forgets them, the other keeps them, so that the gradient needs no second
-// exponential.
+// A sink receives the 2^y while they are summed. One sink forgets them. The other keeps them, so that the gradient
+// needs no second exponential.
 struct ForgetExponentials {
   void put(int64_t, Floats) {}
   void put_part(int64_t, Floats, int64_t) {}
@@ -81,6 +81,7 @@ MINIRL_INLINE float tile_max(const T* x, int64_t n) {
 // Adjusts the sums to a larger shift, which lowers every y so far by the same amount.
 MINIRL_INLINE void move_shift(PartialSums& row, float from, float to, float c) {
   const float fall = (from - to) * c;
+  // the bound, because `from` is -inf before the first finite logit, and 0 * -inf would be NaN
   const Floats factor = splat(exp2_one(fall)), falls = splat(fall > -127.f ? fall : -127.f);
   for (int64_t u = 0; u < kUnroll; ++u) {
     row.weighted[u] = (row.weighted[u] + row.sum[u] * falls) * factor;
@@ -88,6 +89,7 @@ MINIRL_INLINE void move_shift(PartialSums& row, float from, float to, float c) {
   }
 }
 
+// The sums over x[0 .. n), tile by tile. The shift is the maximum so far.
 template <class T, class Sink>
 MINIRL_INLINE RowSums row_sums(const T* x, int64_t n, float c, Sink& sink) {
   PartialSums row;
@@ -110,13 +112,14 @@ MINIRL_INLINE RowSums row_sums(const T* x, int64_t n, float c, Sink& sink) {
   return {shift, sum_lanes(join(row.sum)), sum_lanes(join(row.weighted))};
 }
 
-// d x / d u: 1, or 1 - (x / softcap)^2 for x = softcap tanh(u / softcap); 0 where x was set to -inf afterwards.
+// The slope of a softcap, d x / d u with x = softcap tanh(u / softcap): 1 - (x / softcap)^2, or 1 without a softcap.
+// With a softcap it is 0 where x is -inf, for a token that was not kept.
 struct NoSoftcap {
   Floats slope(Floats) const { return splat(1.f); }
   float slope_one(float) const { return 1.f; }
 };
 struct Softcap {
-  float reciprocal;
+  float reciprocal;  // 1 / softcap
   Floats slope(Floats x) const {
     const Floats t = x * splat(reciprocal);
     return max(splat(0.f), splat(1.f) - t * t);
@@ -153,7 +156,7 @@ MINIRL_INLINE void write_kept_gradient(const KeepExponentials& kept, U* out, int
   }
 }
 
-// The softmax of a row as its token needs it, in natural units.
+// The results of a row for its token, in nats.
 struct TokenStats {
   float log_prob, entropy, log_sum;  // log p_j = (x_j - shift) / temperature - log_sum
 };
@@ -167,7 +170,7 @@ MINIRL_INLINE TokenStats token_stats(RowSums sums, float logit, float temperatur
 // d loss / d logits of a row, from c_t = d loss / d log p(id) and e_t = d loss / d entropy:
 // (c_t (onehot - p) - e_t p (log p + entropy)) / temperature = 2^y (k0 + k1 y), plus c_t / temperature at id.
 struct RowGradient {
-  float k0, k1, at_id;
+  float k0, k1, at_id;  // at_id: the whole gradient at id
 };
 
 MINIRL_INLINE RowGradient row_gradient(TokenStats stats, float shift, float logit, float temperature,
@@ -175,11 +178,12 @@ MINIRL_INLINE RowGradient row_gradient(TokenStats stats, float shift, float logi
   const float c = kLog2E / temperature, scale = (float)exp(-(double)stats.log_sum) / temperature;
   const float k0 = -(log_prob_grad + entropy_grad * (stats.entropy - stats.log_sum)) * scale;
   const float k1 = -entropy_grad * kLn2 * scale;
+  // the bound of bounded_exponent: for a logit of -inf, 0 * -inf would be NaN
   const float y = (logit - shift) * c, bounded = y < -127.f ? -127.f : y;
   return {k0, k1, exp2_one(bounded) * (k0 + k1 * bounded) + log_prob_grad / temperature};
 }
 
-// `out` may be `x`.
+// Writes d loss / d logits of a row. `out` may be `x`. An id of kElsewhere is in another shard of the vocabulary.
 template <class T, class U, class Cap>
 MINIRL_INLINE void write_row(const T* x, U* out, int64_t n, int64_t id, float temperature, float shift,
                              TokenStats stats, float log_prob_grad, float entropy_grad, Cap cap) {

@@ -1,8 +1,11 @@
-"""Triton kernels of moe_experts. A row is a pair of a token and one of its experts; rows are sorted by expert.
+"""Triton kernels of moe_experts, and their launches.
+
+A pair is a token and one of its experts. Pair t * K + k has the k-th expert of token t. A row is the place of a pair
+after a sort of the pairs by expert. Pairs with an expert id out of range come last, as rows of expert E.
 
 All rows of a program have the same expert, so that NaN in the weights of one expert reaches only its own tokens. The
-result of a row is written at the place of its pair: the results of a token are then neighbours, in the order of its
-routing, for the combine kernel.
+combine kernel reads results by pair: the results of a token are neighbours, in the order of its routing. All other
+results are stored by row.
 
 Names: as in common/triton/row_tiles.py; D is the reduced dimension of a product.
 """
@@ -31,8 +34,9 @@ UNALIGNED = ["weights"]
 def rows_of_block(begins, E, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
     """(expert, first row, end of the expert's rows) of this program, by axis 0; no rows if first row >= end.
 
-    The blocks of expert e start at block begins[e] // BLOCK_M + e. An expert has as many blocks as its rows fill, or
-    one more, so that its blocks do not depend on the rows before them.
+    The blocks of expert e are numbered from begins[e] // BLOCK_M + e, which leaves enough numbers for every expert. So
+    an expert has as many blocks as its rows fill, or one more without rows. Its first block begins at its first row, so
+    that the rows of other experts do not change which rows share a block.
     """
     i_block = tl.program_id(0)
     o_e = tl.arange(0, E_BLOCK)
@@ -146,7 +150,7 @@ def experts_product_kernel(
     BLOCK_D: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """y[pair] = matrix[expert] x[row], with a matrix [N, D], or [D, N] if TRANSPOSED.
+    """y[pair] = matrix[expert] x[row], with a matrix [N, D]. If TRANSPOSED, the matrix is [D, N] and is transposed.
 
     y is NaN for an expert id out of range.
     """
@@ -307,9 +311,9 @@ def experts_combine_kernel(
 
 
 class Rows(NamedTuple):
-    """The pairs of a token and one of its experts, as rows that are sorted by expert."""
+    """The rows of a call: the pair of each row, and the rows of each expert."""
 
-    pairs: Tensor  # [T K] int64: token * K + rank of each row; ascending within an expert
+    pairs: Tensor  # [T K] int64: the pair of each row, token * K + k; ascending within an expert
     begins: Tensor  # [E + 2] int64: first row of each expert, first row with an id out of range, number of rows
     top_k: int
 
@@ -318,7 +322,7 @@ class Rows(NamedTuple):
         return len(self.begins) - 2
 
     def blocks(self, config: TileConfig) -> int:
-        """An upper bound of the number of blocks, known to the host without waiting for the device."""
+        """An upper bound of the number of blocks of rows_of_block. The host does not wait for the device."""
         pairs = len(self.pairs)
         return pairs // config.rows + self.num_experts + 1 if pairs else 0
 
@@ -411,10 +415,11 @@ def _launch(kernel, grid, args: tuple, sizes: tuple[int, ...], config: TileConfi
 
 
 def product_config(dtype: torch.dtype) -> TileConfig:
-    """64 rows are the fewest that tensor cores multiply at once on sm_90 and sm_100; in decoding an expert has fewer.
+    """The tile of a kernel with one product.
 
-    Threads and depth leave enough registers where rows allow no 128-bit access and each element takes an address.
-    Float32 operands are multiplied from registers, and need more of them.
+    64 rows are the fewest that tensor cores multiply at once on sm_90 and sm_100. In decoding an expert has fewer rows.
+    With ALIGN = 1 every element takes an address. Threads and depth are such that registers suffice for it.
+    Float32 operands are multiplied from registers, and so their tile is smaller.
     """
     if dtype == torch.float32:
         return TileConfig(rows=64, columns=64, depth=16, threads=256, stages=3)
@@ -428,14 +433,14 @@ def halved_config(dtype: torch.dtype) -> TileConfig:
 
 
 def weight_grad_config(dtype: torch.dtype) -> TileConfig:
-    """Square tiles, because each operand is read again for every tile of the other."""
+    """The tile of the weight gradient: square, because each operand is read again for every tile of the other."""
     if dtype == torch.float32:
         return product_config(dtype)
     return TileConfig(rows=128, columns=128, depth=32, threads=256, stages=_stages())
 
 
 def _stages() -> int:
-    """AMD GPUs have 64 KiB of shared memory, a third of NVIDIA's."""
+    """Stages of the loop over D. AMD GPUs have 64 KiB of shared memory, a third of NVIDIA's, so they get fewer."""
     return 2 if torch.version.hip else 4
 
 
@@ -445,5 +450,5 @@ def weight_parts(width: int, dtype: torch.dtype) -> int:
 
 
 def combine_config(columns: int, dtype: torch.dtype) -> LaunchConfig:
-    """No reduction across threads: each thread makes one 128-bit store."""
+    """The launch of the combine kernel. Nothing is reduced across threads. Each thread makes one 128-bit store."""
     return make_config(columns, dtype, threads=256, per_thread=16 // dtype.itemsize)
