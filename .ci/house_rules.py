@@ -48,6 +48,11 @@ RULES = [
         "imports by string belong in common/library.py, which imports the backends of an op",
     ),
     (
+        r"^minirl_kernels/ops/\w+/op\.py$",
+        r"from \.(cpu|triton)\b|from \. import .*\b(cpu|triton)\b",
+        "OP.kernels imports a backend that runs; another file beside it would stay unused",
+    ),
+    (
         r"",
         r"\b(TODO|FIXME|XXX)\b",
         "finish the work instead of leaving a note",

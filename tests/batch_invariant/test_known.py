@@ -252,7 +252,7 @@ def test_conditions():
     assert not is_invariant(aten.scatter.reduce, (x, 0, i, x), {"reduce": "add"})
     assert not is_invariant(aten.mm.default, (x[None], x[:, None]))
     assert not is_invariant(aten.bernoulli.default, (x,))
-    assert not is_invariant(torch.ops.minirl_kernels.elementwise.default, (x, "silu", 0.0, 0.0))
+    assert not is_invariant(torch.ops.minirl_kernels.elementwise.default, (x, "silu", 0.0, 0.0, "cpu"))
 
 
 def test_names_are_atens():

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from policy_batches import assert_as_exact_as_eager
 from minirl_kernels import gelu, mish, sigmoid, silu, softplus
 from minirl_kernels.backends import native
 from minirl_kernels.ops.elementwise import cpu as kernels
+from minirl_kernels.ops.elementwise.op import OP
 
 # (the library's function, torch's function)
 ACTIVATIONS = {
@@ -262,9 +264,9 @@ def test_second_derivative_is_refused(cpu):
 def test_opcheck(name, cpu):
     numbers = (1.0, 20.0)
     for x in (torch.randn(3, 5), torch.randn(5, 3).T, torch.randn(3, 8)[:, ::2], torch.randn(0, 4)):
-        torch.library.opcheck(torch.ops.minirl_kernels.elementwise.default, (x, name, *numbers))
+        torch.library.opcheck(torch.ops.minirl_kernels.elementwise.default, (x, name, *numbers, "cpu"))
         grad = torch.randn(x.shape)
-        torch.library.opcheck(torch.ops.minirl_kernels.elementwise_backward.default, (grad, x, name, *numbers))
+        torch.library.opcheck(torch.ops.minirl_kernels.elementwise_backward.default, (grad, x, name, *numbers, "cpu"))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -307,3 +309,17 @@ def test_arguments(cpu):
             call()
     with pytest.raises(ValueError, match="function is 'tan', which the kernel does not have"):
         kernels.run("tan", x)
+
+
+def test_the_functions_of_the_named_backend_run(monkeypatch, cpu):
+    """A backend is one file of the op's folder. No other backend's functions may run in its place."""
+    calls = []
+
+    def run(function, x, grad, a, b):
+        calls.append((function, grad is not None))
+        return kernels.run(function, x, grad, a, b)
+
+    monkeypatch.setitem(OP._modules, cpu, SimpleNamespace(run=run))
+    x = values(7, torch.float32).requires_grad_()
+    silu(x, backend=cpu).sum().backward()
+    assert calls == [("silu", False), ("silu", True)]

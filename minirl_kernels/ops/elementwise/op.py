@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ...common.checks import FLOAT_DTYPES, check_tensor
-from ...common.library import Op, register
-from . import aten, cpu
+from ...common.library import Op
+from . import aten
+from .layout import place_for, place_for_gradient
 from .reference import REFERENCES
 
 OP = Op(__package__)
@@ -76,39 +77,42 @@ def _elementwise(function: str, x: Tensor, backend: str, a: float = 0.0, b: floa
     check_tensor("x", x)
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x has dtype {x.dtype}: it must be float32, bfloat16 or float16")
-    if OP.resolve(backend, x.device, function) == "reference":
+    backend = OP.resolve(backend, x.device, function)
+    if backend == "reference":
         return REFERENCES[function](x, a, b)
-    return _Elementwise.apply(x, function, a, b)
+    return _Elementwise.apply(x, function, a, b, backend)
 
 
 class _Elementwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, function, a, b):
+    def forward(ctx, x, function, a, b, backend):
         ctx.save_for_backward(x)
-        ctx.function = (function, a, b)
-        return elementwise_forward(x, function, a, b)
+        ctx.arguments = (function, a, b, backend)
+        return elementwise_forward(x, function, a, b, backend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        return elementwise_backward(grad, x, *ctx.function), None, None, None
+        return elementwise_backward(grad, x, *ctx.arguments), None, None, None, None
 
 
-def _forward(x, function, a, b):
-    return cpu.run(function, x, None, a, b)
+def _forward(kernels, x, function, a, b):
+    return kernels.run(function, x, None, a, b)
 
 
-def _backward(grad, x, function, a, b):
-    return cpu.run(function, x, grad, a, b)
+def _backward(kernels, grad, x, function, a, b):
+    return kernels.run(function, x, grad, a, b)
 
 
-elementwise_forward = register(
-    "elementwise(Tensor x, str function, float a, float b) -> Tensor", _forward, lambda x, *_: cpu.place_for(x)
+elementwise_forward = OP.define(
+    "elementwise(Tensor x, str function, float a, float b, str backend) -> Tensor",
+    _forward,
+    lambda x, *_: place_for(x),
 )
-elementwise_backward = register(
-    "elementwise_backward(Tensor grad, Tensor x, str function, float a, float b) -> Tensor",
+elementwise_backward = OP.define(
+    "elementwise_backward(Tensor grad, Tensor x, str function, float a, float b, str backend) -> Tensor",
     _backward,
-    lambda grad, x, *_: cpu.place_for_gradient(grad, x),
+    lambda grad, x, *_: place_for_gradient(grad, x),
 )
 OP.override(aten.operations, "cpu")
