@@ -9,11 +9,9 @@ import importlib.util
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
 
 import torch
 
-Backend = Literal["auto", "reference", "cpu", "triton"]
 BACKENDS = ("reference", "cpu", "triton")
 
 _native: ModuleType | None = None
