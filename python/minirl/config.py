@@ -13,6 +13,8 @@ from minirl_kernels.config import ObjectiveName
 from .errors import MiniRLError
 from .paths import home
 
+EngineName = Literal["transformers", "vllm"]  # the modules of `rollout`
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -76,7 +78,7 @@ class VLLMConfig:
 class RolloutConfig:
     """How responses are sampled: temperature only, no top-p, top-k or other filter."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: EngineName = "transformers"
     """Inference engine; transformers is the embedded one."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of the engine's computation; none: as in training. A different dtype causes a discrepancy, for studies."""

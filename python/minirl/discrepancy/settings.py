@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..config import TrainConfig, VLLMConfig
+from ..config import EngineName, TrainConfig, VLLMConfig
 from ..errors import MiniRLError
 from ..paths import home
 
@@ -38,7 +38,7 @@ class EngineSettings:
 class InferenceSettings(EngineSettings):
     """How the inference engine computes."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: EngineName = "transformers"
     """The inference engine; transformers is the embedded one."""
     vllm: VLLMConfig = field(default_factory=VLLMConfig)
     decode: bool = True
