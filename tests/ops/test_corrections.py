@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton_cases
 from policy_batches import TOKEN_LEVEL, random_batch
 
 from minirl_kernels import (
@@ -138,7 +139,7 @@ def check_fused(batch, config, backend):
     assert results[0][1].any()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU")
+@triton_cases.interpreter_only()
 @pytest.mark.parametrize("preset", TOKEN_LEVEL)
 def test_a_masked_token_is_zero_in_triton(preset):
     """A masked token has d = exp(-inf) in the kernel's single sweep."""
