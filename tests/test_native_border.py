@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minirl_kernels import moe_routing, rms_norm, token_logprobs
+from minirl_kernels import moe_routing, token_logprobs
 from minirl_kernels.backends import native
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -43,9 +43,9 @@ def test_rows_of_another_dtype_are_refused(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64], ids=str)
 def test_numbers_of_another_dtype_than_the_kernel_reads_are_refused(dtype):
-    rstd = torch.zeros(2, dtype=dtype)
+    ids, row = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
     with pytest.raises(ValueError, match=f"dtype is {dtype}: it must be torch.float32"):
-        native().rms_norm(torch.zeros(2, 3), None, 1e-6, torch.zeros(2, 3), rstd)
+        native().token_logprobs(torch.zeros(2, 3), ids, row, torch.zeros(2, dtype=dtype), None, row, row)
 
 
 def test_token_ids_that_are_no_integers_are_refused():
@@ -96,7 +96,6 @@ def test_results_do_not_depend_on_the_default_dtype():
     calls = [
         lambda: token_logprobs(logits, ids, with_entropy=True, backend="cpu"),
         lambda: moe_routing(logits, 2, backend="cpu"),
-        lambda: [rms_norm(logits, None, 1e-6, backend="cpu")],
     ]
     expected = [call() for call in calls]
     torch.set_default_dtype(torch.float64)

@@ -289,6 +289,19 @@ def test_compiles(cpu):
     assert_same(*grads)
 
 
+def test_the_default_dtype_changes_nothing(cpu):
+    """The row's factor is float32 whatever torch.empty makes by default."""
+    x = random(3, 7)
+    expected = rms_norm(x, None, EPS, backend=cpu)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = rms_norm(x, None, EPS, backend=cpu)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
 X, WEIGHT = torch.zeros(2, 3), torch.zeros(3)
 
 

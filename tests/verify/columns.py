@@ -1,4 +1,4 @@
-"""Kernels that sum over rows, column by column: the sums of mean, and the gradient of the weight of rms_norm."""
+"""Kernels that sum over rows, column by column."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def launch_configurations(
 
 @dataclass(frozen=True)
 class Rows:
-    """Operands of softmax, rms_norm and mean. The checks do not look at their values."""
+    """Operands of a kernel over rows. The checks do not look at their values."""
 
     x: Tensor  # [R, D], as are grad and output
     grad: Tensor
