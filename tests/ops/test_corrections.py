@@ -197,8 +197,8 @@ def test_a_mean_over_a_part_of_the_mini_batch_is_refused(name):
 
 
 def test_a_normalised_correction_is_not_split():
-    """Each micro-batch would divide by the mean of its own weights."""
-    batch = random_batch(LENGTHS)
+    """Each micro-batch would divide by a mean of its own."""
+    batch = random_batch(LENGTHS, vocab_size=33)
     config = PolicyLossConfig.grpo(rollout_is=Correction(normalise=True))
     inputs = PolicyLossInputs.prepare(batch.token_ids, config=config, **batch.arguments("packed"))
     with pytest.raises(ValueError, match=r"^config has rollout_is=.*: normalise must be False"):
