@@ -125,12 +125,12 @@ class PolicyLossConfig:
     @property
     def policy_objective(self) -> Objective:
         """The objective as an instance of its class, also if the config has its name."""
-        return self._policy_objective
+        return self._policy_objective  # type: ignore[attr-defined]  # declared, it would be a field
 
     @property
     def correction(self) -> Correction | None:
         """rollout_is as a Correction. For "token" and "sequence" it has no bounds: rollout_is_threshold applies."""
-        return _CORRECTIONS.get(self.rollout_is, self.rollout_is)
+        return _CORRECTIONS[self.rollout_is] if isinstance(self.rollout_is, str) else self.rollout_is
 
     @property
     def is_sequence_level(self) -> bool:
