@@ -28,6 +28,10 @@ class _Calls(threading.local):
     count = 0
     last = ""
 
+    def add(self, name: str) -> None:
+        self.count += 1
+        self.last = name
+
 
 _calls = _Calls()
 
@@ -75,8 +79,7 @@ def _override(name: str, key: str, ours: Callable[..., Tensor], is_wanted: Calla
         if is_wanted() and args[0].dtype in FLOAT_DTYPES:
             out = ours(*args, **kwargs) if writes is None else writes(partial(stock, keys), *args, **kwargs)
             if out is not NotImplemented:
-                _calls.count += 1
-                _calls.last = full_name
+                _calls.add(full_name)
                 return out
         return stock(keys, *args, **kwargs)
 
@@ -91,8 +94,7 @@ def _override_linear(is_wanted: Callable[[], bool]) -> None:
         if bias is not None and x.dim() != 2 and is_wanted() and x.dtype in FLOAT_DTYPES:
             out = linear(x, weight, bias)
             if out is not NotImplemented:
-                _calls.count += 1
-                _calls.last = "aten::linear"
+                _calls.add("aten::linear")
                 return out
         return stock(keys, x, weight, bias)
 

@@ -49,7 +49,7 @@ def last_writer_kernel(x, out):
 
 
 @triton.jit
-def atomic_kernel(x, out):
+def atomic_kernel(x, out):  # a planted fault, which the ownership check must find
     i_t = tl.program_id(0)
     tl.atomic_add(out, tl.load(x + i_t))
 
