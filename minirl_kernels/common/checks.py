@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .library import register
+from .library import register, register_check
 
 IGNORE_INDEX = -100
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -174,15 +174,10 @@ def _check_contents(token_ids, vocab_size, temperature):
     bad = kept & ~((temperature > 0) & temperature.isfinite())
     if bool(bad.any()):
         raise ValueError(f"temperature has the value {temperature[bad][0].item()}: it must be above 0 and finite")
-    return token_ids.clone()
 
 
-# a registered op, because torch.compile cannot trace the branches; the used copy keeps the op from being dropped
-_checked_token_ids = register(
-    "checked_token_ids(Tensor token_ids, Tensor vocab_size, Tensor temperature) -> Tensor",
-    _check_contents,
-    lambda token_ids, *_: torch.empty_like(token_ids),
-    waits=True,
+_checked_token_ids = register_check(
+    "checked_token_ids(Tensor token_ids, Tensor vocab_size, Tensor temperature) -> Tensor", _check_contents
 )
 
 

@@ -32,6 +32,20 @@ def register(schema: str, implementation: Callable, fake: Callable, *, waits: bo
     return getattr(torch.ops.minirl_kernels, name).default
 
 
+def register_check(schema: str, check: Callable[..., None]) -> Callable:
+    """`register` an op that returns a copy of its first argument, after `check` of all arguments, which may raise.
+
+    An op, because torch.compile cannot trace branches on values. A caller uses the copy, so that torch.compile does not
+    drop the op. The host waits for the device.
+    """
+
+    def checked(values: torch.Tensor, *arguments) -> torch.Tensor:
+        check(values, *arguments)
+        return values.clone()
+
+    return register(schema, checked, lambda values, *_: torch.empty_like(values), waits=True)
+
+
 class Op:
     """An op: a folder with the name of the op, whose op.py creates `Op(__package__)`.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ...common.library import register
+from ...common.library import register_check
 from .traces import Trace, in_words, over_tokens, traced
 
 _LENGTHS = (6, 7)
@@ -119,16 +119,9 @@ def _message(reason: str) -> str:
     )
 
 
-def _check(position_ids: Tensor, reason: str) -> Tensor:
+def _check(position_ids: Tensor, reason: str) -> None:
     if position_ids.dim() == 2 and bool((position_ids[:, 1:] < position_ids[:, :-1]).any()):
         raise ValueError(_message(reason))
-    return position_ids.clone()
 
 
-# An op, since torch.compile cannot trace a branch on tensor values.
-_refuse_restarts = register(
-    "refuse_restarts(Tensor position_ids, str reason) -> Tensor",
-    _check,
-    lambda position_ids, _: torch.empty_like(position_ids),
-    waits=True,
-)
+_refuse_restarts = register_check("refuse_restarts(Tensor position_ids, str reason) -> Tensor", _check)

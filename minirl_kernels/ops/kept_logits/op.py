@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...common.checks import IGNORE_INDEX, always_looks, check_device, token_id_message
-from ...common.library import Op, register
+from ...common.library import Op, register, register_check
 from ...sampling_mask import SamplingMask, check_sets
 
 OP = Op(__package__)
@@ -98,7 +98,6 @@ def _check_kept(token_ids, ids, offsets, vocab_size):
             f"tokens that kept has there ({', '.join(map(str, own[:8]))}{', ...' if len(own) > 8 else ''}): the "
             "sampled token must be in its own set"
         )
-    return token_ids.clone()
 
 
 def _first(rows: Tensor) -> int:
@@ -109,12 +108,8 @@ def _set_of(row: int, ids: Tensor, offsets: Tensor) -> Tensor:
     return ids[int(offsets[row]) : int(offsets[row + 1])]
 
 
-# an op, because torch.compile cannot trace branches on values; its result is used, so that it is not removed
-_checked_kept = register(
-    "checked_kept(Tensor token_ids, Tensor ids, Tensor offsets, Tensor vocab_size) -> Tensor",
-    _check_kept,
-    lambda token_ids, *_: torch.empty_like(token_ids),
-    waits=True,
+_checked_kept = register_check(
+    "checked_kept(Tensor token_ids, Tensor ids, Tensor offsets, Tensor vocab_size) -> Tensor", _check_kept
 )
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...common.library import register
+from ...common.library import register_check
 
 
 def experts_message(token: int, experts: Tensor, num_experts: int) -> str:
@@ -21,13 +20,6 @@ def _check_experts(experts, num_experts):
     bad = ((experts < 0) | (experts >= num_experts)).any(-1)
     if bool(bad.any()):
         raise ValueError(experts_message(bad.nonzero()[0].item(), experts, num_experts))
-    return experts.clone()
 
 
-# a registered op that returns a copy, for the same reasons as checked_token_ids in common/checks.py
-checked_experts = register(
-    "checked_experts(Tensor experts, SymInt num_experts) -> Tensor",
-    _check_experts,
-    lambda experts, _: torch.empty_like(experts),
-    waits=True,
-)
+checked_experts = register_check("checked_experts(Tensor experts, SymInt num_experts) -> Tensor", _check_experts)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...common.library import register
+from ...common.library import register_check
 
 
 def routed_experts_message(row: int, routed_experts: Tensor, num_experts: int) -> str:
@@ -33,13 +32,8 @@ def _check_routed_experts(routed_experts, valid, num_experts):
         bad &= valid
     if bool(bad.any()):
         raise ValueError(routed_experts_message(int(bad.nonzero()[0]), routed_experts, num_experts))
-    return routed_experts.clone()
 
 
-# a registered op that returns a copy, for the same reasons as checked_token_ids in common/checks.py
-checked_routed_experts = register(
-    "checked_routed_experts(Tensor routed_experts, Tensor? valid, SymInt num_experts) -> Tensor",
-    _check_routed_experts,
-    lambda routed_experts, *_: torch.empty_like(routed_experts),
-    waits=True,
+checked_routed_experts = register_check(
+    "checked_routed_experts(Tensor routed_experts, Tensor? valid, SymInt num_experts) -> Tensor", _check_routed_experts
 )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...common.checks import check_device, check_integers, check_like
-from ...common.library import register
+from ...common.library import register_check
 from ...config import PolicyLossConfig
 from .layout import Packed, Padded
 
@@ -81,13 +81,6 @@ def _is_valid(count: Tensor) -> Tensor:
 def _check_count(count, mask, name):
     if bool(mask.any()) and not bool(_is_valid(count)):
         raise ValueError(f"{name} is {count.item()}: it must be above 0 and finite where a token is in the loss")
-    return count.clone()
 
 
-# an op, because torch.compile cannot trace branches on values
-_checked_count = register(
-    "checked_count(Tensor count, Tensor mask, str name) -> Tensor",
-    _check_count,
-    lambda count, *_: torch.empty_like(count),
-    waits=True,
-)
+_checked_count = register_check("checked_count(Tensor count, Tensor mask, str name) -> Tensor", _check_count)
