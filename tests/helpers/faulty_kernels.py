@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -89,6 +91,23 @@ def narrow_kernel(x, out, V, BLOCK: tl.constexpr):
     tl.store(out + 3 * o_v, tl.load(x + 3 * o_v, mask=o_v < V // 3), mask=o_v < V // 3)
 
 
+@triton.jit
+def sums_row_kernel(x, out, V, stride, BLOCK: tl.constexpr):
+    """Has the layout that suits the alignment of x and stride, so that their alignment decides the order of the sum."""
+    o_v = tl.arange(0, BLOCK)
+    i_t = tl.program_id(0)
+    tl.store(out + i_t, tl.sum(tl.load(x + i_t * stride + o_v, mask=o_v < V, other=0.0), 0))
+
+
+@triton.jit
+def sums_columns_kernel(x, out, R, V, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Divides the rows between the threads as it suits the alignment of stride."""
+    o_r = tl.arange(0, ROWS)[:, None]
+    o_c = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    b_x = tl.load(x + o_r * stride + o_c, mask=(o_r < R) & (o_c < V), other=0.0)
+    tl.store(out + o_c, tl.sum(b_x, 0)[None, :], mask=o_c < V)
+
+
 def _block(rows):
     return triton.next_power_of_2(rows.logits.shape[-1] + 8)
 
@@ -125,6 +144,27 @@ def _halves(barrier, upwards):
     return call
 
 
+def _sums_row(rows):
+    x = rows.logits
+    out = torch.empty(len(x))
+    sums_row_kernel[(len(x),)](x, out, x.shape[1], x.stride(0), BLOCK=_block(rows))
+    return (out,)
+
+
+def _sums_row_of_aligned_memory(rows):
+    memory = torch.zeros(len(rows.logits), _block(rows))
+    memory[:, : rows.logits.shape[1]] = rows.logits
+    return _sums_row(replace(rows, logits=memory))
+
+
+def _sums_columns(rows):
+    x = rows.logits
+    out = torch.empty(x.shape[1])
+    grid = (triton.cdiv(x.shape[1], 64),)
+    sums_columns_kernel[grid](x, out, *x.shape, x.stride(0), ROWS=8, COLUMNS=64)
+    return (out,)
+
+
 def _to_one_element(kernel):
     def call(rows):
         out = torch.zeros(1)
@@ -156,13 +196,17 @@ CALLS = {
     "overwrites unread halves": _halves(barrier=False, upwards=True),
     "reads what it overwrote": _halves(barrier=True, upwards=False),
     "overflows": _rowwise(overflowing_kernel),
+    "sums a row by its alignment": _sums_row,
+    "sums a row of aligned memory": _sums_row_of_aligned_memory,
+    "sums columns by their number": _sums_columns,
     "gluttonous": _one_program(gluttonous_kernel),
     "narrow": _one_program(narrow_kernel),
 }
 
 
-def faulty_case(name: str, vocab_size: int = 100) -> Case:
-    """A launch of a faulty kernel on rows of float32 with 4 elements between them."""
+def faulty_case(name: str, vocab_size: int = 100, *, padding: int = 4) -> Case:
+    """A launch of a faulty kernel on rows of float32 with `padding` elements between them."""
     config = LaunchConfig(lanes=8, vec=4, threads=32)
     kernel = RowKernel(name, LogitOperands.make, CALLS[name], lambda vocab_size, dtype: config)
-    return kernel.case(vocab_size, torch.float32, padding=4)
+    kernel = replace(kernel, sums_rows=CALLS[name] is _sums_columns)
+    return kernel.case(vocab_size, torch.float32, padding=padding)

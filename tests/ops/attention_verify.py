@@ -107,6 +107,7 @@ class Kernel:
             unit_bytes=sum(sizes.queries) * sizes.key_heads * sizes.group * sizes.key_size * dtype.itemsize,
             loads_wide=allow_wide_accesses(dtype, sizes.key_size, sizes.value_size, sizes.padding),
             on_tensor_cores=dtype.itemsize == 2,
+            alike=lambda: [self.case(replace(sizes, padding=padding), dtype) for padding in (3, 64)],
         )
 
 

@@ -15,13 +15,14 @@ from minirl_kernels.ops.kept_logits.op import KeptRows
 
 
 def _launch(rows: LogitOperands) -> tuple[Tensor, ...]:
-    """The sets are the first token, no set, the last token, and two in the middle; a row without a set stays."""
+    """The sets are the first token, no set, the last token, and two in the middle; the other rows have no set."""
     vocab_size = rows.logits.shape[1]
     middle = vocab_size // 2
     ids = torch.tensor([0, vocab_size - 1, middle, middle + 1], dtype=torch.int32)
-    begin, end = (torch.tensor(places, dtype=torch.int32) for places in ([0, 1, 1, 2], [1, 1, 2, 4]))
+    begin, end = (torch.zeros(len(rows.logits), dtype=torch.int32) for _ in range(2))
+    begin[:4], end[:4] = torch.tensor([0, 1, 1, 2]), torch.tensor([1, 1, 2, 4])
     triton.keep_(rows.logits, KeptRows(ids, begin, end))
-    first, _, last, both = rows.logits
+    first, _, last, both = rows.logits[:4]
     return first[1:], last[:-1], both[:middle], both[middle + 2 :]
 
 

@@ -116,7 +116,16 @@ class Layout:
             unit_bytes=sizes.rows * sizes.columns * dtype.itemsize,
             loads_wide=allow_wide_accesses(dtype, sizes.rows, sizes.columns, sizes.depth, sizes.padding),
             on_tensor_cores=dtype.itemsize == 2,
+            alike=partial(self.alike, sizes, dtype),
         )
+
+    def alike(self, sizes: Sizes, dtype: torch.dtype) -> Iterator[Case]:
+        """Other strides, and other numbers of rows and columns in the same tile."""
+        for padding in (3, 64):
+            yield self.case(replace(sizes, padding=padding), dtype)
+        yield self.case(replace(sizes, rows=sizes.rows - 1), dtype)
+        yield self.case(replace(sizes, columns=sizes.columns + 8), dtype)
+        yield self.case(replace(sizes, columns=sizes.columns + 9), dtype)
 
 
 PLAIN = Layout("matmul")

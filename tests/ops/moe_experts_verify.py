@@ -122,6 +122,7 @@ class Kernel:
             loads_wide=is_aligned,
             stores_wide=is_aligned and not self.multiplies,
             on_tensor_cores=self.multiplies and dtype.itemsize == 2,
+            alike=lambda: [self.case(replace(sizes, padding=padding), dtype) for padding in (3, 64)],
         )
 
 

@@ -23,9 +23,12 @@ in Triton's interpreter, which shows maths, masks and addresses, not the hardwar
 by Triton's compiler, ahead of time:
   compile      registers, spills, shared memory, width of accesses and tensor cores on sm_80, sm_90, sm_100 and gfx942;
                rewrites tests/verify/compile_matrix.md (--output PATH for another file)
+  layout       each sum and each product has the same register layout for all strides, addresses, and numbers of rows
+               and columns, on sm_90; so it adds in one order
   all          all of the above
 """
 INTERPRETED = ("traffic", "ownership", "order", "bounds", "races")
+COMPILED = ("compile", "layout")
 
 
 def main() -> int:
@@ -35,7 +38,7 @@ def main() -> int:
         description=USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("check", nargs="?", choices=[*INTERPRETED, "compile", "all"], help=argparse.SUPPRESS)
+    parser.add_argument("check", nargs="?", choices=[*INTERPRETED, *COMPILED, "all"], help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=FOLDER / "compile_matrix.md", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.check is None:
@@ -43,8 +46,9 @@ def main() -> int:
         return 0
     if arguments.check == "all":
         # Triton interprets or compiles for the whole life of a process
-        return max(_in_new_process(check, arguments.output) for check in (*INTERPRETED, "compile"))
-    faults = _compile(arguments.output) if arguments.check == "compile" else _interpret(arguments.check)
+        return max(_in_new_process(check, arguments.output) for check in (*INTERPRETED, *COMPILED))
+    checks = {"compile": lambda: _compile(arguments.output), "layout": _compare_layouts}
+    faults = checks[arguments.check]() if arguments.check in COMPILED else _interpret(arguments.check)
     for fault in faults:
         print(fault, file=sys.stderr)
     return int(bool(faults))
@@ -62,6 +66,13 @@ def _compile(output: Path) -> list[str]:
     from verify import compile_matrix
 
     return compile_matrix.write(output)
+
+
+def _compare_layouts() -> list[str]:
+    os.environ["TRITON_INTERPRET"] = "0"
+    from verify import layout
+
+    return layout.check_all()
 
 
 def _interpret(name: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ class Case:
     unit, unit_bytes: the traffic is printed in multiples of unit_bytes, which is the size of the unit.
     loads_wide, stores_wide: whether the kernel must use accesses of 128 bits.
     on_tensor_cores: whether the kernel must use instructions of tensor cores.
+    alike(): cases that must sum in the order of this one. Their operands have the same reduced sizes and dtype, and
+        other strides, other numbers of rows, or other numbers of columns.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Case:
     loads_wide: bool = False
     stores_wide: bool = False
     on_tensor_cores: bool = False
+    alike: Callable[[], Iterable[Case]] = tuple
 
     def run(self, *, traps: bool = False) -> tuple[Tensor, ...]:
         """Launch the kernel once; returns every tensor that it writes."""

@@ -22,6 +22,7 @@ def column_kernel(name: str, launch: Callable[[Rows], tuple[Tensor, ...]], *, re
         reads=lambda config, size: reads,
         beside=lambda config: 4 * config.block,
         streams_out=False,
+        sums_rows=True,
     )
 
 

@@ -8,10 +8,12 @@ import hashlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -25,6 +27,7 @@ from verify.case import Case
 from verify.cases import SOURCES, compile_cases
 from verify.launches import CapturedLaunch, captured
 
+T = TypeVar("T")
 PACKAGE = Path(minirl_kernels.__file__).resolve().parent
 
 
@@ -78,12 +81,17 @@ def needs(case: Case, part: Part) -> Needs:
 
 def compile_launch(launch: CapturedLaunch, target: GPUTarget) -> CompiledKernel:
     """Compile as a real launch with these arguments does, which specialises to their types and alignments."""
+    source, options = specialized(launch, target)
+    return triton.compile(source, target=target, options=options)
+
+
+def specialized(launch: CapturedLaunch, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+    """The source and the options that a real launch with these arguments compiles."""
     kernel, backend = launch.kernel, make_backend(target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.args, **launch.kwargs)
     options, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options.__dict__)
+    return ASTSource(kernel, signature, constants, attributes), options.__dict__
 
 
 def faults(case: Case, name: str, found: Needs) -> list[str]:
@@ -157,23 +165,28 @@ def fingerprint() -> str:
 def write(path: Path) -> list[str]:
     """Compile every case on all cores, print each row, and write the table; returns the faults."""
     lines, wrong = [], []
-    # spawned, because a process that has run torch must not be forked; by number, because kernels cannot be pickled
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for line, found in pool.map(_row_of, range(len(_all_cases()))):
-            print(line, flush=True)
-            lines.append(line)
-            wrong += found
+    for line, found in on_all_cores(_row_of):
+        print(line, flush=True)
+        lines.append(line)
+        wrong += found
     path.write_text(header() + "\n".join(lines) + "\n")
     return wrong
 
 
+def on_all_cores(of_case: Callable[[int], T]) -> Iterator[T]:
+    """of_case(number) for each case of all_cases(), in order. of_case is a function of a module."""
+    # spawned, because a process that has run torch must not be forked; by number, because kernels cannot be pickled
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        yield from pool.map(of_case, range(len(all_cases())))
+
+
 @functools.cache
-def _all_cases() -> list[Case]:
+def all_cases() -> list[Case]:
     return list(compile_cases())
 
 
 def _row_of(number: int) -> tuple[str, list[str]]:
-    return table_row(_all_cases()[number])
+    return table_row(all_cases()[number])
 
 
 def _without_docstrings(tree: ast.AST) -> ast.AST:

@@ -38,6 +38,7 @@ class RowKernel:
     reads(config, size): how many times it may read each element of the rows, over all tensors of that shape.
     beside(config): the bytes that a program may read in addition to the rows.
     streams_out: whether it writes a tensor of the rows' shape. out_dtype: the dtype of that tensor, if it differs.
+    sums_rows: whether it sums over the rows, so that the number of rows is the reduced size.
     """
 
     name: str
@@ -48,6 +49,7 @@ class RowKernel:
     beside: Callable[[Config], int] = few_numbers
     streams_out: bool = True
     out_dtype: torch.dtype | None = None
+    sums_rows: bool = False
 
     def case(self, size: int, dtype: torch.dtype, *, rows: int = 4, padding: int = 0) -> Case:
         """With `padding` elements between two rows."""
@@ -71,7 +73,18 @@ class RowKernel:
             unit_bytes=rows_bytes,
             loads_wide=is_aligned and self.reads(config(), size) >= 1,
             stores_wide=is_aligned and self.streams_out,
+            alike=partial(self._alike, size, dtype, rows, padding),
         )
+
+    def _alike(self, size: int, dtype: torch.dtype, rows: int, padding: int) -> Iterator[Case]:
+        """The rows without a gap, and with gaps of 3 elements and of whole 128-bit accesses; more rows or columns."""
+        for other in {0, 3, 64 // dtype.itemsize} - {padding}:
+            yield self.case(size, dtype, rows=rows, padding=other)
+        if self.sums_rows:
+            for other in {1, size - 1, 2 * size}:
+                yield self.case(other, dtype, rows=rows, padding=padding)
+        else:
+            yield self.case(size, dtype, rows=4 * rows, padding=padding)
 
 
 def interpreted(kernel: RowKernel) -> Iterator[Case]:
