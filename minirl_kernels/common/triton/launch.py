@@ -76,18 +76,54 @@ def row_strides(x: Tensor) -> tuple[int, int, int]:
     return x.shape[-2], x.stride(0) if x.dim() == 3 else 0, x.stride(-2)
 
 
+def is_aligned(x: Tensor, vec: int) -> bool:
+    """Whether every row of x [..., V] begins and ends at a multiple of 128 bits, which are `vec` elements or fewer."""
+    outer = (stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
+    return x.data_ptr() % 16 == 0 and x.shape[-1] % vec == 0 and all(stride % vec == 0 for stride in outer)
+
+
+def aligned(x: Tensor, config: LaunchConfig) -> Tensor:
+    """x, or its copy in aligned memory if the size of its rows allows 128-bit accesses and their addresses do not.
+
+    The compiler chooses the order of a sum over a row by the alignment of the row. With this copy the order is a
+    function of V and the dtype alone.
+    """
+    if x.shape[-1] % config.vec or is_aligned(x, config.vec):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def memory_for(out: Tensor, config: LaunchConfig) -> Tensor:
+    """Memory for a kernel that writes `out`: `out` itself, or aligned memory where `aligned` would copy.
+
+    The caller copies such memory to `out` after the launch.
+    """
+    if out.shape[-1] % config.vec or is_aligned(out, config.vec):
+        return out
+    return torch.empty_like(out, memory_format=torch.contiguous_format)
+
+
+def aligned_vector(x: Tensor | None) -> Tensor | None:
+    """x [V] as contiguous memory at an aligned address, because a kernel is specialised to this alignment."""
+    if x is None or (x.is_contiguous() and x.data_ptr() % 16 == 0):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 def launch(kernel, grid: tuple[int, ...], *args, config: LaunchConfig, rows: tuple[Tensor, ...], **constants) -> None:
-    """Run `kernel` over tiles of `rows` (tensors of one shape [..., V]) on their device."""
+    """Run `kernel` over tiles of `rows` (tensors of one shape [..., V]) on their device.
+
+    It uses 128-bit accesses if all of the rows are aligned. A kernel with sums gets rows that went through `aligned`.
+    """
     if 0 in grid:
         return
-    # 128-bit accesses need every row to begin and end at a multiple of 128 bits
-    aligned = all(n % config.vec == 0 for x in rows for n in (x.shape[-1], *row_strides(x)[1:]))
+    wide = all(is_aligned(x, config.vec) for x in rows)
     with torch.cuda.device_of(rows[0]):
         kernel[grid](
             *args,
             **constants,
             LANES=config.lanes,
             VEC=config.vec,
-            ALIGN=config.vec if aligned else 1,
+            ALIGN=config.vec if wide else 1,
             num_warps=config.num_warps,
         )

@@ -7,6 +7,9 @@ Names: p_ pointer, i_ index, o_ offsets, m_ mask, b_ block of values; T tokens, 
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterable
+
 import triton
 import triton.language as tl
 
@@ -16,6 +19,29 @@ from .numbers import round_to
 SIZES = ["L", "V", "stride_b", "stride_l", "out_stride_b", "out_stride_l"]
 # triton 3.6 does not compile a plain string as the default of a parameter
 NO_EVICTION_HINT = tl.constexpr("")
+
+
+def unspecialized(*, aligned: Iterable[str] = ()) -> Callable:
+    """triton.jit with one binary for all values and addresses of the arguments, for each choice of dtypes and constants.
+
+    aligned: the pointers that launch.aligned_vector made. The binary may rely on their alignment.
+    """
+
+    def jit(function: Callable):
+        parameters = inspect.signature(function).parameters.values()
+        arguments = [parameter.name for parameter in parameters if parameter.annotation != "tl.constexpr"]
+        return triton.jit(function, do_not_specialize=[name for name in arguments if name not in aligned])
+
+    return jit
+
+
+@triton.jit
+def row_pointer(p, offset, ALIGN: tl.constexpr):
+    """p + offset, in a form that tells the compiler that a row begins at a multiple of 128 bits, unless ALIGN is 1."""
+    p_row = p + offset
+    if ALIGN > 1:
+        p_row = tl.multiple_of(p_row, 16)
+    return p_row
 
 
 @triton.jit

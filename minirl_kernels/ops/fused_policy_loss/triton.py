@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
+from ...common.triton.launch import (
+    LaunchConfig,
+    aligned,
+    aligned_vector,
+    is_whole,
+    launch,
+    make_config,
+    memory_for,
+    row_strides,
+)
 from ...common.triton.numbers import LOG2E
 from ...common.triton.row_softmax import (
     IGNORE_INDEX,
@@ -21,7 +30,7 @@ from ...common.triton.row_softmax import (
     softmax_of_row,
     store_gradient_row,
 )
-from ...common.triton.row_tiles import SIZES, fill_row, row_offset
+from ...common.triton.row_tiles import fill_row, row_offset, row_pointer, unspecialized
 from ..token_logprobs.rows import NO_EPILOGUE, Epilogue, LogitRows
 from .loss_rows import LossRows
 
@@ -121,7 +130,7 @@ def kl_penalty(coef, log_prob, ref_log_prob, ESTIMATOR: tl.constexpr):
     return kl, grad
 
 
-@triton.jit(do_not_specialize=SIZES)
+@unspecialized(aligned=["bias"])
 def fused_policy_loss_kernel(
     logits,
     bias,
@@ -159,7 +168,7 @@ def fused_policy_loss_kernel(
 ):
     i_t = tl.program_id(0).to(tl.int64)
     V = V // ALIGN * ALIGN
-    p_out = out + row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN)
+    p_out = row_pointer(out, row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN), ALIGN)
     b_id = tl.load(token_ids + i_t)
     if (b_id < 0) | (b_id >= V):
         nothing = tl.where(b_id == IGNORE_INDEX, 0.0, float("nan"))
@@ -170,7 +179,7 @@ def fused_policy_loss_kernel(
         fill_row(p_out, nothing, V, LANES, VEC)
         return
 
-    p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
+    p_row = row_pointer(logits, row_offset(i_t, L, stride_b, stride_l, ALIGN), ALIGN)
     b_temperature = tl.load(temperature + i_t)
     # the gradient may overwrite the row: the barriers of the row's sums order this load before the first store
     b_logit = logit_of_id(p_row, b_id, bias, softcap)
@@ -229,13 +238,14 @@ def forward_backward(
     results = tuple(torch.empty_like(rows.temperature) for _ in range(4))
     vocab_size = rows.logits.shape[-1]
     config = launch_config(vocab_size, rows.logits.dtype, out.dtype)
-    length, *strides = row_strides(rows.logits)
-    _, *out_strides = row_strides(out)
+    logits, grad = aligned(rows.logits, config), memory_for(out, config)
+    length, *strides = row_strides(logits)
+    _, *grad_strides = row_strides(grad)
     launch(
         fused_policy_loss_kernel,
         (rows.token_ids.numel(),),
-        rows.logits,
-        epilogue.bias,
+        logits,
+        aligned_vector(epilogue.bias),
         epilogue.softcap or None,
         rows.token_ids,
         rows.temperature,
@@ -245,7 +255,7 @@ def forward_backward(
         loss.advantages,
         loss.weights,
         *results,
-        out,
+        grad,
         loss.ratio_low,
         loss.ratio_high,
         loss.threshold,
@@ -254,14 +264,16 @@ def forward_backward(
         length,
         vocab_size,
         *strides,
-        *out_strides,
+        *grad_strides,
         OBJECTIVE=loss.objective,
         CLIP=loss.clip,
         KL_ESTIMATOR=loss.kl_estimator,
         ONE_TILE=vocab_size <= config.tile,
         config=config,
-        rows=(rows.logits, out),
+        rows=(logits, grad),
     )
+    if grad is not out:
+        out.copy_(grad)
     return results
 
 

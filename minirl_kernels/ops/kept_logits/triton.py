@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
-from ...common.triton.row_tiles import SIZES, row_offset, store_tile, tile_offsets
+from ...common.triton.row_tiles import row_offset, row_pointer, store_tile, tile_offsets, unspecialized
 from .op import KeptRows
 
 
@@ -26,7 +26,7 @@ def first_at_least(ids, i_begin, i_end, bound):
     return i_begin
 
 
-@triton.jit(do_not_specialize=[*SIZES, "fill"])
+@unspecialized()
 def kept_logits_kernel(
     logits,
     ids,
@@ -48,7 +48,7 @@ def kept_logits_kernel(
     i_end = tl.load(end + i_t)
     if i_begin == i_end:
         return
-    p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
+    p_row = row_pointer(logits, row_offset(i_t, L, stride_b, stride_l, ALIGN), ALIGN)
     b_dropped = tl.full([LANES, VEC], fill, tl.float32)
     start = i_tile * (LANES * VEC)
     i_first = first_at_least(ids, i_begin, i_end, start)

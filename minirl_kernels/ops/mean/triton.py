@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config
+from ...common.triton.launch import LaunchConfig, aligned, is_whole, launch, make_config
 from ...common.triton.numbers import round_to
-from ...common.triton.row_tiles import SIZES, load_terms, multiple, row_offset
+from ...common.triton.row_tiles import load_terms, multiple, row_offset, row_pointer, unspecialized
 from .layout import layout_of, reduced_dims, reduced_shape
 
 # elements of a row per program: a whole number of tiles; the row of a vocabulary takes about ten programs
@@ -23,7 +23,7 @@ BLOCK = 16_384
 COLUMN_SIZES = ["L", "R", "V", "blocks", "stride_b", "stride_l", "stride_r"]
 
 
-@triton.jit(do_not_specialize=[*SIZES, "blocks"])
+@unspecialized()
 def mean_rows_kernel(
     x,
     out,
@@ -40,7 +40,7 @@ def mean_rows_kernel(
 ):
     i_out = tl.program_id(0).to(tl.int64)
     V = V // ALIGN * ALIGN
-    p_row = x + row_offset(i_out // blocks, L, stride_b, stride_l, ALIGN)
+    p_row = row_pointer(x, row_offset(i_out // blocks, L, stride_b, stride_l, ALIGN), ALIGN)
     b_sum = tl.zeros([LANES, VEC], tl.float32)
     tiles: tl.constexpr = BLOCK // (LANES * VEC)
     i_first = i_out % blocks * tiles
@@ -121,6 +121,8 @@ def reduce_rows(x: Tensor, out: Tensor, divisor: int) -> None:
 def reduce_row_blocks(x: Tensor, out: Tensor, divisor: int) -> None:
     """Write the sum of each block of R of x [B, L, R], divided by `divisor`, into `out`."""
     batch, length, reduced = x.shape
+    config = rows_config(reduced, x.dtype)
+    x = aligned(x, config)
     launch(
         mean_rows_kernel,
         (out.numel(),),
@@ -133,7 +135,7 @@ def reduce_row_blocks(x: Tensor, out: Tensor, divisor: int) -> None:
         x.stride(0),
         x.stride(1),
         BLOCK=BLOCK,
-        config=rows_config(reduced, x.dtype),
+        config=config,
         rows=(x,),
     )
 

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.rows import matrices_of
-from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
-from ...common.triton.row_tiles import SIZES, load_terms, row_offset, store_tile
+from ...common.triton.launch import LaunchConfig, aligned, aligned_vector, is_whole, launch, make_config, row_strides
+from ...common.triton.row_tiles import load_terms, row_offset, row_pointer, store_tile, unspecialized
 from ..mean import triton as mean
 from ..mean.triton import column_offsets
 
@@ -21,7 +21,7 @@ def weighted(b_x, weight, i_tile, V, LANES: tl.constexpr, VEC: tl.constexpr):
     return b_x
 
 
-@triton.jit(do_not_specialize=SIZES)
+@unspecialized(aligned=["weight"])
 def rms_norm_fwd_kernel(
     x,
     weight,
@@ -41,8 +41,8 @@ def rms_norm_fwd_kernel(
 ):
     i_t = tl.program_id(0).to(tl.int64)
     V = V // ALIGN * ALIGN
-    p_row = x + row_offset(i_t, L, stride_b, stride_l, ALIGN)
-    p_out = out + row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN)
+    p_row = row_pointer(x, row_offset(i_t, L, stride_b, stride_l, ALIGN), ALIGN)
+    p_out = row_pointer(out, row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN), ALIGN)
     b_squares = tl.zeros([LANES], tl.float32)
     i_last = tl.cdiv(V, LANES * VEC) - 1
     if not ONE_TILE:
@@ -67,7 +67,7 @@ def load_normalized(p_row, p_grad, weight, b_rstd, i_tile, V, LANES: tl.constexp
     return b_y, weighted(load_terms(p_grad, i_tile, V, LANES, VEC), weight, i_tile, V, LANES, VEC)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "grad_stride_b", "grad_stride_l"])
+@unspecialized(aligned=["weight"])
 def rms_norm_bwd_kernel(
     x,
     grad,
@@ -90,9 +90,9 @@ def rms_norm_bwd_kernel(
     """d x = rstd (g - y mean(g y)), with y = x rstd and g = d out weight."""
     i_t = tl.program_id(0).to(tl.int64)
     V = V // ALIGN * ALIGN
-    p_row = x + row_offset(i_t, L, stride_b, stride_l, ALIGN)
-    p_grad = grad + row_offset(i_t, L, grad_stride_b, grad_stride_l, ALIGN)
-    p_out = out + row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN)
+    p_row = row_pointer(x, row_offset(i_t, L, stride_b, stride_l, ALIGN), ALIGN)
+    p_grad = row_pointer(grad, row_offset(i_t, L, grad_stride_b, grad_stride_l, ALIGN), ALIGN)
+    p_out = row_pointer(out, row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN), ALIGN)
     b_rstd = tl.load(rstd + i_t)
     b_dot = tl.zeros([LANES], tl.float32)
     i_last = tl.cdiv(V, LANES * VEC) - 1
@@ -152,12 +152,13 @@ def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tenso
         size = x.shape[-1]
         rows, out_rows = matrices_of(x, out)
         config = forward_config(size, x.dtype)
+        rows = aligned(rows, config)
         length, *strides = row_strides(rows)
         launch(
             rms_norm_fwd_kernel,
             (rstd.numel(),),
             rows,
-            None if weight is None else weight.contiguous(),
+            aligned_vector(weight),
             out_rows,
             rstd,
             eps,
@@ -191,13 +192,14 @@ def _input_grad(x: Tensor, grad: Tensor, weight: Tensor | None, rstd: Tensor, ou
     """Writes d x into `out`. x, grad and out are [L, H] or [B, L, H]."""
     size = x.shape[-1]
     config = backward_config(size, x.dtype)
+    x, grad = aligned(x, config), aligned(grad, config)
     length, *strides = row_strides(x)
     launch(
         rms_norm_bwd_kernel,
         (rstd.numel(),),
         x,
         grad,
-        None if weight is None else weight.contiguous(),
+        aligned_vector(weight),
         rstd,
         out,
         length,

@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.rows import matrices_of, moved_back, moved_last
-from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
+from ...common.triton.launch import LaunchConfig, aligned, is_whole, launch, make_config, row_strides
 from ...common.triton.numbers import LOG2E, exponent
 from ...common.triton.row_softmax import sums_of_row
-from ...common.triton.row_tiles import SIZES, load_terms, load_tile, row_offset, store_tile
+from ...common.triton.row_tiles import load_terms, load_tile, row_offset, row_pointer, store_tile, unspecialized
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def softmax_tile(b_x, shift, log_sum, scale, LOG: tl.constexpr):
     return tl.exp2(exponent(b_x, LOG2E)) * scale
 
 
-@triton.jit(do_not_specialize=SIZES)
+@unspecialized()
 def softmax_fwd_kernel(
     x,
     out,
@@ -40,8 +40,8 @@ def softmax_fwd_kernel(
 ):
     i_t = tl.program_id(0).to(tl.int64)
     V = V // ALIGN * ALIGN
-    p_row = x + row_offset(i_t, L, stride_b, stride_l, ALIGN)
-    p_out = out + row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN)
+    p_row = row_pointer(x, row_offset(i_t, L, stride_b, stride_l, ALIGN), ALIGN)
+    p_out = row_pointer(out, row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN), ALIGN)
     shift, row_sum, _, b_x = sums_of_row(p_row, V, None, None, LOG2E, LANES, VEC, ONE_TILE)
     log_sum, scale = tl.log(row_sum), 1.0 / row_sum
     i_last = tl.cdiv(V, LANES * VEC) - 1
@@ -66,7 +66,7 @@ def gradient_of_softmax(b_g, b_y, row_sum, LOG: tl.constexpr):
     return b_y * (b_g - row_sum)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "output_stride_b", "output_stride_l"])
+@unspecialized()
 def softmax_bwd_kernel(
     grad,
     output,
@@ -87,9 +87,9 @@ def softmax_bwd_kernel(
 ):
     i_t = tl.program_id(0).to(tl.int64)
     V = V // ALIGN * ALIGN
-    p_grad = grad + row_offset(i_t, L, stride_b, stride_l, ALIGN)
-    p_output = output + row_offset(i_t, L, output_stride_b, output_stride_l, ALIGN)
-    p_out = out + row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN)
+    p_grad = row_pointer(grad, row_offset(i_t, L, stride_b, stride_l, ALIGN), ALIGN)
+    p_output = row_pointer(output, row_offset(i_t, L, output_stride_b, output_stride_l, ALIGN), ALIGN)
+    p_out = row_pointer(out, row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN), ALIGN)
     b_sum = tl.zeros([LANES], tl.float32)
     i_last = tl.cdiv(V, LANES * VEC) - 1
     if not ONE_TILE:
@@ -114,6 +114,7 @@ def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
         size = x.shape[-1]
         rows, out_rows = matrices_of(x, out)
         config = forward_config(size, x.dtype)
+        rows = aligned(rows, config)
         length, *strides = row_strides(rows)
         launch(
             softmax_fwd_kernel,
@@ -143,6 +144,7 @@ def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dty
         size = grad.shape[-1]
         grad_rows, output_rows, out_rows = matrices_of(grad, output, out)
         config = backward_config(size, dtype)
+        grad_rows, output_rows = aligned(grad_rows, config), aligned(output_rows, config)
         length, *strides = row_strides(grad_rows)
         launch(
             softmax_bwd_kernel,

@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
+from ...common.triton.launch import (
+    LaunchConfig,
+    aligned,
+    aligned_vector,
+    is_whole,
+    launch,
+    make_config,
+    memory_for,
+    row_strides,
+)
 from ...common.triton.numbers import LOG2E
 from ...common.triton.row_softmax import (
     ELSEWHERE,
@@ -22,11 +31,11 @@ from ...common.triton.row_softmax import (
     softmax_of_row,
     store_gradient_row,
 )
-from ...common.triton.row_tiles import SIZES, fill_row, load_tile, row_offset, store_tile
+from ...common.triton.row_tiles import fill_row, load_tile, row_offset, row_pointer, store_tile, unspecialized
 from .rows import NO_EPILOGUE, Epilogue, LogitRows, RowGradients
 
 
-@triton.jit(do_not_specialize=SIZES)
+@unspecialized(aligned=["bias"])
 def token_logprobs_fwd_kernel(
     logits,
     bias,
@@ -58,7 +67,7 @@ def token_logprobs_fwd_kernel(
         if WITH_ENTROPY:
             tl.store(entropy + i_t, nothing)
         return
-    p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
+    p_row = row_pointer(logits, row_offset(i_t, L, stride_b, stride_l, ALIGN), ALIGN)
     b_temperature = tl.load(temperature + i_t)
     b_logit = logit_of_id(p_row, b_id, bias, softcap)
     b_shift, b_log_sum, b_entropy, _ = softmax_of_row(p_row, V, bias, softcap, b_temperature, LANES, VEC, ONE_TILE)
@@ -69,7 +78,7 @@ def token_logprobs_fwd_kernel(
         tl.store(entropy + i_t, b_entropy)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@unspecialized(aligned=["bias"])
 def token_logprobs_bwd_kernel(
     logits,
     bias,
@@ -97,7 +106,7 @@ def token_logprobs_bwd_kernel(
     V = V // ALIGN * ALIGN
     i_tile = tl.program_id(1)
     BY_ROW: tl.constexpr = out.dtype.element_ty != logits.dtype.element_ty
-    p_out = out + row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN)
+    p_out = row_pointer(out, row_offset(i_t, L, out_stride_b, out_stride_l, ALIGN), ALIGN)
     b_id = tl.load(token_ids + i_t)
     b_c = tl.load(grad_log_probs + i_t)
     b_e = 0.0
@@ -117,7 +126,7 @@ def token_logprobs_bwd_kernel(
     b_log_sum = tl.load(log_sum + i_t)
     k0, k1, at_id = gradient_factors(b_c, b_e, b_log_sum, b_entropy, b_temperature)
     b_shift = tl.load(shift + i_t)
-    p_row = logits + row_offset(i_t, L, stride_b, stride_l, ALIGN)
+    p_row = row_pointer(logits, row_offset(i_t, L, stride_b, stride_l, ALIGN), ALIGN)
     b_x = load_tile(p_row, i_tile, V, LANES, VEC)
     c = LOG2E / b_temperature
     if BY_ROW:
@@ -133,12 +142,13 @@ def forward(rows: LogitRows, with_entropy: bool, epilogue: Epilogue = NO_EPILOGU
     entropy = torch.empty_like(rows.temperature) if with_entropy else rows.temperature.new_empty(0)
     vocab_size = rows.logits.shape[-1]
     config = forward_config(vocab_size, rows.logits.dtype)
-    length, *strides = row_strides(rows.logits)
+    logits = aligned(rows.logits, config)
+    length, *strides = row_strides(logits)
     launch(
         token_logprobs_fwd_kernel,
         (rows.token_ids.numel(),),
-        rows.logits,
-        epilogue.bias,
+        logits,
+        aligned_vector(epilogue.bias),
         epilogue.softcap or None,
         rows.token_ids,
         rows.temperature,
@@ -152,7 +162,7 @@ def forward(rows: LogitRows, with_entropy: bool, epilogue: Epilogue = NO_EPILOGU
         WITH_ENTROPY=with_entropy,
         ONE_TILE=vocab_size <= config.tile,
         config=config,
-        rows=(rows.logits,),
+        rows=(logits,),
     )
     return log_probs, entropy, shift, log_sum
 
@@ -165,26 +175,29 @@ def backward(rows: LogitRows, gradients: RowGradients, out: Tensor, epilogue: Ep
     vocab_size = rows.logits.shape[-1]
     config = backward_config(vocab_size, rows.logits.dtype, out.dtype)
     tiles = 1 if out.dtype != rows.logits.dtype else triton.cdiv(vocab_size, config.tile)
-    length, *strides = row_strides(rows.logits)
-    _, *out_strides = row_strides(out)
+    logits, grad = aligned(rows.logits, config), memory_for(out, config)
+    length, *strides = row_strides(logits)
+    _, *grad_strides = row_strides(grad)
     launch(
         token_logprobs_bwd_kernel,
         (rows.token_ids.numel(), tiles),
-        rows.logits,
-        epilogue.bias,
+        logits,
+        aligned_vector(epilogue.bias),
         epilogue.softcap or None,
         rows.token_ids,
         rows.temperature,
         *gradients,
-        out,
+        grad,
         length,
         vocab_size,
         *strides,
-        *out_strides,
+        *grad_strides,
         ONE_TILE=vocab_size <= config.tile,
         config=config,
-        rows=(rows.logits, out),
+        rows=(logits, grad),
     )
+    if grad is not out:
+        out.copy_(grad)
 
 
 def forward_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
