@@ -22,7 +22,7 @@ NO_EVICTION_HINT = tl.constexpr("")
 
 
 def unspecialized(*, aligned: Iterable[str] = ()) -> Callable:
-    """triton.jit with one binary for all values and addresses of the arguments, for each choice of dtypes and constants.
+    """triton.jit with one binary for each choice of dtypes and constants, whatever the values and addresses are.
 
     aligned: the pointers that launch.aligned_vector made. The binary may rely on their alignment.
     """
