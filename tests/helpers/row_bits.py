@@ -60,7 +60,7 @@ def check_layouts(call, *rows):
 def strided(x, padding, offset=0):
     """A copy of the rows with `padding` elements between two rows, which starts `offset` elements into its memory."""
     rows, size = x.shape
-    storage = torch.full((rows * (size + padding) + offset,), 7.0, dtype=x.dtype)
+    storage = torch.full((rows * (size + padding) + offset,), 7.0, dtype=x.dtype, device=x.device)
     view = storage.as_strided((rows, size), (size + padding, 1), offset)
     return view.copy_(x)
 

@@ -213,8 +213,9 @@ class ColumnConfig:
 
 
 def rows_config(reduced: int, dtype: torch.dtype) -> LaunchConfig:
-    """Two 128-bit accesses in flight per thread. A one-element access takes the registers of a 128-bit access."""
-    per_thread = (32 if is_whole(reduced, dtype) else 16) // dtype.itemsize
+    """A block is one tile, so that all of its loads are in flight at once. An access of one element takes more
+    registers, so an odd row has smaller tiles."""
+    per_thread = 32 if is_whole(reduced, dtype) else 16 // dtype.itemsize
     return make_config(min(reduced, BLOCK), dtype, threads=512, per_thread=per_thread)
 
 
