@@ -21,22 +21,22 @@ from verify.launches import CapturedLaunch, captured
 PART = "sm_90"
 ALIAS = re.compile(r"^(#\w+) = (.*)$", re.MULTILINE)
 REDUCTION = re.compile(r'"tt\.(reduce|scan)".*?\}\) : \((.*?)\) ->', re.DOTALL)
-DOT = re.compile(r"\b(tt\.dot|tt\.dot_scaled|ttng\.\w*_dot|ttng\.tc_gen5_mma\w*) .*?(?:-> |: )([^>]*f32, #\w+.*?>)")
+PRODUCT = re.compile(r"\b(tt\.dot|ttng\.warp_group_dot) .* -> (.*?)(?: loc\(.*)?$", re.MULTILINE)
 FLOATS = re.compile(r"tensor<[\dx]*(?:f16|bf16|f32|f64)\b")
 
 
 def check_all() -> list[str]:
     """The faults of all cases; prints a line for each case."""
-    faults = []
+    wrong = []
     for line, found in on_all_cores(_checked):
         print(line, flush=True)
-        faults += found
-    return faults
+        wrong += found
+    return wrong
 
 
 def check(case: Case) -> list[str]:
-    """One line for each specialisation whose reductions have other layouts than the first specialisation."""
-    return _faults(case, specializations(case))
+    """The faults of a case. Nothing is compiled if all of its operands give one specialisation."""
+    return faults(case, specializations(case))
 
 
 def specializations(case: Case) -> dict[str, tuple[str, CapturedLaunch]]:
@@ -45,9 +45,9 @@ def specializations(case: Case) -> dict[str, tuple[str, CapturedLaunch]]:
     for name, operands, launch_operands in _variants(case):
         with captured() as launches:
             launch_operands(operands)
-        for number, launch in enumerate(launches):
-            source, options = specialized(launch, PARTS[PART].target)
-            found.setdefault(f"{number} {source.hash()} {sorted(options.items(), key=str)}", (name, launch))
+        (launch,) = launches
+        source, options = specialized(launch, PARTS[PART].target)
+        found.setdefault(f"{source.hash()} {sorted(options.items(), key=str)}", (name, launch))
     return found
 
 
@@ -55,29 +55,30 @@ def reductions(ttgir: str) -> list[str]:
     """The operand of every reduction of floats and the result of every product, with their layouts, in order."""
     aliases = dict(ALIAS.findall(ttgir))
     found = [(match.start(), match[1], match[2]) for match in REDUCTION.finditer(ttgir) if FLOATS.search(match[2])]
-    found += [(match.start(), match[1], match[2]) for match in DOT.finditer(ttgir)]
+    found += [(match.start(), match[1], match[2]) for match in PRODUCT.finditer(ttgir)]
     return [f"{operation} of {_resolved(tensors, aliases)}" for _, operation, tensors in sorted(found)]
 
 
 def _checked(number: int) -> tuple[str, list[str]]:
     case = all_cases()[number]
     found = specializations(case)
-    faults = _faults(case, found)
-    return f"{case}: {'FAILS' if faults else 'holds'} in {len(found)} specialisations", faults
+    wrong = faults(case, found)
+    return f"{case}: {'FAILS' if wrong else 'holds'} in {len(found)} specialisations", wrong
 
 
-def _faults(case: Case, found: dict[str, tuple[str, CapturedLaunch]]) -> list[str]:
+def faults(case: Case, found: dict[str, tuple[str, CapturedLaunch]]) -> list[str]:
+    """One line for each specialisation whose reductions have other layouts than the reductions of the first."""
     if len(found) == 1:
         return []
     (first, expected), *others = [(name, _compiled_reductions(launch)) for name, launch in found.values()]
-    faults = []
+    wrong = []
     for other, layouts in others:
         if layouts != expected:
             # a kernel that has more reductions differs from the last reduction of the other
             pairs = zip([*expected, "no reduction"], [*layouts, "no reduction"], strict=False)
             a, b = next((a, b) for a, b in pairs if a != b)
-            faults.append(f"{case}: {a} ({first}), but {b} ({other})")
-    return faults
+            wrong.append(f"{case}: {a} ({first}), but {b} ({other})")
+    return wrong
 
 
 def _compiled_reductions(launch: CapturedLaunch) -> list[str]:

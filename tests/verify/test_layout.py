@@ -19,6 +19,29 @@ from verify import layout
 names = ("sums a row by its alignment", "sums columns by their number", "sums a row of aligned memory")
 print(json.dumps({name: layout.check(faulty_case(name, 256, padding=0)) for name in names}))
 """
+EVERY = """
+import json
+import torch
+from verify import cases, layout
+first = {}
+for case in cases.compile_cases():
+    if case.dtype == torch.bfloat16:
+        first.setdefault(case.name.partition(",")[0].partition(":")[0], case)
+found = {name: layout.specializations(case) for name, case in first.items()}
+print(json.dumps({name: [len(found[name]), layout.faults(case, found[name])] for name, case in first.items()}))
+"""
+OF_ROWS = (
+    "softmax",
+    "softmax_backward",
+    "token_logprobs",
+    "token_logprobs_backward",
+    "fused_policy_loss",
+    "rms_norm",
+    "rms_norm_backward",
+    "mean",
+    "moe_routing",
+    "moe_routing_backward",
+)
 
 
 def compiling(program):
@@ -31,6 +54,21 @@ def compiling(program):
 @pytest.fixture(scope="module")
 def planted():
     return compiling(PLANTED)
+
+
+@pytest.fixture(scope="module")
+def every():
+    return compiling(EVERY)
+
+
+def test_every_kernel_sums_in_one_order(every):
+    """One case of each kernel; the command compiles all."""
+    assert [fault for _, faults in every.values() for fault in faults] == []
+
+
+def test_a_kernel_over_rows_has_one_binary(every):
+    """So the rounding of products before a sum is the same too, which layouts do not show."""
+    assert {name: every[name][0] for name in OF_ROWS} == dict.fromkeys(OF_ROWS, 1)
 
 
 def test_a_sum_that_follows_strides_or_addresses_is_found(planted):
