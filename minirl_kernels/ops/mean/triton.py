@@ -43,7 +43,8 @@ def mean_rows_kernel(
     p_row = row_pointer(x, row_offset(i_out // blocks, L, stride_b, stride_l, ALIGN), ALIGN)
     b_sum = tl.zeros([LANES, VEC], tl.float32)
     tiles: tl.constexpr = BLOCK // (LANES * VEC)
-    i_first = i_out % blocks * tiles
+    # in 32 bits, because the compiler merges an offset of 64 bits with that of the row, and forgets its alignment
+    i_first = (i_out % blocks).to(tl.int32) * tiles
     for i in range(tl.minimum(tl.cdiv(V, LANES * VEC) - i_first, tiles)):
         b_sum += load_terms(p_row, i_first + i, V, LANES, VEC)
     total = tl.sum(tl.sum(b_sum, 1), 0)
