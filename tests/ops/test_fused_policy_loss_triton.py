@@ -21,7 +21,7 @@ from minirl_kernels import PolicyLossConfig, fused_policy_loss
 from minirl_kernels.common.triton.scale import scale_in_place
 from minirl_kernels.ops.fused_policy_loss.loss_rows import LossRows
 from minirl_kernels.ops.fused_policy_loss.op import fused_policy_loss_forward
-from minirl_kernels.ops.fused_policy_loss.triton import forward_backward, kl_penalty, token_objective
+from minirl_kernels.ops.fused_policy_loss.triton import forward_backward, kl_penalty, launch_config, token_objective
 from minirl_kernels.ops.policy_loss import reference
 from minirl_kernels.ops.token_logprobs.rows import LogitRows
 
@@ -264,8 +264,8 @@ def test_rows_without_gradient_are_not_read_a_second_time():
     assert token_grad.count_nonzero() == 1
     assert [row.any().item() for row in grad] == [False, True, False, False]
     moved = traffic.traffic(*launches)
-    row = 20_000 * 4
-    assert 4 * row + (row - 8192 * 4) <= moved.loaded < 4 * row + row
+    row, tile = 20_000 * 4, launch_config(20_000, torch.float32).tile * 4
+    assert 4 * row + (row - tile) <= moved.loaded < 4 * row + row
 
 
 def test_stopped_tokens_keep_their_entropy_gradient():
