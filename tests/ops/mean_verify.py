@@ -10,6 +10,7 @@ from verify.case import Case
 from verify.columns import column_kernel, compiled_columns, interpreted_columns
 from verify.rows import RowKernel, Rows, compiled, interpreted
 
+from minirl_kernels.common.triton.columns import rows_per_block
 from minirl_kernels.ops.mean import triton
 
 
@@ -22,14 +23,16 @@ def _of_rows(rows: Rows) -> tuple[Tensor, ...]:
 
 
 def _of_columns(rows: Rows) -> tuple[Tensor, ...]:
+    """The first launch of a sum over columns; rows of several blocks need another."""
     count, size = rows.x.shape
-    out = torch.empty(-(-count // triton.columns_config().block), size)
-    triton.reduce_column_blocks(rows.x[None, None], out, count)
+    block = rows_per_block(count)
+    out = torch.empty(-(-count // block), size)
+    triton.reduce_column_blocks(rows.x[None, None], out, block, count)
     return (out,)
 
 
 OF_ROWS = RowKernel("mean", Rows.make, _of_rows, triton.rows_config, streams_out=False)
-OF_COLUMNS = column_kernel("mean of columns", _of_columns, reads=1)
+OF_COLUMNS = column_kernel("mean of columns", _of_columns, inputs=1)
 
 
 def interpreter_cases() -> Iterator[Case]:

@@ -12,6 +12,7 @@ from verify.case import Case
 from verify.columns import column_kernel, compiled_columns, interpreted_columns
 from verify.rows import QWEN3_VOCAB, RowKernel, Rows, compiled, interpreted, twice_less_a_tile
 
+from minirl_kernels.common.triton.columns import SHORTEST_BLOCK, ColumnConfig, rows_per_block
 from minirl_kernels.ops.rms_norm import triton
 
 
@@ -25,7 +26,12 @@ def _backward(rows: Rows, *, with_weight: bool = True) -> tuple[Tensor, ...]:
 
 
 def _weight_grad(rows: Rows) -> tuple[Tensor, ...]:
-    return (triton.weight_partials(rows.x, rows.grad, rows.rstd),)
+    return (triton.weight_partials(rows.x, rows.grad, rows.rstd, rows_per_block(len(rows.x))),)
+
+
+def _rstd_in_each_lane(config: ColumnConfig) -> int:
+    """Bytes; the cases that are run have blocks of the shortest length."""
+    return 4 * config.threads * SHORTEST_BLOCK
 
 
 KERNELS = (
@@ -44,7 +50,7 @@ KERNELS = (
         lambda config, size: 3 * twice_less_a_tile(config, size),
     ),
 )
-WEIGHT_GRAD = column_kernel("rms_norm d weight", _weight_grad, reads=2)
+WEIGHT_GRAD = column_kernel("rms_norm d weight", _weight_grad, inputs=2, beside=_rstd_in_each_lane)
 
 
 def interpreter_cases() -> Iterator[Case]:

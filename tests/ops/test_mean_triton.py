@@ -9,11 +9,12 @@ from triton_cases import check_mean, random_logits
 from verify.launches import captured
 
 import minirl_kernels as mk
+from minirl_kernels.common.triton.columns import SHORTEST_BLOCK
 from minirl_kernels.ops.mean import triton as kernels
 
 pytestmark = triton_cases.interpreter_only()
 CALLS = pytest.mark.parametrize("divide", [False, True], ids=["sum", "mean"])
-BLOCK, COLUMN_BLOCK = kernels.BLOCK, kernels.columns_config().block
+BLOCK = kernels.BLOCK
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -30,7 +31,7 @@ def test_rows_of_many_blocks(size):
     check_mean(random_logits(2, size, dtype=torch.bfloat16), None, False)
 
 
-@pytest.mark.parametrize("size", [COLUMN_BLOCK, COLUMN_BLOCK + 1, 2 * COLUMN_BLOCK + 5])
+@pytest.mark.parametrize("size", [SHORTEST_BLOCK, SHORTEST_BLOCK + 1, 2 * SHORTEST_BLOCK + 5, 1025])
 def test_columns_of_many_blocks(size):
     check_mean(random_logits(size, 70), 0, True)
     check_mean(random_logits(2, size, 8, dtype=torch.bfloat16), 1, False)
@@ -86,8 +87,8 @@ def test_a_row_or_column_looks_at_nothing_but_itself():
     ("shape", "dim", "grids"),
     [
         ((70_000, 3), -1, [70_000]),
-        ((2, 70_000 * 64), 0, [70_000]),
-        ((70_000, 2, 3), 1, [70_000]),
+        ((2, 70_000 * 1024), 0, [70_000]),
+        ((70_000, 2, 1023), 1, [70_000 * 8]),
         ((2**31,), 0, [131_072, 8, 1]),
     ],
 )

@@ -6,13 +6,12 @@ one long row gives work to many programs, and the order of summation is a functi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common.triton.columns import column_tile, launch_columns, rows_per_block
 from ...common.triton.launch import LaunchConfig, aligned, is_whole, launch, make_config
 from ...common.triton.numbers import round_to
 from ...common.triton.row_tiles import load_terms, multiple, row_offset, row_pointer, unspecialized
@@ -20,7 +19,7 @@ from .layout import layout_of, reduced_dims, reduced_shape
 
 # elements of a row per program: a whole number of tiles; the row of a vocabulary takes about ten programs
 BLOCK = 16_384
-COLUMN_SIZES = ["L", "R", "V", "blocks", "stride_b", "stride_l", "stride_r"]
+COLUMN_SIZES = ["outer", "blocks", "block", "L", "R", "V", "stride_b", "stride_l", "stride_r"]
 
 
 @unspecialized()
@@ -52,12 +51,12 @@ def mean_rows_kernel(
 
 
 @triton.jit
-def column_offsets(V, COLUMNS: tl.constexpr):
-    """(index of the output row, column offsets [1, COLUMNS], their mask) of a program of a one-dimensional grid."""
-    tiles = tl.cdiv(V, COLUMNS)
-    i_program = tl.program_id(0).to(tl.int64)
-    o_c = (i_program % tiles * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    return i_program // tiles, o_c, o_c < V
+def load_rows(p_x, stride, i_row, rows, ROWS: tl.constexpr):
+    """A tuple of the values at ROWS rows from row i_row on, 0 from row `rows` on. p_x points at row i_row."""
+    loaded = ()
+    for j in tl.static_range(ROWS):
+        loaded += (tl.load(p_x + j * stride, mask=i_row + j < rows, other=0.0),)
+    return loaded
 
 
 @triton.jit(do_not_specialize=COLUMN_SIZES)
@@ -65,40 +64,45 @@ def mean_columns_kernel(
     x,
     out,
     divisor,
+    outer,
     blocks,
+    block,
     L,
     R,
     V,
     stride_b,
     stride_l,
     stride_r,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
 ):
-    V = V // ALIGN * ALIGN
-    i_out, o_c, m_c = column_offsets(V, COLUMNS)
-    start = i_out % blocks * BLOCK
-    p_matrix = x + row_offset(i_out // blocks, L, stride_b, stride_l, ALIGN)
-    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(tl.cdiv(tl.minimum(R - start, BLOCK), ROWS)):
-        o_r = (start + i * ROWS + tl.arange(0, ROWS))[:, None]
-        b_x = tl.load(p_matrix + o_r * multiple(stride_r, ALIGN) + o_c, mask=(o_r < R) & m_c, other=0.0)
-        b_sum += b_x.to(tl.float32)
-    b_total = tl.div_rn(tl.sum(b_sum, 0)[None, :], divisor)
-    tl.store(out + i_out * V + o_c, round_to(b_total, out.dtype.element_ty), mask=m_c)
+    """Each lane adds a block of rows of its columns. Rows of the output: B L blocks."""
+    i_out, o_c, m_out = column_tile(outer, V, LANES, VEC)
+    stride_r = multiple(stride_r.to(tl.int64), VEC)
+    i_first = (i_out % blocks).to(R.dtype) * block
+    rows = tl.where(m_out, tl.minimum(R - i_first, block), 0)
+    p_x = x + row_offset(i_out // blocks, L, stride_b.to(tl.int64), stride_l.to(tl.int64), VEC)
+    p_x += i_first * stride_r + o_c
+    b_sum = tl.zeros([LANES, VEC], tl.float32)
+    loaded = load_rows(p_x, stride_r, 0, rows, ROWS)
+    for i in range(ROWS, tl.minimum(R, block) + ROWS, ROWS):
+        p_x += ROWS * stride_r
+        # read one tile ahead: the compiler otherwise moves each load to its sum, where the thread waits for it
+        following = load_rows(p_x, stride_r, i, rows, ROWS)
+        for j in tl.static_range(ROWS):
+            b_sum += loaded[j].to(tl.float32)
+        loaded = following
+    b_sum = round_to(tl.div_rn(b_sum, divisor), out.dtype.element_ty)
+    tl.store(out + i_out.to(tl.int64) * multiple(V, VEC) + o_c, b_sum, mask=m_out)
 
 
 def forward(
     x: Tensor, dim: int | tuple[int, ...] | None, keepdim: bool, dtype: torch.dtype | None, divide: bool
 ) -> Tensor:
     """The mean of x over `dim` if `divide`, else the sum. dtype: of the result; None means the dtype of x."""
-    if dtype not in (None, x.dtype, torch.float32):
-        return forward(x, dim, keepdim, torch.float32, divide).to(dtype)
-    dtype = dtype or x.dtype
     dims = reduced_dims(x, dim)
-    out = torch.empty(reduced_shape(x, dims, keepdim), dtype=dtype, device=x.device)
+    out = torch.empty(reduced_shape(x, dims, keepdim), dtype=dtype or x.dtype, device=x.device)
     if out.numel():
         layout = layout_of(x, dims, transposes=False)
         sizes = (layout.batch, layout.length, layout.reduced, layout.inner)
@@ -143,17 +147,17 @@ def reduce_row_blocks(x: Tensor, out: Tensor, divisor: int) -> None:
 
 def reduce_columns(x: Tensor, out: Tensor, divisor: int) -> None:
     """Write the sums of x [B, L, R, I] over R, divided by `divisor`, into `out` of B L I elements."""
-    block = columns_config().block
-    while x.shape[2] > block:
+    block = rows_per_block(x.shape[2])
+    if x.shape[2] > block:
         sizes = (1, x.shape[0] * x.shape[1], triton.cdiv(x.shape[2], block), x.shape[3])
         partials = x.new_empty(sizes, dtype=torch.float32)
-        reduce_column_blocks(x, partials, 1)
+        reduce_column_blocks(x, partials, block, 1)
         x = partials
-    reduce_column_blocks(x, out, divisor)
+    reduce_column_blocks(x, out, block, divisor)
 
 
-def reduce_column_blocks(x: Tensor, out: Tensor, divisor: int) -> None:
-    """Write the sum of each block of R of x [B, L, R, I], divided by `divisor`, into `out`."""
+def reduce_column_blocks(x: Tensor, out: Tensor, block: int, divisor: int) -> None:
+    """Write the sum of each `block` rows of R of x [B, L, R, I], divided by `divisor`, into `out`."""
     batch, length, reduced, inner = x.shape
     strides = x.stride()[:3]
     outer = out.numel() // inner
@@ -163,54 +167,17 @@ def reduce_column_blocks(x: Tensor, out: Tensor, divisor: int) -> None:
         x,
         out,
         float(divisor),
+        outer,
         outer // (batch * length),
+        block,
         length,
         reduced,
         inner,
         *strides,
         size=inner,
         strides=strides,
-        dtype=x.dtype,
+        inputs=(x,),
     )
-
-
-def launch_columns(kernel, outer: int, *args, size: int, strides: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Run `kernel` over `outer` times `size` columns of tensors of `dtype`; args[0] is one of these tensors."""
-    config = columns_config()
-    vec = 16 // dtype.itemsize
-    aligned = all(n % vec == 0 for n in (size, *strides))
-    with torch.cuda.device_of(args[0]):
-        kernel[(outer * triton.cdiv(size, config.columns),)](
-            *args,
-            ROWS=config.rows,
-            COLUMNS=config.columns,
-            BLOCK=config.block,
-            ALIGN=vec if aligned else 1,
-            num_warps=config.num_warps,
-        )
-
-
-@dataclass(frozen=True)
-class ColumnConfig:
-    """The block sizes of a sum of columns. They are constant, so that a column does not depend on the other columns.
-
-    rows, columns: of the tile that a program loads at once.
-    block: number of rows that a program sums.
-    threads: of a program.
-    """
-
-    rows: int
-    columns: int
-    block: int
-    threads: int
-
-    @property
-    def tile(self) -> int:
-        return self.rows * self.columns
-
-    @property
-    def num_warps(self) -> int:
-        return self.threads // (64 if torch.version.hip else 32)
 
 
 def rows_config(reduced: int, dtype: torch.dtype) -> LaunchConfig:
@@ -218,8 +185,3 @@ def rows_config(reduced: int, dtype: torch.dtype) -> LaunchConfig:
     registers, so an odd row has smaller tiles."""
     per_thread = 32 if is_whole(reduced, dtype) else 16 // dtype.itemsize
     return make_config(min(reduced, BLOCK), dtype, threads=512, per_thread=per_thread)
-
-
-def columns_config() -> ColumnConfig:
-    """64 columns are 128 bytes or more of each row. Blocks are short, because many tokens come with few columns."""
-    return ColumnConfig(rows=32, columns=64, block=1024, threads=128)

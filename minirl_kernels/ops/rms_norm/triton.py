@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.rows import matrices_of
+from ...common.triton.columns import column_tile, launch_columns, rows_per_block
 from ...common.triton.launch import LaunchConfig, aligned, aligned_vector, is_whole, launch, make_config, row_strides
-from ...common.triton.row_tiles import load_terms, row_offset, row_pointer, store_tile, unspecialized
-from ..mean import triton as mean
-from ..mean.triton import column_offsets
+from ...common.triton.row_tiles import load_terms, multiple, row_offset, row_pointer, store_tile, unspecialized
+from ..mean.triton import reduce_column_blocks
 
 
 @triton.jit
@@ -110,12 +110,36 @@ def rms_norm_bwd_kernel(
             store_tile(p_out, b_rstd * (b_g - b_y * mean), i + 1, V, LANES, VEC)
 
 
-@triton.jit(do_not_specialize=["L", "R", "V", "stride_b", "stride_l", "grad_stride_b", "grad_stride_l"])
+@triton.jit
+def load_rows(p_x, p_grad, p_rstd, i_l, L, steps, i_row, rows, ROWS: tl.constexpr):
+    """(tuple of (x, d out, rstd) at ROWS rows from row i_row on, p_x, p_grad and i_l of the row after them).
+
+    i_l: the place of the row among the L rows of its batch entry. The values are 0 from row `rows` on.
+    steps: of x and then of d out: the stride of L, and the step from the last row of a batch entry to the next entry.
+    """
+    step, last_step, grad_step, last_grad_step = steps
+    loaded = ()
+    for j in tl.static_range(ROWS):
+        m_row = i_row + j < rows
+        b_x, b_grad = tl.load(p_x, mask=m_row, other=0.0), tl.load(p_grad, mask=m_row, other=0.0)
+        loaded += ((b_x, b_grad, tl.load(p_rstd + j, mask=m_row, other=0.0)),)
+        i_l += 1
+        p_x += tl.where(i_l == L, last_step, step)
+        p_grad += tl.where(i_l == L, last_grad_step, grad_step)
+        i_l = tl.where(i_l == L, 0, i_l)
+    return loaded, p_x, p_grad, i_l
+
+
+@triton.jit(
+    do_not_specialize=["outer", "block", "L", "R", "V", "stride_b", "stride_l", "grad_stride_b", "grad_stride_l"]
+)
 def rms_norm_weight_kernel(
     x,
     grad,
     rstd,
     partials,
+    outer,
+    block,
     L,
     R,
     V,
@@ -123,25 +147,32 @@ def rms_norm_weight_kernel(
     stride_l,
     grad_stride_b,
     grad_stride_l,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
 ):
-    """Writes the sums of d out * y over a block of rows."""
-    V = V // ALIGN * ALIGN
-    i_block, o_c, m_c = column_offsets(V, COLUMNS)
-    b_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for i in range(tl.cdiv(tl.minimum(R - i_block * BLOCK, BLOCK), ROWS)):
-        o_r = i_block * BLOCK + i * ROWS + tl.arange(0, ROWS)
-        m_r = o_r < R
-        mask = m_r[:, None] & m_c
-        b_rstd = tl.load(rstd + o_r, mask=m_r, other=0.0)
-        o_x = row_offset(o_r, L, stride_b, stride_l, ALIGN)[:, None] + o_c
-        o_g = row_offset(o_r, L, grad_stride_b, grad_stride_l, ALIGN)[:, None] + o_c
-        b_y = tl.load(x + o_x, mask=mask, other=0.0).to(tl.float32) * b_rstd[:, None]
-        b_sum += tl.load(grad + o_g, mask=mask, other=0.0).to(tl.float32) * b_y
-    tl.store(partials + i_block * V + o_c, tl.sum(b_sum, 0)[None, :], mask=m_c)
+    """Each lane adds d out * y over a block of rows of its columns. Rows of the output: the blocks."""
+    i_block, o_c, m_block = column_tile(outer, V, LANES, VEC)
+    stride_b, stride_l = multiple(stride_b.to(tl.int64), VEC), multiple(stride_l.to(tl.int64), VEC)
+    grad_stride_b, grad_stride_l = multiple(grad_stride_b.to(tl.int64), VEC), multiple(grad_stride_l.to(tl.int64), VEC)
+    i_row = i_block.to(R.dtype) * block
+    rows = tl.where(m_block, tl.minimum(R - i_row, block), 0)
+    p_rstd = rstd + i_row
+    p_x = x + row_offset(i_row, L, stride_b, stride_l, VEC) + o_c
+    p_grad = grad + row_offset(i_row, L, grad_stride_b, grad_stride_l, VEC) + o_c
+    i_l = i_row % L
+    steps = (stride_l, stride_b - (L - 1) * stride_l, grad_stride_l, grad_stride_b - (L - 1) * grad_stride_l)
+    b_sum = tl.zeros([LANES, VEC], tl.float32)
+    loaded, p_x, p_grad, i_l = load_rows(p_x, p_grad, p_rstd, i_l, L, steps, 0, rows, ROWS)
+    for i in range(ROWS, tl.minimum(R, block) + ROWS, ROWS):
+        p_rstd += ROWS
+        # read one tile ahead: the compiler otherwise moves each load to its sum, where the thread waits for it
+        following, p_x, p_grad, i_l = load_rows(p_x, p_grad, p_rstd, i_l, L, steps, i, rows, ROWS)
+        for j in tl.static_range(ROWS):
+            b_x, b_grad, b_rstd = loaded[j]
+            b_sum = tl.fma(b_grad.to(tl.float32), b_x.to(tl.float32) * b_rstd, b_sum)
+        loaded = following
+    tl.store(partials + i_block.to(tl.int64) * multiple(V, VEC) + o_c, b_sum, mask=m_block)
 
 
 def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -176,15 +207,19 @@ def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tenso
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, input_grad: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns (d x, d weight as [H] float32), each empty unless `input_grad` or `weight_grad`."""
+    """Returns (d x, d weight as [H] of the dtype of weight, or float32), empty unless `input_grad` or `weight_grad`."""
     out = x.new_empty(x.shape if input_grad else (0,))
-    out_weight = x.new_zeros(x.shape[-1:] if weight_grad else (0,), dtype=torch.float32)
-    if x.numel():
-        x, grad = matrices_of(x, grad)
-        if input_grad:
-            _input_grad(x, grad, weight, rstd, out.view(x.shape))
-        if weight_grad:
-            out_weight = mean.forward(weight_partials(x, grad, rstd), 0, False, None, False)
+    out_weight = rstd.new_empty(
+        x.shape[-1:] if weight_grad else (0,), dtype=torch.float32 if weight is None else weight.dtype
+    )
+    if not x.numel():
+        return out, out_weight.zero_()
+    x, grad = matrices_of(x, grad)
+    if input_grad:
+        _input_grad(x, grad, weight, rstd, out.view(x.shape))
+    if weight_grad:
+        block = rows_per_block(rstd.numel())
+        reduce_column_blocks(weight_partials(x, grad, rstd, block)[None, None], out_weight, block, 1)
     return out, out_weight
 
 
@@ -213,26 +248,28 @@ def _input_grad(x: Tensor, grad: Tensor, weight: Tensor | None, rstd: Tensor, ou
     )
 
 
-def weight_partials(x: Tensor, grad: Tensor, rstd: Tensor) -> Tensor:
-    """The parts of d weight, [blocks of rows, H] float32; their sum is d weight. x, grad: [L, H] or [B, L, H]."""
+def weight_partials(x: Tensor, grad: Tensor, rstd: Tensor, block: int) -> Tensor:
+    """The sums of d out y over each `block` rows, [blocks, H] float32. x, grad: [L, H] or [B, L, H]."""
     size = x.shape[-1]
-    partials = rstd.new_empty(triton.cdiv(rstd.numel(), mean.columns_config().block), size)
+    partials = rstd.new_empty(triton.cdiv(rstd.numel(), block), size)
     length, *strides = row_strides(x)
     strides += row_strides(grad)[1:]
-    mean.launch_columns(
+    launch_columns(
         rms_norm_weight_kernel,
         len(partials),
         x,
         grad,
         rstd,
         partials,
+        len(partials),
+        block,
         length,
         rstd.numel(),
         size,
         *strides,
         size=size,
         strides=strides,
-        dtype=x.dtype,
+        inputs=(x, grad),
     )
     return partials
 
