@@ -1,8 +1,9 @@
-"""The aten operations whose CPU kernels in torch are batch-invariant. An audit does not list them.
+"""The aten operations whose kernels in torch are batch-invariant. An audit does not list them.
 
 Invariant means that an element of the result has the same bits in every batch, at every position, and with any number
-of threads. The lists come from experiments with torch 2.13 and vectors of 128, 256 and 512
-bits. An operation that was not examined is absent, so an audit may list too many operations but not too few.
+of threads. The lists for the CPU come from experiments with torch 2.13 and vectors of 128, 256 and 512 bits. A GPU has
+a list of its own: it has more elementwise operations, and no sums. An operation that was not examined is absent, so an
+audit may list too many operations but not too few.
 """
 
 from __future__ import annotations
@@ -65,9 +66,19 @@ _POINTWISE = _aten(
     "softshrink sqrt square tan tanh tanh_backward threshold threshold_backward trunc where xlogy"
 )
 
-INVARIANT: frozenset[str] = frozenset().union(
-    _VIEWS, _COPIES, _CONSTANTS, _ANSWERS, _CHOICES, _RUNNING, _SCATTERED, _ROWS, _LOSSES, _POINTWISE
+# Elementwise operations that differ on a CPU, or do for some arguments. A GPU has no vector code for them: every
+# element, also in the last and incomplete part of a tensor, is computed by the same scalar code in a thread of its own.
+_POINTWISE_ON_GPU = _aten(
+    "add atan2 atanh celu cosh elu elu_backward exp2 floor_divide gelu gelu_backward logaddexp logaddexp2 logit mish "
+    "mish_backward pow rsqrt rsub selu sigmoid silu silu_backward sinh softplus softplus_backward sub"
 )
+
+_ON_ALL_DEVICES = frozenset().union(_VIEWS, _COPIES, _CONSTANTS, _ANSWERS, _CHOICES, _POINTWISE)
+INVARIANT: frozenset[str] = _ON_ALL_DEVICES.union(_RUNNING, _SCATTERED, _ROWS, _LOSSES)
+"""On a CPU."""
+# Scans, scattered sums, rows and losses are absent: on a GPU, threads share such a sum, in an order of the sizes or of
+# their arrival.
+INVARIANT_ON_GPU: frozenset[str] = _ON_ALL_DEVICES | _POINTWISE_ON_GPU
 
 
 def _is_integer_only(arguments: dict) -> bool:
@@ -117,9 +128,13 @@ CONDITIONS: dict[str, Callable[[dict], bool]] = {
 
 
 def is_invariant(op: torch._ops.OpOverload, args: tuple = (), kwargs: dict | None = None) -> bool:
-    """Whether torch's own kernel is known to be invariant for this call of an aten operation."""
+    """Whether torch's own kernel is known to be invariant for this call of an aten operation.
+
+    The lists for a GPU hold if one of the arguments is on a GPU.
+    """
     name = op._schema.name if op._schema.name.endswith("__") else op._schema.name.removesuffix("_")
-    if name in INVARIANT:
+    on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in tree_leaves((args, kwargs)))
+    if name in (INVARIANT_ON_GPU if on_gpu else INVARIANT):
         return True
     if name not in CONDITIONS:
         return False

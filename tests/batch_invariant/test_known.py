@@ -5,10 +5,11 @@ from functools import partial
 import pytest
 import torch
 from dtypes import DTYPES
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from minirl_kernels.batch_invariant.known import CONDITIONS, INVARIANT, is_invariant
+from minirl_kernels.batch_invariant.known import CONDITIONS, INVARIANT, INVARIANT_ON_GPU, is_invariant
 
 aten = torch.ops.aten
 SIZE = 960  # a multiple of every vector width
@@ -255,10 +256,29 @@ def test_conditions():
     assert not is_invariant(torch.ops.minirl_kernels.elementwise.default, (x, "silu", 0.0, 0.0, "cpu"))
 
 
+def test_a_gpu_has_scalar_code_for_every_element_but_shares_sums():
+    """Elementwise operations with vector code on a CPU are invariant on a GPU; sums that threads share are not."""
+    with FakeTensorMode():
+        on_cpu, on_gpu = torch.ones(4, 8), torch.ones(4, 8, device="cuda")
+    for op, *more in (
+        (aten.rsqrt.default,),
+        (aten.silu.default,),
+        (aten.silu_backward.default, None),
+        (aten.pow.Tensor_Scalar, 0.3),
+    ):
+        assert not is_invariant(op, (on_cpu, *(on_cpu if x is None else x for x in more)))
+        assert is_invariant(op, (on_gpu, *(on_gpu if x is None else x for x in more)))
+    assert not is_invariant(aten.add.Tensor, (on_cpu, on_cpu), {"alpha": 0.5})
+    assert is_invariant(aten.add.Tensor, (on_gpu, on_gpu), {"alpha": 0.5})
+    assert is_invariant(aten.cumsum.default, (on_cpu, -1))
+    assert not is_invariant(aten.cumsum.default, (on_gpu, -1))
+    assert not is_invariant(aten.sum.dim_IntList, (on_gpu, [-1]))
+
+
 def test_names_are_atens():
     """Every listed name exists in torch; a wrong name would list nothing."""
-    unknown = [name for name in sorted(INVARIANT | CONDITIONS.keys()) if not hasattr(aten, name.removeprefix("aten::"))]
-    assert unknown == []
+    names = sorted(INVARIANT | INVARIANT_ON_GPU | CONDITIONS.keys())
+    assert [name for name in names if not hasattr(aten, name.removeprefix("aten::"))] == []
     assert not INVARIANT & CONDITIONS.keys()
 
 

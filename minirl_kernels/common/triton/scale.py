@@ -10,17 +10,24 @@ from torch import Tensor
 from .launch import LaunchConfig, launch, make_config, row_strides
 from .row_tiles import SIZES, load_tile, row_offset, store_tile
 
+# about eight on each processor of today's GPUs: each program reads the factor, and most have nothing else to do
+PROGRAMS = 1024
 
-@triton.jit(do_not_specialize=SIZES)
-def scale_kernel(tensor, factor, L, V, stride_b, stride_l, LANES: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr):
+
+@triton.jit(do_not_specialize=[*SIZES, "tiles"])
+def scale_kernel(
+    tensor, factor, tiles, L, V, stride_b, stride_l, LANES: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr
+):
+    """tiles: of all rows together. Each program takes every n-th of them, if there are n programs."""
     b_factor = tl.load(factor).to(tl.float32)
     if b_factor == 1:
         return
     V = V // ALIGN * ALIGN
-    p_row = tensor + row_offset(tl.program_id(0).to(tl.int64), L, stride_b, stride_l, ALIGN)
-    for i_tile in range(tl.cdiv(V, LANES * VEC)):
-        b_x = load_tile(p_row, i_tile, V, LANES, VEC).to(tl.float32)
-        store_tile(p_row, b_x * b_factor, i_tile, V, LANES, VEC)
+    per_row = tl.cdiv(V, LANES * VEC)
+    for i in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0)):
+        p_row = tensor + row_offset(i // per_row, L, stride_b, stride_l, ALIGN)
+        b_x = load_tile(p_row, i % per_row, V, LANES, VEC).to(tl.float32)
+        store_tile(p_row, b_x * b_factor, i % per_row, V, LANES, VEC)
 
 
 def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
@@ -31,19 +38,23 @@ def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
     """
     tensor = torch.atleast_2d(tensor)
     length, *strides = row_strides(tensor)
+    size = tensor.shape[-1]
+    config = launch_config(size, tensor.dtype)
+    tiles = tensor.shape[:-1].numel() * triton.cdiv(size, config.tile)
     launch(
         scale_kernel,
-        (tensor.shape[:-1].numel(),),
+        (min(tiles, PROGRAMS),),
         tensor,
         factor,
+        tiles,
         length,
-        tensor.shape[-1],
+        size,
         *strides,
-        config=launch_config(tensor.shape[-1], tensor.dtype),
+        config=config,
         rows=(tensor,),
     )
 
 
 def launch_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
-    """One program per row rather than per tile: with a factor of 1, fewer programs start and end."""
+    """Two 128-bit accesses in flight for each thread."""
     return make_config(vocab_size, dtype, threads=512, per_thread=32 // dtype.itemsize)

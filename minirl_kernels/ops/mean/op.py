@@ -34,8 +34,8 @@ def mean(
     dtype: of the result; float32, bfloat16 or float16. None means the dtype of x.
     Returns the mean, of the given dtype.
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
-    On the CPU the bits do not depend on the strides of x. On a GPU a reduction that includes the last dimension has
-    another order of summation than a reduction that does not, and so other bits.
+    The bits of a result depend on its elements, their number and their dtype alone. On a GPU a reduction that includes
+    the last dimension has another order of summation than a reduction that does not, and so other bits.
     """
     return _reduce(x, dim, keepdim, dtype, True, backend)
 
@@ -93,8 +93,9 @@ class _Mean(torch.autograd.Function):
     def backward(ctx, grad):
         for d in ctx.unsqueezed:
             grad = grad.unsqueeze(d)
-        quotient = grad.to(torch.promote_types(grad.dtype, ctx.dtype)) / ctx.divisor
-        return quotient.to(ctx.dtype).expand(ctx.shape), None, None, None, None, None
+        if ctx.divisor != 1:
+            grad = grad.to(torch.promote_types(grad.dtype, ctx.dtype)) / ctx.divisor
+        return grad.to(ctx.dtype).expand(ctx.shape), None, None, None, None, None
 
 
 def _forward(kernels, x, dim, keepdim, dtype, divide):

@@ -35,5 +35,4 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     if len(normalized_shape) != 1 or grad.dtype != x.dtype or (weight is not None and weight.dtype != x.dtype):
         return NotImplemented
-    grad_x, grad_weight = kernels.backward(grad, x, weight, rstd, *mask)
-    return grad_x, grad_weight.to(x.dtype)
+    return kernels.backward(grad, x, weight, rstd, *mask)

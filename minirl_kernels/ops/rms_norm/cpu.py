@@ -20,11 +20,14 @@ def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tenso
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, input_grad: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns (d x, d weight as [H] float32), each empty unless `input_grad` or `weight_grad`."""
+    """Returns (d x, d weight as [H]), each empty unless `input_grad` or `weight_grad`.
+
+    d weight has the dtype of weight, and float32 without a weight.
+    """
     grad_x = torch.empty(x.shape if input_grad else (0,), dtype=x.dtype, device=x.device)
     grad_weight = torch.empty(x.shape[-1] if weight_grad else 0, dtype=torch.float32)
     native().rms_norm_backward(rows_of(x), rows_of(grad), _wide(weight), rstd, grad_x, grad_weight)
-    return grad_x, grad_weight
+    return grad_x, grad_weight if weight is None else grad_weight.to(weight.dtype)
 
 
 def _wide(weight: Tensor | None) -> Tensor | None:

@@ -61,7 +61,7 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad[:2]
         grad_x, grad_weight = rms_norm_backward(grad, x, weight, rstd, needs_x, needs_weight, ctx.backend)
-        return grad_x if needs_x else None, grad_weight.to(weight.dtype) if needs_weight else None, None, None
+        return grad_x if needs_x else None, grad_weight if needs_weight else None, None, None
 
 
 def _forward(kernels, x, weight, eps):
@@ -79,7 +79,7 @@ def _backward(kernels, grad, x, weight, rstd, input_grad, weight_grad):
 
 def _backward_fake(grad, x, weight, rstd, input_grad, weight_grad, backend):
     grad_x = x.new_empty(x.shape if input_grad else (0,))
-    return grad_x, x.new_empty(x.shape[-1:] if weight_grad else (0,), dtype=torch.float32)
+    return grad_x, (rstd if weight is None else weight).new_empty(x.shape[-1:] if weight_grad else (0,))
 
 
 rms_norm_forward = OP.define(

@@ -207,11 +207,12 @@ def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tenso
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, input_grad: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns (d x, d weight as [H] of the dtype of weight, or float32), empty unless `input_grad` or `weight_grad`."""
+    """Returns (d x, d weight as [H]), each empty unless `input_grad` or `weight_grad`.
+
+    d weight has the dtype of weight, and float32 without a weight.
+    """
     out = x.new_empty(x.shape if input_grad else (0,))
-    out_weight = rstd.new_empty(
-        x.shape[-1:] if weight_grad else (0,), dtype=torch.float32 if weight is None else weight.dtype
-    )
+    out_weight = (rstd if weight is None else weight).new_empty(x.shape[-1:] if weight_grad else (0,))
     if not x.numel():
         return out, out_weight.zero_()
     x, grad = matrices_of(x, grad)

@@ -34,7 +34,9 @@ def _softmax_backward(kernels, log: bool, grad: Tensor, output: Tensor, dim: int
         return NotImplemented
     if dtype != grad.dtype and not (grad.is_cuda and grad.dtype == torch.float32):
         return NotImplemented
-    return kernels.backward(grad, output, dim, log, dtype)
+    grad_x = kernels.backward(grad, output, dim, log, dtype)
+    # torch's own result is contiguous
+    return grad_x if dim in (-1, grad_x.dim() - 1) else grad_x.clone(memory_format=torch.contiguous_format)
 
 
 def _is_half_on_gpu(x: Tensor) -> bool:

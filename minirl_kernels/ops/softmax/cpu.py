@@ -22,9 +22,10 @@ def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dty
     """d x along `dim`, from the gradient of the output and the output, which have one dtype.
 
     dtype: of x and of d x; the dtype of the output, or a 16-bit dtype.
+    d x is contiguous along `dim`, because autograd takes a gradient of any strides.
     """
     grad, output = moved_last(grad, dim), moved_last(output, dim)
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
     if grad.numel():
         native().softmax_backward(rows_of(grad), rows_of(output), out, log)
-    return moved_back(out, dim)
+    return out.movedim(-1, dim)

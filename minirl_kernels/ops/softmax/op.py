@@ -78,8 +78,12 @@ def _fake(x, *_):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _backward_fake(grad, output, dim, *_):
+    return torch.empty_like(grad.movedim(dim, -1), memory_format=torch.contiguous_format).movedim(-1, dim)
+
+
 softmax_forward = OP.define("softmax(Tensor x, int dim, bool log, str backend) -> Tensor", _forward, _fake)
 softmax_backward = OP.define(
-    "softmax_backward(Tensor grad, Tensor output, int dim, bool log, str backend) -> Tensor", _backward, _fake
+    "softmax_backward(Tensor grad, Tensor output, int dim, bool log, str backend) -> Tensor", _backward, _backward_fake
 )
 OP.override(aten.operations, "cpu", "triton")

@@ -137,6 +137,7 @@ def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dty
     """d x along `dim`, from the gradient of the output and the output, which have one dtype.
 
     dtype: of x and of d x; the dtype of the output, or a 16-bit dtype.
+    d x is contiguous along `dim`, because autograd takes a gradient of any strides.
     """
     grad, output = moved_last(grad, dim), moved_last(output, dim)
     out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
@@ -162,7 +163,7 @@ def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dty
             config=config,
             rows=(grad_rows, output_rows, out_rows),
         )
-    return moved_back(out, dim)
+    return out.movedim(-1, dim)
 
 
 def forward_config(size: int, dtype: torch.dtype) -> LaunchConfig:
