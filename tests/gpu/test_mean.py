@@ -38,3 +38,47 @@ def test_the_bits_of_a_row_or_column_depend_on_nothing_else(size, dtype):
     together = bits(x)
     for rows in (slice(0, 1), slice(17, 20), slice(256, 257), slice(3, 131)):
         assert all(torch.equal(values[rows], one) for values, one in zip(together, bits(x[rows].clone()), strict=True))
+
+
+def strided_on_gpu(x, padding, offset):
+    """A copy of the rows with `padding` elements between two rows, `offset` elements into aligned memory."""
+    rows, size = x.shape
+    storage = torch.full((rows * (size + padding) + offset,), 7.0, dtype=x.dtype, device=DEVICE)
+    return storage.as_strided((rows, size), (size + padding, 1), offset).copy_(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [100, 999, 20_000])
+def test_a_column_has_the_same_bits_beside_any_number_of_columns(rows, dtype):
+    """Also with odd strides and with memory that starts off by one element; each count of columns up to 300."""
+    x = cancelling(300, rows, dtype).T.contiguous().to(DEVICE)
+
+    def bits(x):
+        return mk.sum(x, 0, dtype=torch.float32), mk.mean(x, 0, dtype=torch.float32)
+
+    together = bits(x)
+    for count in range(1, 301):
+        assert all(torch.equal(one, whole[:count]) for one, whole in zip(bits(x[:, :count]), together, strict=True))
+        copy = x[:, :count].contiguous()
+        assert all(torch.equal(one, whole[:count]) for one, whole in zip(bits(copy), together, strict=True))
+    for padding, offset in ((0, 1), (1, 0), (3, 1), (4, 4), (8, 8)):
+        assert all(map(torch.equal, bits(strided_on_gpu(x, padding, offset)), together))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_accesses_give_the_bits_of_single_columns(dtype):
+    """Many columns are read by 128 bits each, and few columns or odd addresses one by one."""
+    many = 2**18
+    x = cancelling(64, 257, dtype).T.contiguous().to(DEVICE).repeat(1, many // 64)
+    together = mk.sum(x, 0, dtype=torch.float32)
+    assert torch.equal(together, mk.sum(x[:, :64].contiguous(), 0, dtype=torch.float32).repeat(many // 64))
+    assert torch.equal(together, mk.sum(strided_on_gpu(x, 3, 1), 0, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_interpreter_and_the_gpu_have_one_order_of_columns(dtype):
+    """Rows one by one in blocks of 128, then the blocks one by one."""
+    x = cancelling(70, 1000, dtype).T.contiguous()
+    blocks = [sum(block.float().unbind(0), torch.zeros(70)) for block in x.split(128)]
+    expected = sum(blocks, torch.zeros(70))
+    assert torch.equal(mk.sum(x.to(DEVICE), 0, dtype=torch.float32).cpu(), expected)

@@ -45,3 +45,28 @@ def test_the_gradient_of_the_weight_run_to_run():
     runs = [backward(grad, ones, None, ones[:, :1].contiguous(), False, True)[1] for _ in range(3)]
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [100, 999, 20_000])
+def test_the_gradient_of_a_weight_has_the_same_bits_beside_any_number_of_weights(rows, dtype):
+    """Also with odd strides, with memory that starts off by one element, and with rows in batch entries."""
+    grad, x = (cancelling(300, rows, dtype, seed=seed).T.contiguous().to(DEVICE) for seed in (0, 1))
+    rstd = torch.rand(rows, 1, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+
+    def bits(grad, x):
+        return backward(grad, x, None, rstd, False, True)[1]
+
+    together = bits(grad, x)
+    for count in (*range(1, 301, 7), 8, 64, 128, 256, 300):
+        assert torch.equal(bits(grad[:, :count], x[:, :count]), together[:count])
+        assert torch.equal(bits(grad[:, :count].contiguous(), x[:, :count].contiguous()), together[:count])
+    for padding, offset in ((0, 1), (1, 0), (3, 1), (8, 8)):
+        storage = torch.zeros(rows * (300 + padding) + offset, dtype=dtype, device=DEVICE)
+        view = storage.as_strided((rows, 300), (300 + padding, 1), offset).copy_(x)
+        assert torch.equal(bits(grad, view), together)
+    entries = torch.zeros(rows // 5 + 1, 7, 300, dtype=dtype, device=DEVICE)[: rows // 5, :5]
+    whole = rows // 5 * 5
+    entries.copy_(x[:whole].view(-1, 5, 300))
+    ones = backward(grad[:whole].view(-1, 5, 300), entries, None, rstd[:whole], False, True)[1]
+    assert torch.equal(ones, backward(grad[:whole], x[:whole], None, rstd[:whole], False, True)[1])

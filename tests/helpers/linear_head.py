@@ -30,15 +30,19 @@ def assert_matrices_as_exact(actual, eager, exact):
     """The error of `actual` against float64 is at most the error of the eager path in the same dtype, plus SLACK.
 
     Errors are 2-norms over the whole matrix, because the error of a single element is random and the orders of
-    summation differ. The last rounding still makes a random difference, so the slack also has 1/64 of the dtype's eps.
+    summation differ. The last rounding still makes a random difference: 1/64 of the dtype's eps for a matrix, and more
+    where a few large elements have nearly all of the norm, such as a bias that few tokens touch.
     """
     assert actual.dtype == eager.dtype
     assert actual.shape == exact.shape == eager.shape
     if exact.numel():
+        exact = exact.double()
         scale = exact.norm().where(exact.any(), 1.0)
-        ours, theirs = ((x.double() - exact.double()).norm() / scale for x in (actual, eager))
-        slack = SLACK + torch.finfo(actual.dtype).eps / 64
-        assert ours <= theirs + slack, f"off by {ours:.3g} of the norm, the eager path by {theirs:.3g}"
+        ours, theirs, rounded = ((x.double() - exact).norm() / scale for x in (actual, eager, exact.to(actual.dtype)))
+        # the norm of the errors of n like elements has a standard deviation of about half of itself / sqrt(n)
+        elements = scale**4 / (exact**4).sum().where(exact.any(), 1.0)
+        random = max(torch.finfo(actual.dtype).eps / 64, 2 * rounded / elements.sqrt())
+        assert ours <= theirs + SLACK + random, f"off by {ours:.3g} of the norm, the eager path by {theirs:.3g}"
 
 
 def count_matmuls(monkeypatch, backend):

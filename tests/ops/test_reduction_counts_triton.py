@@ -50,8 +50,9 @@ def test_a_mean_of_any_layout(dim):
     assert backward == ["aten::div"]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [3, 129, 1000])
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(3, torch.float32), (3, torch.bfloat16), (3, torch.float16), (129, torch.bfloat16)], ids=str
+)
 def test_rms_norm(rows, dtype):
     """d weight has the dtype of the weight without a cast."""
     for of_weight in (dtype, torch.float32):

@@ -43,6 +43,19 @@ for name, vocab_size in (("gluttonous", 12_288), ("narrow", 1024)):
     found[name] = compile_matrix.faults(case, "sm_90", compile_matrix.needs(case, compile_matrix.PARTS["sm_90"]))
 print(json.dumps(found))
 """
+REDUCING = """
+import json
+from verify import cases, compile_matrix
+from verify.launches import captured
+found = {}
+for case in cases.compile_cases():
+    if case.name in ("mean", "mean of columns", "rms_norm d weight") and len(found.setdefault(case.name, [])) < 6:
+        with captured() as launches:
+            case.run()
+        code = compile_matrix.compile_launch(launches[0], compile_matrix.PARTS["sm_90"].target).asm["ttgir"]
+        found[case.name].append(code.count('"tt.reduce"'))
+print(json.dumps(found))
+"""
 
 
 def compiling(program, *arguments, **options):
@@ -106,6 +119,13 @@ def test_faults_are_found_in_what_is_compiled():
         "loads at most 32 bits at once",
         "stores at most 32 bits at once",
     ]
+
+
+def test_sums_of_columns_exchange_no_values_between_threads():
+    """A sum over rows of a matrix has an order of its own; a sum along a row has the order of the threads."""
+    found = json.loads(compiling(["-c", REDUCING], check=True).stdout)
+    assert found["mean of columns"] == found["rms_norm d weight"] == [0] * 6
+    assert all(found["mean"])
 
 
 def test_command_without_a_check_explains_itself():
