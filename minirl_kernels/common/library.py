@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from ..backends import BACKENDS, resolve
 
@@ -17,7 +18,10 @@ OPS: list[Op] = []
 
 
 def register(schema: str, implementation: Callable, fake: Callable, *, waits: bool = False) -> Callable:
-    """Define `minirl_kernels::<schema>` for tensors of any device. Returns the callable op.
+    """Define `minirl_kernels::<schema>` for tensors of any device. Returns the function that calls the op.
+
+    The function calls `implementation` itself where torch's dispatcher would do nothing else, because a way through the
+    dispatcher and back to Python takes longer than the launch of a kernel.
 
     implementation: the function that computes the results.
     fake: returns empty results of the right shapes and dtypes, for torch.compile.
@@ -29,7 +33,43 @@ def register(schema: str, implementation: Callable, fake: Callable, *, waits: bo
     _LIBRARY.define(schema, tags=tags)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"minirl_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.minirl_kernels, name).default
+    op = getattr(torch.ops.minirl_kernels, name).default
+
+    def call(*arguments):
+        return implementation(*arguments) if _only_computes(arguments) else op(*arguments)
+
+    return call
+
+
+# keys of the dispatcher that are always on, and do nothing for an op of this library
+_ALWAYS_ON = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.ADInplaceOrView
+)
+_OTHER_KEYS = ~_ALWAYS_ON.raw_repr()
+
+
+def _only_computes(arguments: tuple) -> bool:
+    """Whether torch's dispatcher would only call the implementation of an op: nothing traces, records or transforms.
+
+    A compiler traces, a mode of torch or its profiler records. functorch, a subclass of Tensor and autograd transform.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if (
+        torch._C._dispatch_tls_local_include_set().raw_repr() & _OTHER_KEYS
+        or torch._C._len_torch_function_stack()
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    records = torch.is_grad_enabled()
+    for argument in arguments:
+        kind = type(argument)
+        if kind is Tensor or kind is torch.nn.Parameter:
+            if records and argument.requires_grad:
+                return False
+        elif isinstance(argument, Tensor):
+            return False
+    return True
 
 
 def register_check(schema: str, check: Callable[..., None]) -> Callable:
@@ -39,7 +79,7 @@ def register_check(schema: str, check: Callable[..., None]) -> Callable:
     drop the op. The host waits for the device.
     """
 
-    def checked(values: torch.Tensor, *arguments) -> torch.Tensor:
+    def checked(values: Tensor, *arguments) -> Tensor:
         check(values, *arguments)
         return values.clone()
 

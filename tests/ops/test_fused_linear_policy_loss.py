@@ -11,7 +11,6 @@ from linear_loss_cases import OPTIONS, TOKENS, batch_of, by_equations, call, che
 from policy_batches import LENGTHS, PRESETS, random_batch
 
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss, fused_policy_loss
-from minirl_kernels.ops.fused_linear_policy_loss.op import fused_linear_policy_loss_forward
 from minirl_kernels.ops.linear_token_logprobs import cpu
 from minirl_kernels.ops.linear_token_logprobs.head import prepare_head
 from minirl_kernels.ops.linear_token_logprobs.tiles import logit_tiles
@@ -225,7 +224,7 @@ def test_registered_op():
     (hidden, weight, token_ids, bias), batch = head_and_batch(12, 40, with_bias=True)
     tokens = torch.ones(TOKENS)
     torch.library.opcheck(
-        fused_linear_policy_loss_forward,
+        torch.ops.minirl_kernels.fused_linear_policy_loss.default,
         (hidden, weight, bias, token_ids, tokens, 0.0, None, None, batch.old_log_probs, None, None, tokens, tokens,
          "grpo", True, 0.8, 1.2, 5.0, 0.0, "k3", 0.0, True, False, True, "cpu"),
     )  # fmt: skip

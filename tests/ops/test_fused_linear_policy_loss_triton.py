@@ -15,7 +15,6 @@ from triton_cases import random_ids, random_logits
 
 from minirl_kernels import PolicyLossConfig, fused_linear_policy_loss
 from minirl_kernels.common.triton.scale import scale_in_place
-from minirl_kernels.ops.fused_linear_policy_loss.op import fused_linear_policy_loss_forward
 from minirl_kernels.ops.fused_policy_loss import triton as kernels
 from minirl_kernels.ops.fused_policy_loss.loss_rows import LossRows
 from minirl_kernels.ops.linear_token_logprobs import triton as head
@@ -221,7 +220,7 @@ def test_registered_op():
     (hidden, weight, token_ids, bias), batch = head_and_batch(12, 40, with_bias=True)
     tokens = torch.ones(TOKENS)
     torch.library.opcheck(
-        fused_linear_policy_loss_forward,
+        torch.ops.minirl_kernels.fused_linear_policy_loss.default,
         (hidden, weight, bias, token_ids, tokens, 0.0, None, None, batch.old_log_probs, None, None, tokens, tokens,
          "grpo", True, 0.8, 1.2, 5.0, 0.0, "k3", 0.0, True, False, True, "triton"),
     )  # fmt: skip

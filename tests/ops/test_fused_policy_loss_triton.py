@@ -20,7 +20,6 @@ from verify.launches import captured
 from minirl_kernels import PolicyLossConfig, fused_policy_loss
 from minirl_kernels.common.triton.scale import scale_in_place
 from minirl_kernels.ops.fused_policy_loss.loss_rows import LossRows
-from minirl_kernels.ops.fused_policy_loss.op import fused_policy_loss_forward
 from minirl_kernels.ops.fused_policy_loss.triton import forward_backward, kl_penalty, launch_config, token_objective
 from minirl_kernels.ops.policy_loss import reference
 from minirl_kernels.ops.token_logprobs.rows import LogitRows
@@ -358,7 +357,8 @@ def test_opcheck():
     per_token = (batch.old_log_probs, None, None, torch.ones(3), torch.ones(3))
     arguments = ("minirl", True, 0.8, 1.27, 5.0, 0.0, "k3", 0.0, "triton")
     torch.library.opcheck(
-        fused_policy_loss_forward, (batch.logits, batch.token_ids, torch.ones(3), *per_token, *arguments)
+        torch.ops.minirl_kernels.fused_policy_loss.default,
+        (batch.logits, batch.token_ids, torch.ones(3), *per_token, *arguments),
     )
 
 

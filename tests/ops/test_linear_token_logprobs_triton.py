@@ -190,10 +190,10 @@ def test_registered_ops():
     hidden, weight, token_ids, bias = random_head(6, 9, 33, with_bias=True)
     temperature = torch.ones(6)
     forward = (hidden, weight, bias, token_ids, temperature, 0.0, None, None, True, "triton")
-    torch.library.opcheck(linear_op.linear_token_logprobs_forward, forward)
+    torch.library.opcheck(torch.ops.minirl_kernels.linear_token_logprobs.default, forward)
     _, entropy, shift, log_sum = linear_op.linear_token_logprobs_forward(*forward)
     backward = (*forward[:8], shift, log_sum, entropy, *upstream(token_ids), True, True, True, "triton")
-    torch.library.opcheck(linear_op.linear_token_logprobs_backward, backward)
+    torch.library.opcheck(torch.ops.minirl_kernels.linear_token_logprobs_backward.default, backward)
 
 
 def test_vocabulary_over_two_processes():
