@@ -143,15 +143,16 @@ def place_of_token(row: int, offsets: Tensor) -> str:
 
 
 def per_token_temperature(temperature: Any, shape: torch.Size, device: torch.device) -> Tensor:
-    """The temperature, a number or a tensor, as a float32 tensor of `shape`. A number becomes a tensor of strides 0."""
+    """The temperature, a number or a tensor, as a float32 tensor of `shape`."""
     if isinstance(temperature, Tensor):
         return _per_token_float("temperature", temperature, shape, device)
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(f"temperature is {temperature!r}: it must be a number or a tensor of one value per token")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}: it must be above 0 and finite")
-    # multiplied, because torch.compile recompiles for each new value of torch.full
-    return torch.ones((), dtype=torch.float32, device=device).mul(temperature).expand(shape)
+    if torch.compiler.is_compiling():  # torch.compile recompiles for each new value of torch.full
+        return torch.ones((), dtype=torch.float32, device=device).mul(temperature).expand(shape)
+    return torch.full(shape, temperature, dtype=torch.float32, device=device)
 
 
 def check_contents(token_ids: Tensor, vocab_size: int | Tensor, temperature: Tensor) -> Tensor:

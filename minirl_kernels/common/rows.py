@@ -31,6 +31,8 @@ def rows_of(x: Tensor) -> Tensor:
 def matrices_of(*tensors: Tensor) -> list[Tensor]:
     """Tensors of one shape [..., D], all as [L, D] or all as [B, L, D], with D contiguous."""
     rows = [rows_of(x) for x in tensors]
+    if rows[0].dim() == 2:
+        return rows
     if all(x.is_contiguous() for x in rows):
         return [x.view(-1, x.shape[-1]) for x in rows]
     return [x.flatten(0, -3) if x.dim() > 3 else x for x in rows]
