@@ -123,6 +123,7 @@ def contenders(batch, ours, theirs):
             "torch.compile of them",
             partial(theirs, batch, _their_weights_compiled),
             missing=no_compiler(logits.device),
+            compiles=True,
         ),
         Contender("copy into a fresh tensor", lambda: {"copy": logits.clone()}, kind="floor"),
     ]

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import re
 from pathlib import Path
 
 import pytest
+import recording
 import report
 import torch
 from full_tables import render_full
 from harness import TOLERANCE, check_agreement, measure
 from source import source
 
-from minirl_kernels.env import environment
-
 RECORDS = pytest.StashKey[dict]()
-PEER_PACKAGES = ("trl", "liger-kernel", "cut-cross-entropy")
 # on a CPU's sizes a GPU would spend most of its time on launches
 DEFAULT_SCALE = {"cpu": 1.0, "cuda": 4.0}
 
@@ -59,20 +53,7 @@ def device():
 @pytest.fixture(scope="session")
 def surroundings(request, device):
     """The machine and its versions, taken before anything ran."""
-    found = environment()
-    model = found["gpus"][0] if device.type == "cuda" else found["processor"]["name"]
-    return {
-        "device": device.type,
-        "machine": request.config.getoption("machine") or model,
-        "environment": {
-            "versions": found["versions"] | {name: _version(name) for name in PEER_PACKAGES},
-            "processor": found["processor"],
-            "gpus": found["gpus"],
-            "instruction_set": found["native"]["picked"],
-            "huge_pages": _first_line("/sys/kernel/mm/transparent_hugepage/enabled"),
-            "load_before": round(os.getloadavg()[0], 2),
-        },
-    }
+    return recording.surroundings(device, request.config.getoption("machine"))
 
 
 @pytest.fixture(scope="session")
@@ -130,17 +111,6 @@ def compare(benchmark, request, device, surroundings, measured_source, threads):
     return run
 
 
-def _version(distribution):
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _first_line(path):
-    return Path(path).read_text().strip() if Path(path).exists() else None
-
-
 def pytest_benchmark_group_stats():
     """Suppress pytest-benchmark's own table: its rows would mix the contenders of a case."""
     return []
@@ -149,14 +119,7 @@ def pytest_benchmark_group_stats():
 def pytest_sessionfinish(session):
     folder = session.config.getoption("results")
     for record in session.config.stash[RECORDS].values():
-        folder.mkdir(parents=True, exist_ok=True)
-        machine = re.sub(r"[^a-z0-9]+", "-", record["machine"].lower()).strip("-")
-        path = folder / f"{record['op']}-{record['device']}-{machine}.json"
-        path.write_text(_one_line_per_list(json.dumps(record, indent=1)) + "\n")
-
-
-def _one_line_per_list(text):
-    return re.sub(r"\[[\s\d.,e-]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+        recording.write(folder, record)
 
 
 def pytest_terminal_summary(terminalreporter, config):

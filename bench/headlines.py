@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from records import measured, median, short_machine
-from source import note_in_words
-from units import durations, faster, markdown_table, memory
+from source import note_in_words, sources_in_words
+from units import durations, faster, markdown_table, memory, shape
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,42 @@ def render_readme(results: dict[str, dict], comparisons: tuple[Comparison, ...] 
         "[docs/performance.md](docs/performance.md) has the reasons and the missed bars.\n",
     ]
     return "\n".join(paragraphs)
+
+
+# (case, ours, alternatives) of the table of a GPU; an alternative that did not run is left out
+ON_A_GPU = (
+    ("policy loss from logits", "fused_policy_loss", ("eager torch", "torch.compile of it", "TRL", "Liger")),
+    ("policy loss from hidden states", "fused_linear_policy_loss", ("three bare matmuls", "TRL", "Liger")),
+    ("training pass of a model", "batch_invariant_mode", ("the mode switched off",)),
+    ("decoding of a model", "batch_invariant_mode", ("the mode switched off",)),
+)
+
+
+def render_gpu(results: dict[str, dict]) -> str:
+    """The README's table of each GPU with a result of `python bench/gpu.py`; empty if there is none."""
+    found = [record for record in results.values() if record["op"] == "gpu" and record["device"] == "cuda"]
+    return "\n".join(_of_gpu(record) for record in found)
+
+
+def _of_gpu(record):
+    rows = []
+    for what, ours, alternatives in ON_A_GPU:
+        for case in (case for case in record["cases"] if case["what"] == what):
+            mine = measured(case, ours)
+            for name in alternatives:
+                theirs = next((entry for entry in case["contenders"] if entry["name"] == name), None)
+                if theirs is None or not theirs["seconds"]:
+                    continue
+                times = durations([median(mine), median(theirs)])
+                words = f"{what}, {case['dtype']}, {shape(case['shape'])}"
+                rows.append([words, name, *times, faster(median(mine), median(theirs))])
+    tests, versions = record["tests"], record["environment"]["versions"]
+    source = sources_in_words([case["source"] for case in record["cases"]])
+    told = (
+        f"On one {record['machine']}, torch {versions['torch']}, triton {versions['triton']}: {tests['passed']} tests "
+        f"of tests/gpu passed, {len(tests['failed'])} failed. {source}"
+    )
+    return f"{told}\n\n{markdown_table(['', 'compared with', 'our time', 'their time', 'ours is'], rows)}"
 
 
 def _row(comparison, results, notes):

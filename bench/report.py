@@ -1,6 +1,6 @@
 """Tables and charts from bench/results/*.json: `python bench/report.py [--check]`.
 
-Writes a full table beside each JSON, the table between the markers of README.md, and the charts in docs/figures.
+Writes a full table beside each JSON, the tables between the markers of README.md, and the charts in docs/figures.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from pathlib import Path
 
 import chart
 from full_tables import render_full, render_index
-from headlines import render_readme
+from headlines import render_gpu, render_readme
 from records import load
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("bench", "results")
 README = Path("README.md")
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+GPU_BEGIN, GPU_END = "<!-- gpu figures -->", "<!-- /gpu figures -->"
 
 
 def generated(root: Path) -> dict[Path, str]:
@@ -25,21 +26,25 @@ def generated(root: Path) -> dict[Path, str]:
     results = load(root / RESULTS)
     tables = {RESULTS / f"{name}.md": render_full(record) for name, record in results.items()}
     charts = {Path("docs", "figures", f"headline-{theme}.svg"): chart.render(results, theme) for theme in chart.THEMES}
-    readme = (root / README).read_text(encoding="utf-8")
+    readme = replace_block((root / README).read_text(encoding="utf-8"), render_readme(results), README, (BEGIN, END))
+    gpu = render_gpu(results)
+    if gpu or GPU_BEGIN in readme:  # a README without a figure of a GPU needs no markers
+        readme = replace_block(readme, gpu, README, (GPU_BEGIN, GPU_END))
     return {
-        README: replace_block(readme, render_readme(results), README),
+        README: readme,
         RESULTS / "README.md": render_index(results),
         **tables,
         **charts,
     }
 
 
-def replace_block(text: str, block: str, name: Path) -> str:
+def replace_block(text: str, block: str, name: Path, markers: tuple[str, str]) -> str:
     """`text` with `block` between its markers; raises ValueError unless it has each marker once."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{name} must hold the lines {BEGIN} and {END} once each")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{block}{END}{rest.split(END)[1]}"
+    begin, end = markers
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{name} must hold the lines {begin} and {end} once each")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{block}{end}{rest.split(end)[1]}"
 
 
 def refresh(root: Path = ROOT, *, write: bool) -> list[str]:
