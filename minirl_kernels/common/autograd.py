@@ -64,7 +64,7 @@ class _HandOverGradients(torch.autograd.Function):
 
 def _scale_in_place(grad: Tensor, factor: Tensor) -> None:
     # The factor is nearly always 1. On a GPU the kernel reads it, because item() would wait for the device.
-    if grad.device.type == "cuda":
+    if grad.is_cuda:
         from .triton.scale import scale_in_place  # Triton may be absent
 
         scale_in_place(grad, factor)
