@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,7 @@ class TileConfig:
         return self.threads // (64 if torch.version.hip else 32)
 
 
+@functools.cache  # its arithmetic takes as long as a launch
 def make_config(vocab_size: int, dtype: torch.dtype, *, threads: int, per_thread: int) -> LaunchConfig:
     """A tile with `per_thread` logits for each of `threads` threads. A short row has fewer threads, 64 at least.
 
@@ -78,8 +80,11 @@ def row_strides(x: Tensor) -> tuple[int, int, int]:
 
 def is_aligned(x: Tensor, vec: int) -> bool:
     """Whether every row of x [..., V] begins and ends at a multiple of 128 bits, which are `vec` elements or fewer."""
-    outer = (stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
-    return x.data_ptr() % 16 == 0 and x.shape[-1] % vec == 0 and all(stride % vec == 0 for stride in outer)
+    if x.data_ptr() % 16 or x.shape[-1] % vec:
+        return False
+    if x.is_contiguous():
+        return True
+    return all(stride % vec == 0 for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
 
 
 def aligned(x: Tensor, config: LaunchConfig) -> Tensor:

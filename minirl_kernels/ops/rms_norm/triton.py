@@ -177,7 +177,7 @@ def rms_norm_weight_kernel(
 
 def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """Returns (out, rstd): x * rstd * weight, and 1 / sqrt(mean(x^2) + eps) as [..., 1] float32."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     if x.numel():
         size = x.shape[-1]

@@ -109,7 +109,7 @@ def softmax_bwd_kernel(
 def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
     """softmax of x along `dim`, or its logarithm if `log`. dtype: of the result; the dtype of x, or float32."""
     x = moved_last(x, dim)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     if x.numel():
         size = x.shape[-1]
         rows, out_rows = matrices_of(x, out)
@@ -140,7 +140,7 @@ def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dty
     d x is contiguous along `dim`, because autograd takes a gradient of any strides.
     """
     grad, output = moved_last(grad, dim), moved_last(output, dim)
-    out = torch.empty(grad.shape, dtype=dtype, device=grad.device)
+    out = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
     if grad.numel():
         size = grad.shape[-1]
         grad_rows, output_rows, out_rows = matrices_of(grad, output, out)
