@@ -1,7 +1,6 @@
 """The build by setuptools, which calls CMake for the native module. CMakeLists.txt describes the native code.
 
-Environment variables: MINIRL_NO_NATIVE=1 skips the native module, MINIRL_CUDA=ON adds the CUDA C++ kernels, and
-CMAKE_ARGS is passed to CMake.
+Environment variables: MINIRL_NO_NATIVE=1 skips the native module, and CMAKE_ARGS is passed to CMake.
 """
 
 import os
@@ -46,7 +45,6 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DMINIRL_CUDA={os.environ.get('MINIRL_CUDA') or 'OFF'}",
             *(["-GNinja"] if shutil.which("ninja") else []),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]

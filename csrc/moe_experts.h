@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/counting_sort.h"
 #include "cpu/moe_experts.h"
 #include "cpu/pages.h"
 #include "parallel.h"
@@ -32,15 +31,17 @@ struct MoEExperts {
 // Pairs of a token and one of its experts, sorted by expert and then by token.
 class SortedPairs {
  public:
+  // All experts are in range.
   explicit SortedPairs(const MoEExperts& args)
       : begins_(args.num_experts + 1), pairs_(args.pairs()), tokens_(args.pairs()), row_of_pair_(args.pairs()) {
-    std::vector<int64_t> places(args.num_experts);
-    const CountingSort sort = {args.experts,  args.pairs(),   args.num_experts, 1,
-                               places.data(), begins_.data(), pairs_.data()};
-    for (int phase = 0; phase < kSortPhases; ++phase) sort_phase(sort, phase, 0);
-    for (int64_t row = 0; row < args.pairs(); ++row) {
-      tokens_[row] = pairs_[row] / args.top_k;
-      row_of_pair_[pairs_[row]] = row;
+    for (int64_t pair = 0; pair < args.pairs(); ++pair) ++begins_[args.experts[pair] + 1];
+    for (int64_t expert = 0; expert < args.num_experts; ++expert) begins_[expert + 1] += begins_[expert];
+    std::vector<int64_t> next(begins_);
+    for (int64_t pair = 0; pair < args.pairs(); ++pair) {
+      const int64_t row = next[args.experts[pair]]++;
+      pairs_[row] = pair;
+      tokens_[row] = pair / args.top_k;
+      row_of_pair_[pair] = row;
     }
     for (int64_t expert = 0; expert < args.num_experts; ++expert)
       for (int64_t row = begins_[expert]; row < begins_[expert + 1]; row += kExpertRows)

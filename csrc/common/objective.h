@@ -1,12 +1,10 @@
 // The token-level objectives: from log-probabilities to a token's loss and its derivative.
 //
 // The same as minirl_kernels/objectives and kl_penalty in minirl_kernels/ops/policy_loss/reference.py, which define
-// them; compiled by the CPU kernels and by CUDA. Sequence-level objectives and classes of a user's own do not come
+// them. Sequence-level objectives and classes of a user's own do not come
 // here: they are computed in torch, between two phases.
 #pragma once
 #include <math.h>
-
-#include "common/shared.h"
 
 namespace minirl {
 
@@ -33,16 +31,16 @@ struct TokenLoss {
 };
 
 // weight * factor, with 0 where one of them is 0 even if the other overflowed; NaN goes through
-MINIRL_SHARED double times(double weight, double factor) {
+static inline double times(double weight, double factor) {
   const bool nothing = (factor == 0 && weight == weight) || (weight == 0 && factor == factor);
   return nothing ? 0 : weight * factor;
 }
 
 // bounds that let NaN through
-MINIRL_SHARED double at_most(double x, double bound) { return x > bound ? bound : x; }
-MINIRL_SHARED double at_least(double x, double bound) { return x < bound ? bound : x; }
+static inline double at_most(double x, double bound) { return x > bound ? bound : x; }
+static inline double at_least(double x, double bound) { return x < bound ? bound : x; }
 
-MINIRL_SHARED TokenLoss policy_term(const ObjectiveConfig& config, const ObjectiveToken& token) {
+static inline TokenLoss policy_term(const ObjectiveConfig& config, const ObjectiveToken& token) {
   const double advantage = token.advantage, log_r = token.log_prob - token.old_log_prob;
   const double log_w = token.log_prob - token.behaviour_log_prob, log_d = token.old_log_prob - token.behaviour_log_prob;
   const double r = exp(log_r);
@@ -63,14 +61,14 @@ MINIRL_SHARED TokenLoss policy_term(const ObjectiveConfig& config, const Objecti
   return {term, bounded ? 0 : term};
 }
 
-MINIRL_SHARED TokenLoss kl_term(KLEstimator estimator, double log_ratio) {
+static inline TokenLoss kl_term(KLEstimator estimator, double log_ratio) {
   if (estimator == KLEstimator::kK1) return {-log_ratio, 1};
   if (estimator == KLEstimator::kK2) return {0.5 * log_ratio * log_ratio, -log_ratio};
   const double minus_one = expm1(log_ratio);
   return {minus_one - log_ratio, -minus_one};
 }
 
-MINIRL_SHARED TokenLoss token_objective(const ObjectiveConfig& config, const ObjectiveToken& token) {
+static inline TokenLoss token_objective(const ObjectiveConfig& config, const ObjectiveToken& token) {
   TokenLoss result = policy_term(config, token);
   if (config.kl_coef != 0) {
     const TokenLoss kl = kl_term(config.kl_estimator, token.ref_log_prob - token.log_prob);
@@ -82,10 +80,10 @@ MINIRL_SHARED TokenLoss token_objective(const ObjectiveConfig& config, const Obj
 
 // Whether float32 holds weight * token_objective whatever the log-probability is from `lowest` to 0. Where it says no,
 // float32 may still hold it. Only the bounds on `lowest` may fail for CISPO and for a KL term (needs_lowest).
-MINIRL_SHARED bool needs_lowest(const ObjectiveConfig& config) {
+static inline bool needs_lowest(const ObjectiveConfig& config) {
   return config.objective == Objective::kCispo || config.kl_coef != 0;
 }
-MINIRL_SHARED bool always_fits(const ObjectiveConfig& config, const ObjectiveToken& token, double weight,
+static inline bool always_fits(const ObjectiveConfig& config, const ObjectiveToken& token, double weight,
                                double lowest) {
   // exp(kMostLog) kMostFactor^2 is below float32's largest
   constexpr double kMostLog = 40, kMostFactor = 1e10;

@@ -80,14 +80,39 @@ def test_an_expert_that_is_none(wrong):
     check_an_expert_out_of_range(wrong, "triton", DEVICE)
 
 
-@pytest.mark.parametrize(("tokens", "top_k", "num_experts"), [(0, 2, 3), (1, 8, 128), (700, 8, 128), (70_000, 2, 5)])
-def test_the_native_sort_is_that_of_torch(tokens, top_k, num_experts):
-    from minirl_kernels.ops.moe_experts import triton
+@pytest.mark.parametrize(("tokens", "top_k", "num_experts"), [(0, 2, 3), (64, 8, 128), (8192, 8, 128), (70_000, 2, 5)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_the_sort_against_torch(tokens, top_k, num_experts, dtype):
+    from minirl_kernels.ops.moe_experts.kernels_sort import sorted_rows
 
-    if not triton.has_native_sort():
-        pytest.skip("the native module was built without MINIRL_CUDA=ON")
-    keys = torch.randint(-1, num_experts + 1, (tokens * top_k,), device=DEVICE)
-    assert_same_bits(triton.native_sort(keys, num_experts), triton.torch_sort(keys, num_experts))
+    ids = torch.randint(-1, num_experts + 1, (tokens, top_k), device=DEVICE)
+    rows = sorted_rows(ids.to(dtype), num_experts)
+    keys, pairs = (
+        ids.flatten().where((ids.flatten() >= 0) & (ids.flatten() < num_experts), num_experts).sort(stable=True)
+    )
+    begins = torch.searchsorted(keys, torch.arange(num_experts + 2, device=DEVICE))
+    assert_same_bits(rows[:2], (pairs, begins))
+
+
+def test_in_a_cuda_graph():
+    """A captured forward and backward, replayed with other tokens, experts and weights, gives the bits of eager."""
+    first, _ = random_case(50, 2, 4, 64, 48, torch.bfloat16, DEVICE)
+    (hidden, weights, experts, gate_up, down), upstream = random_case(50, 2, 4, 64, 48, torch.bfloat16, DEVICE)
+    other = (hidden.flip(0).contiguous(), weights.flip(0).contiguous(), experts.flip(0).contiguous(), gate_up, down)
+    held = tuple(values.clone() for values in first)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ours(held, upstream, "triton")  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = ours(held, upstream, "triton")
+    for values in (first, other):
+        for place, value in zip(held, values, strict=True):
+            place.copy_(value)
+        graph.replay()
+        assert_same_bits(results, ours(values, upstream, "triton"))
 
 
 def test_nothing_waits_for_the_gpu():

@@ -11,8 +11,10 @@ from torch import Tensor
 from verify.case import Case, allow_wide_accesses, blocks, gap
 
 from minirl_kernels.common.triton.launch import LaunchConfig, TileConfig
-from minirl_kernels.ops.moe_experts import kernels, triton
+from minirl_kernels.ops.moe_experts import kernels
 from minirl_kernels.ops.moe_experts.kernels import Rows
+from minirl_kernels.ops.moe_experts.kernels_combine import combine, combine_config
+from minirl_kernels.ops.moe_experts.kernels_sort import sort_config, sorted_rows
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Operands:
     down_proj: Tensor  # [E, H, I]
     gate_up: Tensor  # [T K, 2 I]
     activation: Tensor  # [T K, I]
+    experts: Tensor  # [T, K]
     rows: Rows
 
     @classmethod
@@ -70,12 +73,20 @@ class Operands:
             down_proj=strided(sizes.num_experts, hidden_size, width),
             gate_up=normal(sizes.pairs, 2 * width),
             activation=normal(sizes.pairs, width),
-            rows=triton.sorted_rows(experts, sizes.num_experts),
+            experts=experts.contiguous(),
+            rows=by_torch(experts, sizes.num_experts),
         )
 
     def with_expert(self, by_row: Tensor) -> Tensor:
         """The rows that have an expert; the kernels write no others."""
         return by_row[: self.rows.begins[-2]]
+
+
+def by_torch(experts: Tensor, num_experts: int) -> Rows:
+    """The result of sorted_rows, without a launch."""
+    ids = experts.flatten().long()
+    ids, pairs = ids.where((ids >= 0) & (ids < num_experts), num_experts).sort(stable=True)
+    return Rows(pairs, torch.searchsorted(ids, torch.arange(num_experts + 2)), experts.shape[1])
 
 
 Config = TileConfig | LaunchConfig
@@ -165,16 +176,21 @@ def _weight_grad(operands: Operands, *, of_down: bool) -> tuple[Tensor, ...]:
 def _combine(operands: Operands, *, weights: bool = True) -> tuple[Tensor, ...]:
     y = torch.ones(*operands.weights.shape, operands.hidden.shape[1])
     out = torch.empty_like(operands.grad_out)
-    kernels.combine(y, operands.weights if weights else None, out)
+    combine(y, operands.weights if weights else None, out)
     return (out,)
 
 
-def _sum_of_parts(operands: Operands) -> tuple[Tensor, ...]:
-    """The combine kernel with pairs in the place of tokens, as the gradient of the weights uses it."""
-    parts = torch.ones(len(operands.gate_up), PARTS, 1)
-    out = torch.empty_like(parts[:, 0])
-    kernels.combine(parts, None, out)
-    return (out,)
+def _combine_gradients(operands: Operands, *, of_hidden: bool) -> tuple[Tensor, ...]:
+    """The combine kernel of the backward. Without the gradient of hidden, it sums that of the weights alone."""
+    parts = torch.ones(*operands.weights.shape, PARTS)
+    weights_grad = torch.empty_like(operands.weights)
+    if not of_hidden:
+        combine(None, None, None, parts, weights_grad)
+        return (weights_grad,)
+    y = torch.ones(*operands.weights.shape, operands.hidden.shape[1])
+    out = torch.empty_like(operands.grad_out)
+    combine(y, None, out, parts, weights_grad)
+    return out, weights_grad
 
 
 def _loads_over_rows(row_size, matrix_size, columns, *, beside=0):
@@ -256,21 +272,46 @@ KERNELS = (
     Kernel(
         "moe_experts combine",
         _combine,
-        lambda sizes, dtype: kernels.combine_config(sizes.hidden_size, dtype),
+        lambda sizes, dtype: combine_config(sizes.hidden_size, dtype),
         _loads_of_combine,
         multiplies=False,
     ),
 )
 
 
-# the gradient of the weights sums over parts of I as a combine sums over the pairs of a token
-SUM_OF_PARTS = Kernel(
-    "moe_experts combine, d weights",
-    _sum_of_parts,
-    lambda sizes, dtype: kernels.combine_config(1, dtype),
-    lambda sizes, config, row_blocks, item: 4 * PARTS * sizes.pairs,
+COMBINE_GRADIENTS = Kernel(
+    "moe_experts combine, gradients",
+    partial(_combine_gradients, of_hidden=True),
+    lambda sizes, dtype: combine_config(sizes.hidden_size, dtype),
+    lambda sizes, config, row_blocks, item: 4 * sizes.pairs * (sizes.hidden_size + PARTS),
     multiplies=False,
 )
+
+
+def _sort(operands: Operands) -> tuple[Tensor, ...]:
+    rows = sorted_rows(operands.experts, operands.rows.num_experts)
+    return rows.pairs, rows.begins
+
+
+def _sort_case(sizes: Sizes, experts_dtype: torch.dtype) -> Case:
+    """A program loads all ids once, and those of its segment once more."""
+
+    def operands(traps=False):
+        made = Operands.make(replace(sizes, hidden_size=1, intermediate_size=1), torch.float32, traps=traps)
+        return replace(made, experts=made.experts.to(experts_dtype))
+
+    return Case(
+        name="moe_experts sort",
+        dtype=experts_dtype,
+        size=f"{sizes.num_experts}",
+        sizes=f"{sizes.tokens} tokens to {sizes.top_k} of {sizes.num_experts} experts",
+        operands=operands,
+        launch=_sort,
+        config=sort_config,
+        most_loaded=lambda programs: programs * 2 * sizes.pairs * experts_dtype.itemsize,
+        unit="ids",
+        unit_bytes=sizes.pairs * experts_dtype.itemsize,
+    )
 
 
 def _other_branches() -> Iterator[Kernel]:
@@ -294,6 +335,9 @@ def interpreter_cases() -> Iterator[Case]:
         yield kernel.case(Sizes(9, 2, 3, 32, 16), torch.float32)
         yield kernel.case(Sizes(45, 3, 4, 137, 131, padding=3), torch.bfloat16)
         yield kernel.case(Sizes(100, 2, 2, 144, 136, padding=8), torch.float16)
+    yield COMBINE_GRADIENTS.case(Sizes(45, 3, 4, 2500, 131), torch.bfloat16)
+    yield _sort_case(Sizes(45, 3, 4, 1, 1), torch.int64)
+    yield _sort_case(Sizes(1500, 6, 9, 1, 1), torch.int32)
 
 
 def compile_cases() -> Iterator[Case]:
@@ -309,4 +353,9 @@ def compile_cases() -> Iterator[Case]:
         yield kernel.case(whole, torch.float16)
     for kernel in _other_branches():
         yield kernel.case(whole, torch.bfloat16)
-    yield SUM_OF_PARTS.case(odd, torch.float32)
+    yield COMBINE_GRADIENTS.case(whole, torch.bfloat16)
+    yield replace(
+        COMBINE_GRADIENTS, name="moe_experts combine, d weights", launch=partial(_combine_gradients, of_hidden=False)
+    ).case(odd, torch.float32)
+    yield _sort_case(whole, torch.int64)
+    yield _sort_case(whole, torch.int32)

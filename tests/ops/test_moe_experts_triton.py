@@ -24,7 +24,7 @@ from verify import bounds
 from verify.interpreter import recording
 from verify.launches import captured
 
-from minirl_kernels.ops.moe_experts import kernels, triton
+from minirl_kernels.ops.moe_experts import kernels
 
 pytestmark = triton_cases.interpreter_only()
 
@@ -102,14 +102,6 @@ def test_no_token_has_an_expert():
     assert not any(grad.any() for grad in results[3:])
 
 
-def test_sorting_by_torch():
-    experts = torch.tensor([[3, 0], [-7, 3], [0, 9], [3, 1]])
-    rows = triton.sorted_rows(experts, 4)
-    assert rows.pairs.tolist() == [1, 4, 7, 0, 3, 6, 2, 5]
-    assert rows.begins.tolist() == [0, 2, 3, 3, 6, 8]
-    assert (rows.num_experts, rows.top_k) == (4, 2)
-
-
 @pytest.mark.parametrize("counts", [[0, 0, 5], [64, 0, 1], [63, 65, 1], [1] * 200, [300, 0, 0, 0], [0, 127, 2, 63, 64]])
 def test_blocks_hold_every_row_once(counts):
     """A block has rows of its own expert only, and there are enough blocks."""
@@ -146,7 +138,7 @@ def test_more_tokens_than_a_grid_axis_but_the_first_can_count():
     with captured() as launches:
         ours((hidden, weights, experts, gate_up, down), torch.zeros(tokens, 16), "triton")
     blocks = 2 * tokens // 64 + 4
-    assert {launch.grid[0] for launch in launches} == {tokens, 2 * tokens, blocks, 3}
+    assert {launch.grid[0] for launch in launches} == {2, tokens, blocks, 3}
     assert all(size < 65_536 for launch in launches for size in launch.grid[1:])
 
 

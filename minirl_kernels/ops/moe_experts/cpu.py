@@ -12,13 +12,14 @@ from .packed import PackedExperts
 
 def forward(
     hidden: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, for_backward: bool
-) -> tuple[Tensor, Tensor]:
-    """Returns (out [T, H], gate_up [T K, 2 I]), the rows of gate_up sorted by expert.
+) -> tuple[Tensor, ...]:
+    """Returns out [T, H], gate_up [T K, 2 I] with its rows sorted by expert, and two empty tensors.
 
-    gate_up is kept for the backward, and empty unless `for_backward`.
+    gate_up is kept for the backward, and empty unless `for_backward`. The backward sorts again.
     """
     operands = (hidden, weights, experts, gate_up_proj, down_proj)
-    return _forward(operands, down_proj.shape, for_backward)
+    out, gate_up = _forward(operands, down_proj.shape, for_backward)
+    return out, gate_up, *(experts.new_empty(0, dtype=torch.int64) for _ in range(2))
 
 
 def forward_packed(
@@ -37,14 +38,15 @@ def pack(weight: Tensor, parts: int) -> PackedExperts:
 
 
 def _forward(operands, down_shape: torch.Size, for_backward: bool) -> tuple[Tensor, Tensor]:
-    hidden, _, experts, *_ = operands
+    hidden, weights, experts, *projections = operands
+    experts = experts.long()
     num_experts, _, width = down_shape
     pairs = experts.numel()
     out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     gate_up = torch.empty((pairs, 2 * width) if for_backward else (0,), dtype=hidden.dtype, device=hidden.device)
     activation = torch.empty((pairs, width), dtype=hidden.dtype, device=hidden.device)
     y = torch.empty((pairs, hidden.shape[1]), dtype=torch.float32, device=hidden.device)
-    bad_token = native().moe_experts(*operands, activation, y, gate_up, out)
+    bad_token = native().moe_experts(hidden, weights.float(), experts, *projections, activation, y, gate_up, out)
     if bad_token >= 0:
         raise ValueError(experts_message(bad_token, experts, num_experts))
     return out, gate_up
@@ -56,12 +58,17 @@ def backward(
     experts: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    gate_up: Tensor,
+    kept: tuple[Tensor, Tensor, Tensor],
     grad_out: Tensor,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, ...]:
-    """Returns (d hidden, d weights, d gate_up_proj, d down_proj), each empty where not needed."""
+    """Returns (d hidden, d weights, d gate_up_proj, d down_proj), each empty where not needed.
+
+    kept: the results of forward but the first.
+    """
     needs_hidden, _, needs_gate_up, needs_down = needs
+    gate_up, dtype = kept[0], weights.dtype
+    weights, experts = weights.float(), experts.long()
     pairs, width = experts.numel(), down_proj.shape[2]
 
     def scratch(needed, columns, dtype):
@@ -76,4 +83,5 @@ def backward(
     y = scratch(needs_hidden, hidden.shape[1], torch.float32)
     operands = (hidden, weights, experts, gate_up_proj, down_proj)
     native().moe_experts_backward(*operands, gate_up, grad_out, gate_up_grad, weighted, y, *grads)
-    return tuple(grads)
+    hidden_grad, weights_grad, *others = grads
+    return hidden_grad, weights_grad.to(dtype), *others

@@ -20,12 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.launch import LaunchConfig, TileConfig, launch, make_config
+from ...common.triton.launch import TileConfig
 from ...common.triton.numbers import LOG2E, dot, round_to
-from ...common.triton.row_tiles import multiple, tile_offsets
+from ...common.triton.row_tiles import multiple
 
 # not specialised, so that there is one binary per dtype, K, E_BLOCK and ALIGN
-SIZES = ["E", "H", "I", "M", "N", "D", "V", "stride_t", "stride_e", "stride_o", "stride_left", "stride_right"]
+SIZES = ["E", "H", "I", "M", "N", "D", "stride_t", "stride_e", "stride_o", "stride_left", "stride_right"]
 # a slice of the weights may begin at any element
 UNALIGNED = ["weights"]
 
@@ -231,7 +231,7 @@ def experts_activation_grad_kernel(
     o_row = first_n + o_m * (2 * I)
     b_gate = tl.load(gate_up + o_row + o_n, mask=m_m & m_n, other=0.0).to(tl.float32)
     b_up = tl.load(gate_up + I + o_row + o_n, mask=m_m & m_n, other=0.0).to(tl.float32)
-    b_weight = tl.load(weights + b_pairs, mask=m_m, other=0.0)
+    b_weight = tl.load(weights + b_pairs, mask=m_m, other=0.0).to(tl.float32)
     b_sigmoid, b_rest = sigmoids(b_gate)
     b_silu = b_gate * b_sigmoid
     dtype: tl.constexpr = gate_up.dtype.element_ty
@@ -291,25 +291,6 @@ def experts_weight_grad_kernel(
     tl.store(p_out, round_to(b_sum, out.dtype.element_ty), mask=(o_m < M) & m_n)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
-def experts_combine_kernel(
-    y, weights, out, V, K: tl.constexpr, LANES: tl.constexpr, VEC: tl.constexpr, ALIGN: tl.constexpr
-):
-    """out[t] = the sum over k, in order, of weights[t, k] y[t, k]; weights may be None, which means 1."""
-    i_t = tl.program_id(0).to(tl.int64)
-    V = multiple(V, ALIGN)
-    start = tl.program_id(1) * (LANES * VEC)
-    o_v = tile_offsets(LANES, VEC)
-    m_v = o_v < V - start
-    b_sum = tl.zeros([LANES, VEC], tl.float32)
-    for k in range(K):
-        b_y = tl.load(y + (i_t * K + k) * V + start + o_v, mask=m_v, other=0.0)
-        if weights is not None:
-            b_y *= tl.load(weights + i_t * K + k)
-        b_sum += b_y
-    tl.store(out + i_t * V + start + o_v, round_to(b_sum, out.dtype.element_ty), mask=m_v)
-
-
 class Rows(NamedTuple):
     """The rows of a call: the pair of each row, and the rows of each expert."""
 
@@ -354,7 +335,7 @@ def activation_grad(
     weighted: Tensor | None,
     parts: Tensor | None,
 ) -> None:
-    """Writes gate_up_grad [T K, 2 I] and weighted [T K, I] by row, and parts [T K, weight_parts] float32 by pair.
+    """Writes gate_up_grad [T K, 2 I] and weighted [T K, I] by row, and parts [T, K, weight_parts] float32.
 
     grad_out must be contiguous.
     """
@@ -378,14 +359,6 @@ def weight_grad(left: Tensor, right: Tensor, rows: Rows, out: Tensor, *, left_by
         K=rows.top_k,
         LEFT_BY_TOKEN=left_by_token,
     )
-
-
-def combine(y: Tensor, weights: Tensor | None, out: Tensor) -> None:
-    """Writes out [T, V] from y [T, K, V] float32 and weights [T, K] float32; all are contiguous."""
-    columns = out.shape[1]
-    config = combine_config(columns, out.dtype)
-    grid = (out.shape[0], triton.cdiv(columns, config.tile))
-    launch(experts_combine_kernel, grid, y, weights, out, columns, K=y.shape[1], config=config, rows=(out,))
 
 
 def _launch_over_rows(kernel, rows: Rows, columns: int, tensors: tuple, sizes: tuple, config: TileConfig, **constants):
@@ -447,8 +420,3 @@ def _stages() -> int:
 def weight_parts(width: int, dtype: torch.dtype) -> int:
     """Number of parts of I. d weight is summed within each part, then over the parts."""
     return triton.cdiv(width, halved_config(dtype).columns)
-
-
-def combine_config(columns: int, dtype: torch.dtype) -> LaunchConfig:
-    """The launch of the combine kernel. Nothing is reduced across threads. Each thread makes one 128-bit store."""
-    return make_config(columns, dtype, threads=256, per_thread=16 // dtype.itemsize)

@@ -46,7 +46,8 @@ def moe_experts(
     Raises ValueError or TypeError that names the argument, RuntimeError for a backend that is missing.
     The bits of a token's result depend on neither the rest of the batch nor the number of threads. The same is true of
     its gradients by hidden and the weights. The gradients of the projections have equal bits in every run.
-    The forward keeps gate and up for the backward: 2 I numbers for each of the T K pairs of token and expert.
+    The forward keeps gate and up for the backward: 2 I numbers for each of the T K pairs of token and expert. On a GPU
+    it keeps the order of the pairs too, one int64 for each.
     """
     check_tensor("hidden", hidden)
     if isinstance(gate_up_proj, PackedExperts) or isinstance(down_proj, PackedExperts):
@@ -61,13 +62,14 @@ def moe_experts(
     _check_activation(activation)
     backend = OP.resolve(backend, hidden.device)
     if backend == "reference":
+        weights, experts = weights.float(), experts.long()
         if hidden.device.type == "cpu":
             experts = checked_experts(experts, gate_up_proj.shape[0])
         return moe_experts_reference(hidden, weights, experts, gate_up_proj, down_proj)
-    for_backward = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (hidden, weights, gate_up_proj, down_proj)
-    )
-    return _MoEExperts.apply(hidden, weights, experts, gate_up_proj, down_proj, for_backward, backend)
+    operands = (hidden, weights, experts, gate_up_proj, down_proj)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in operands):
+        return _MoEExperts.apply(*operands, backend)
+    return moe_experts_forward(*operands, False, backend)[0]
 
 
 def pack_experts(gate_up_proj: Tensor, down_proj: Tensor) -> tuple[PackedExperts, PackedExperts]:
@@ -150,7 +152,7 @@ def _check_projection(name, value, hidden) -> None:
 
 
 def _check_routing(routing, hidden) -> tuple[Tensor, Tensor]:
-    """(weights float32, experts int64), both contiguous."""
+    """(weights, experts), both contiguous."""
     if not isinstance(routing, tuple) or len(routing) < 2:
         raise TypeError(f"routing is a {type(routing).__name__}: it must be a Routing, or a pair (weights, experts)")
     weights, experts = routing[:2]
@@ -163,15 +165,15 @@ def _check_routing(routing, hidden) -> tuple[Tensor, Tensor]:
     check_device("routing.weights", weights, hidden.device)
     check_integers("routing.experts", experts)
     check_like("routing.experts", experts, weights.shape, hidden.device)
-    return weights.float().contiguous(), experts.long().contiguous()
+    return weights.contiguous(), experts.contiguous()
 
 
 class _MoEExperts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weights, experts, gate_up_proj, down_proj, for_backward, backend):
+    def forward(ctx, hidden, weights, experts, gate_up_proj, down_proj, backend):
         operands = (hidden, weights, experts, gate_up_proj, down_proj)
-        out, gate_up = moe_experts_forward(*operands, for_backward, backend)
-        ctx.save_for_backward(*operands, gate_up)
+        out, *kept = moe_experts_forward(*operands, True, backend)
+        ctx.save_for_backward(*operands, *kept)
         ctx.backend = backend
         return out
 
@@ -182,7 +184,7 @@ class _MoEExperts(torch.autograd.Function):
         needs = (hidden, weights, gate_up, down)
         grads = moe_experts_backward(*ctx.saved_tensors, grad_out.contiguous(), *needs, ctx.backend)
         grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-        return *grads[:2], None, *grads[2:], None, None
+        return *grads[:2], None, *grads[2:], None
 
 
 def _forward(kernels, hidden, weights, experts, gate_up_proj, down_proj, for_backward):
@@ -190,29 +192,37 @@ def _forward(kernels, hidden, weights, experts, gate_up_proj, down_proj, for_bac
 
 
 def _forward_fake(hidden, weights, experts, gate_up_proj, down_proj, for_backward, backend):
-    gate_up_shape = (experts.numel(), gate_up_proj.shape[1]) if for_backward else (0,)
-    return hidden.new_empty(hidden.shape), hidden.new_empty(gate_up_shape)
+    num_pairs = experts.numel()
+    sizes = (num_pairs, gate_up_proj.shape[0] + 2) if for_backward and backend == "triton" else (0, 0)
+    return (
+        hidden.new_empty(hidden.shape),
+        hidden.new_empty((num_pairs, gate_up_proj.shape[1]) if for_backward else (0,)),
+        *(experts.new_empty(size, dtype=torch.int64) for size in sizes),
+    )
 
 
-def _backward(kernels, hidden, weights, experts, gate_up_proj, down_proj, gate_up, grad_out, *needs):
-    return kernels.backward(hidden, weights, experts, gate_up_proj, down_proj, gate_up, grad_out, needs)
+def _backward(kernels, hidden, weights, experts, gate_up_proj, down_proj, gate_up, pairs, begins, grad_out, *needs):
+    kept = (gate_up, pairs, begins)
+    return kernels.backward(hidden, weights, experts, gate_up_proj, down_proj, kept, grad_out, needs)
 
 
-def _backward_fake(hidden, weights, experts, gate_up_proj, down_proj, gate_up, grad_out, *needs_and_backend):
+def _backward_fake(hidden, weights, experts, gate_up_proj, down_proj, gate_up, pairs, begins, grad_out, *others):
     tensors = (hidden, weights, gate_up_proj, down_proj)
     return tuple(
-        tensor.new_empty(tensor.shape if needed else (0,))
-        for tensor, needed in zip(tensors, needs_and_backend[:4], strict=True)
+        tensor.new_empty(tensor.shape if needed else (0,)) for tensor, needed in zip(tensors, others[:4], strict=True)
     )
 
 
 _OPERANDS = "Tensor hidden, Tensor weights, Tensor experts, Tensor gate_up_proj, Tensor down_proj"
 moe_experts_forward = OP.define(
-    f"moe_experts({_OPERANDS}, bool for_backward, str backend) -> (Tensor out, Tensor gate_up)", _forward, _forward_fake
+    f"moe_experts({_OPERANDS}, bool for_backward, str backend) -> "
+    "(Tensor out, Tensor gate_up, Tensor pairs, Tensor begins)",
+    _forward,
+    _forward_fake,
 )
 moe_experts_backward = OP.define(
-    f"moe_experts_backward({_OPERANDS}, Tensor gate_up, Tensor grad_out, bool needs_hidden, bool needs_weights, "
-    "bool needs_gate_up_proj, bool needs_down_proj, str backend) -> "
+    f"moe_experts_backward({_OPERANDS}, Tensor gate_up, Tensor pairs, Tensor begins, Tensor grad_out, "
+    "bool needs_hidden, bool needs_weights, bool needs_gate_up_proj, bool needs_down_proj, str backend) -> "
     "(Tensor grad_hidden, Tensor grad_weights, Tensor grad_gate_up_proj, Tensor grad_down_proj)",
     _backward,
     _backward_fake,
