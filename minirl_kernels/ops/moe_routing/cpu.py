@@ -47,6 +47,8 @@ def forward(
     ids = routed_experts
     if ids is not None and ids.dtype not in _ID_DTYPES:
         ids = ids.long()
+    if valid is not None:
+        valid = valid.contiguous()
     options = _Options(top_k, norm_topk_prob, scoring == "sigmoid", scale, num_groups, top_k_groups)
     results = (weights, experts, natural, agreement, mass, margin)
     bad_row = native().moe_routing(router_logits, correction_bias, ids, valid, options, *results)

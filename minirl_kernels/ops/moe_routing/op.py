@@ -145,14 +145,13 @@ def _check_replay(router_logits, top_k, routed_experts, valid) -> tuple[Tensor |
     tokens = router_logits.shape[0]
     check_integers("routed_experts", routed_experts)
     check_like("routed_experts", routed_experts, torch.Size([tokens, top_k]), router_logits.device)
-    if routed_experts.stride(1) != 1:
-        routed_experts = routed_experts.contiguous()
+    if routed_experts.stride(1) != 1:  # a column of its own is contiguous to torch with any stride
+        routed_experts = routed_experts.clone(memory_format=torch.contiguous_format)
     if valid is not None:
         check_tensor("valid", valid)
         if valid.dtype != torch.bool:
             raise TypeError(f"valid has dtype {valid.dtype}: it must be bool")
         check_like("valid", valid, torch.Size([tokens]), router_logits.device)
-        valid = valid.contiguous()
     return routed_experts, valid
 
 

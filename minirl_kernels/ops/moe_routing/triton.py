@@ -5,13 +5,15 @@ Natural and replayed calls run the same binary, so that equal experts give equal
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.launch import LaunchConfig, aligned, aligned_vector, launch, make_config, memory_for
-from ...common.triton.row_tiles import load_tile, multiple, row_pointer, store_tile, tile_offsets, unspecialized
+from ...common.triton.launch import LaunchConfig, launch, make_config
+from ...common.triton.row_tiles import SIZES, load_tile, multiple, store_tile, tile_offsets
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # a rank has the order of the score in its upper bits, and 0xFFFF - expert in its lower 16 bits
@@ -81,7 +83,20 @@ def keep_best_groups(b_ranked, o_e, V, NUM_GROUPS: tl.constexpr, TOP_K_GROUPS: t
     return tl.where(m_kept, b_ranked, NOTHING)
 
 
-@unspecialized(aligned=["bias"])
+@triton.jit
+def load_ids(p_ids, m_k, o_k, size, unused_bits):
+    """int64 ids from the bytes at p_ids, `size` for each id. unused_bits: 64 less the bits of a signed id, else 0."""
+    b_ids = tl.zeros_like(o_k).to(tl.int64)
+    for i in range(8):
+        b_byte = tl.load(p_ids + o_k * size + i, mask=m_k & (i < size), other=0)
+        b_ids |= b_byte.to(tl.int64) << (8 * i)
+    return (b_ids << unused_bits) >> unused_bits
+
+
+@triton.jit(
+    do_not_specialize=[*SIZES, "replay", "stride_ids", "id_size", "unused_bits", "stride_valid"],
+    do_not_specialize_on_alignment=["routed_experts", "valid"],
+)
 def moe_routing_fwd_kernel(
     logits,
     bias,
@@ -96,6 +111,10 @@ def moe_routing_fwd_kernel(
     scale,
     V,
     stride_l,
+    replay,
+    stride_ids,
+    id_size,
+    unused_bits,
     stride_valid,
     K: tl.constexpr,
     K_BLOCK: tl.constexpr,
@@ -108,12 +127,13 @@ def moe_routing_fwd_kernel(
     VEC: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
+    """routed_experts and valid are bytes. replay: 0 for no row, 1 for all rows, 2 for the rows that are valid."""
     i_t = tl.program_id(0).to(tl.int64)
     V = V // ALIGN * ALIGN
     o_e = tile_offsets(LANES, VEC)
     o_k = tl.arange(0, K_BLOCK)
     m_k = o_k < K
-    p_row = row_pointer(logits, i_t * multiple(stride_l, ALIGN), ALIGN)
+    p_row = logits + i_t * multiple(stride_l, ALIGN)
     b_x = load_tile(p_row, 0, V, LANES, VEC).to(tl.float32)
     shift = shift_of(b_x, SIGMOID)
     b_t = scores_of(b_x, shift, SIGMOID)
@@ -139,8 +159,8 @@ def moe_routing_fwd_kernel(
     b_margin = tl.where(kth == next_one, 0.0, kth - next_one)  # 0 for two equal infinities, whose difference is NaN
     b_margin = tl.where(following == NOTHING, float("inf"), b_margin)
 
-    replays = tl.load(valid + i_t * stride_valid) != 0
-    b_ids = tl.load(routed_experts + i_t * K + o_k, mask=m_k & replays, other=0)
+    replays = (replay == 1) | (tl.load(valid + i_t * stride_valid, mask=replay == 2, other=0) != 0)
+    b_ids = load_ids(routed_experts + i_t * stride_ids, m_k & replays, o_k, id_size, unused_bits)
     b_ids = tl.where(replays, b_ids, b_natural)
     outside = tl.sum((m_k & ((b_ids < 0) | (b_ids >= V))).to(tl.int32))
     same, shared = 0, 0
@@ -169,7 +189,7 @@ def moe_routing_fwd_kernel(
     tl.store(margin + i_t, b_margin)
 
 
-@unspecialized()
+@triton.jit(do_not_specialize=SIZES)
 def moe_routing_bwd_kernel(
     logits,
     weights,
@@ -197,7 +217,7 @@ def moe_routing_bwd_kernel(
     o_e = tile_offsets(LANES, VEC)
     o_k = tl.arange(0, K_BLOCK)
     m_k = o_k < K
-    p_row = row_pointer(logits, i_t * multiple(stride_l, ALIGN), ALIGN)
+    p_row = logits + i_t * multiple(stride_l, ALIGN)
     b_ids = tl.load(experts + i_t * K + o_k, mask=m_k, other=0)
     b_w = tl.load(weights + i_t * K + o_k, mask=m_k, other=0.0)
     b_g = tl.load(grad_weights + i_t * K + o_k, mask=m_k, other=0.0)
@@ -214,8 +234,7 @@ def moe_routing_bwd_kernel(
         b_grad -= b_t * (dot / tl.sum(b_t))
     for k in range(K):
         b_grad += tl.where(o_e == element(b_ids, o_k, k), element(b_gk, o_k, k), 0.0)
-    p_out = row_pointer(out, i_t * multiple(out_stride_l, ALIGN), ALIGN)
-    store_tile(p_out, b_grad, 0, V, LANES, VEC)
+    store_tile(out + i_t * multiple(out_stride_l, ALIGN), b_grad, 0, V, LANES, VEC)
 
 
 def forward(
@@ -232,22 +251,17 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """The fields of Routing. natural_experts is empty without routed_experts: experts are the natural ones then."""
     tokens, num_experts = router_logits.shape
-    config = launch_config(num_experts, router_logits.dtype)
-    router_logits = aligned(router_logits, config)
     weights = router_logits.new_empty((tokens, top_k), dtype=torch.float32)
     experts, natural = (torch.empty_like(weights, dtype=torch.int64) for _ in range(2))
     agreement, mass, margin = (weights.new_empty(tokens) for _ in range(3))
-    if routed_experts is None:
-        valid = torch.zeros((), dtype=torch.bool, device=router_logits.device).expand(tokens)
-    elif valid is None:
-        valid = torch.ones((), dtype=torch.bool, device=router_logits.device).expand(tokens)
+    replayed = _replayed(routed_experts, valid, nothing=experts)
     launch(
         moe_routing_fwd_kernel,
         (tokens,),
         router_logits,
-        aligned_vector(correction_bias),
-        experts if routed_experts is None else routed_experts.long().contiguous(),
-        valid,
+        correction_bias,
+        replayed.ids,
+        replayed.valid,
         weights,
         experts,
         natural,
@@ -257,7 +271,7 @@ def forward(
         scale,
         num_experts,
         router_logits.stride(0),
-        valid.stride(0),
+        *replayed.sizes,
         K=top_k,
         K_BLOCK=triton.next_power_of_2(top_k),
         NUM_GROUPS=num_groups,
@@ -265,10 +279,31 @@ def forward(
         G_BLOCK=triton.next_power_of_2(num_groups),
         NORMALIZE=norm_topk_prob,
         SIGMOID=scoring == "sigmoid",
-        config=config,
+        config=launch_config(num_experts, router_logits.dtype),
         rows=(router_logits,),
     )
     return weights, experts, experts.new_empty(0) if routed_experts is None else natural, agreement, mass, margin
+
+
+class _Replayed(NamedTuple):
+    """The replay as bytes: every call has tensors of the same types, so that all run one binary."""
+
+    ids: Tensor
+    valid: Tensor
+    sizes: tuple[int, int, int, int, int]  # replay, stride_ids, id_size, unused_bits, stride_valid of the kernel
+
+
+def _replayed(ids: Tensor | None, valid: Tensor | None, *, nothing: Tensor) -> _Replayed:
+    """nothing: a tensor to point to where there is nothing to read."""
+    no_bytes = nothing.view(torch.uint8)
+    if ids is None:
+        return _Replayed(no_bytes, no_bytes, (0, 0, 0, 0, 0))
+    size = ids.itemsize
+    sizes = (ids.stride(0) * size, size, 64 - 8 * size if ids.dtype.is_signed else 0)
+    ids = ids.view(torch.uint8)
+    if valid is None:
+        return _Replayed(ids, no_bytes, (1, *sizes, 0))
+    return _Replayed(ids, valid.view(torch.uint8), (2, *sizes, valid.stride(0)))
 
 
 def backward(
@@ -283,8 +318,6 @@ def backward(
 ) -> None:
     """Writes d router_logits into `out`."""
     top_k, num_experts = experts.shape[1], router_logits.shape[1]
-    config = launch_config(num_experts, router_logits.dtype)
-    router_logits, grad = aligned(router_logits, config), memory_for(out, config)
     launch(
         moe_routing_bwd_kernel,
         (experts.shape[0],),
@@ -292,20 +325,18 @@ def backward(
         weights,
         experts,
         grad_weights,
-        grad,
+        out,
         scale,
         num_experts,
         router_logits.stride(0),
-        grad.stride(0),
+        out.stride(0),
         K=top_k,
         K_BLOCK=triton.next_power_of_2(top_k),
         NORMALIZE=norm_topk_prob,
         SIGMOID=scoring == "sigmoid",
-        config=config,
-        rows=(router_logits, grad),
+        config=launch_config(num_experts, router_logits.dtype),
+        rows=(router_logits, out),
     )
-    if grad is not out:
-        out.copy_(grad)
 
 
 def launch_config(num_experts: int, dtype: torch.dtype) -> LaunchConfig:
