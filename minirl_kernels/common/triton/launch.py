@@ -6,8 +6,9 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
+
+from .sizes import next_power_of_2
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def make_config(vocab_size: int, dtype: torch.dtype, *, threads: int, per_thread
 
     dtype: the narrowest dtype of the tensors that are loaded and stored.
     """
-    wanted = triton.next_power_of_2(vocab_size) // per_thread
+    wanted = next_power_of_2(vocab_size) // per_thread
     threads = min(max(wanted, 64), threads)
     vec = 16 // dtype.itemsize
     return LaunchConfig(lanes=threads * per_thread // vec, vec=vec, threads=threads)

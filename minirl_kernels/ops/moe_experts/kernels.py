@@ -300,11 +300,11 @@ class Rows(NamedTuple):
 
     @property
     def num_experts(self) -> int:
-        return len(self.begins) - 2
+        return self.begins.shape[0] - 2
 
     def blocks(self, config: TileConfig) -> int:
         """An upper bound of the number of blocks of rows_of_block. The host does not wait for the device."""
-        pairs = len(self.pairs)
+        pairs = self.pairs.shape[0]
         return pairs // config.rows + self.num_experts + 1 if pairs else 0
 
 
@@ -317,8 +317,8 @@ def up(hidden: Tensor, gate_up_proj: Tensor, rows: Rows, activation: Tensor, gat
 
 
 def product(x: Tensor, matrix: Tensor, rows: Rows, y: Tensor, *, transposed: bool) -> None:
-    """Writes y [T K, N] float32, by pair. x [T K, D] is by row; matrix is [E, N, D], or [E, D, N] if transposed."""
-    columns = y.shape[1]
+    """Writes y [T, K, N] float32. x [T K, D] is by row; matrix is [E, N, D], or [E, D, N] if transposed."""
+    columns = y.shape[-1]
     tensors = (x, matrix, rows.pairs, rows.begins, y)
     sizes = (x.shape[1], columns, *matrix.stride()[:2])
     config = product_config(x.dtype)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ...common.triton.launch import LaunchConfig, launch, make_config
 from ...common.triton.numbers import round_to
 from ...common.triton.row_tiles import multiple, tile_offsets
+from ...common.triton.sizes import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["V", "P"], do_not_specialize_on_alignment=["weights"])
@@ -71,7 +72,7 @@ def combine(
     config = combine_config(columns, rows.dtype)
     launch(
         experts_combine_kernel,
-        (tokens, triton.cdiv(columns, config.tile)),
+        (tokens, cdiv(columns, config.tile)),
         y,
         weights,
         out,
@@ -80,7 +81,7 @@ def combine(
         columns,
         num_parts,
         K=top_k,
-        K_BLOCK=triton.next_power_of_2(top_k),
+        K_BLOCK=next_power_of_2(top_k),
         config=config,
         rows=(rows,),
     )

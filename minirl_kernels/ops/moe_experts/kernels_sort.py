@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.triton.launch import LaunchConfig
+from ...common.triton.sizes import cdiv
 from .kernels import Rows
 
 # experts of a program: their counts are fields of 16 bits in one int64
@@ -63,11 +64,11 @@ def sorted_rows(experts: Tensor, num_experts: int) -> Rows:
     pairs = experts.new_empty(count, dtype=torch.int64)
     begins = experts.new_empty(num_experts + 2, dtype=torch.int64)
     config = sort_config()
-    groups = triton.cdiv(num_experts + 2, GROUP.value)
-    tiles = triton.cdiv(triton.cdiv(count, config.tile), max(PROGRAMS // groups, 1))
+    groups = cdiv(num_experts + 2, GROUP.value)
+    tiles = cdiv(cdiv(count, config.tile), max(PROGRAMS // groups, 1))
     segment = max(tiles, 1) * config.tile
     with torch.cuda.device_of(experts):
-        experts_sort_kernel[(groups, max(triton.cdiv(count, segment), 1))](
+        experts_sort_kernel[(groups, max(cdiv(count, segment), 1))](
             experts,
             pairs,
             begins,

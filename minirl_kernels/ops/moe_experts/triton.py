@@ -71,6 +71,7 @@ def backward(
 
 def _product(x: Tensor, matrix: Tensor, rows: kernels.Rows, out: Tensor, *, transposed: bool) -> Tensor:
     """The products of the pairs of each token, [T, K, columns of out] float32."""
-    y = out.new_empty((len(out), rows.top_k, out.shape[1]), dtype=torch.float32)
-    kernels.product(x, matrix, rows, y.flatten(0, 1), transposed=transposed)
+    tokens, columns = out.shape
+    y = out.new_empty((tokens, rows.top_k, columns), dtype=torch.float32)
+    kernels.product(x, matrix, rows, y, transposed=transposed)
     return y

@@ -99,10 +99,12 @@ def moe_routing(
     options = (norm_topk_prob, scoring, correction_bias, *groups, float(scale))
     if backend == "reference":
         return Routing(*moe_routing_reference(router_logits, top_k, routed_experts, valid, *options))
-    weights, experts, natural, agreement, mass, margin = _MoERouting.apply(
-        router_logits, top_k, routed_experts, valid, *options, backend
-    )
-    return Routing(weights, experts, experts if routed_experts is None else natural, agreement, mass, margin)
+    arguments = (router_logits, top_k, routed_experts, valid, *options, backend)
+    if torch.is_grad_enabled() and router_logits.requires_grad:
+        weights, experts, natural, *measures = _MoERouting.apply(*arguments)
+    else:
+        weights, experts, natural, *measures = moe_routing_forward(*arguments)
+    return Routing(weights, experts, experts if routed_experts is None else natural, *measures)
 
 
 def _check_logits(router_logits, top_k) -> int:

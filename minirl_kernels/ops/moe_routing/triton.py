@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...common.triton.launch import LaunchConfig, launch, make_config
 from ...common.triton.row_tiles import SIZES, load_tile, multiple, store_tile, tile_offsets
+from ...common.triton.sizes import next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # a rank has the order of the score in its upper bits, and 0xFFFF - expert in its lower 16 bits
@@ -252,7 +253,8 @@ def forward(
     """The fields of Routing. natural_experts is empty without routed_experts: experts are the natural ones then."""
     tokens, num_experts = router_logits.shape
     weights = router_logits.new_empty((tokens, top_k), dtype=torch.float32)
-    experts, natural = (torch.empty_like(weights, dtype=torch.int64) for _ in range(2))
+    experts = torch.empty_like(weights, dtype=torch.int64)
+    natural = experts if routed_experts is None else torch.empty_like(experts)
     agreement, mass, margin = (weights.new_empty(tokens) for _ in range(3))
     replayed = _replayed(routed_experts, valid, nothing=experts)
     launch(
@@ -273,10 +275,10 @@ def forward(
         router_logits.stride(0),
         *replayed.sizes,
         K=top_k,
-        K_BLOCK=triton.next_power_of_2(top_k),
+        K_BLOCK=next_power_of_2(top_k),
         NUM_GROUPS=num_groups,
         TOP_K_GROUPS=top_k_groups,
-        G_BLOCK=triton.next_power_of_2(num_groups),
+        G_BLOCK=next_power_of_2(num_groups),
         NORMALIZE=norm_topk_prob,
         SIGMOID=scoring == "sigmoid",
         config=launch_config(num_experts, router_logits.dtype),
@@ -331,7 +333,7 @@ def backward(
         router_logits.stride(0),
         out.stride(0),
         K=top_k,
-        K_BLOCK=triton.next_power_of_2(top_k),
+        K_BLOCK=next_power_of_2(top_k),
         NORMALIZE=norm_topk_prob,
         SIGMOID=scoring == "sigmoid",
         config=launch_config(num_experts, router_logits.dtype),
