@@ -12,14 +12,14 @@ from .packed import PackedExperts
 
 def forward(
     hidden: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, for_backward: bool
-) -> tuple[Tensor, ...]:
-    """Returns out [T, H], gate_up [T K, 2 I] with its rows sorted by expert, and two empty tensors.
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns out [T, H], and what the backward needs: gate_up [T K, 2 I], its rows sorted by expert.
 
-    gate_up is kept for the backward, and empty unless `for_backward`. The backward sorts again.
+    Nothing is kept unless `for_backward`. The backward sorts again.
     """
     operands = (hidden, weights, experts, gate_up_proj, down_proj)
     out, gate_up = _forward(operands, down_proj.shape, for_backward)
-    return out, gate_up, *(experts.new_empty(0, dtype=torch.int64) for _ in range(2))
+    return out, [gate_up] if for_backward else []
 
 
 def forward_packed(
@@ -58,16 +58,16 @@ def backward(
     experts: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    kept: tuple[Tensor, Tensor, Tensor],
+    kept: list[Tensor],
     grad_out: Tensor,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, ...]:
     """Returns (d hidden, d weights, d gate_up_proj, d down_proj), each empty where not needed.
 
-    kept: the results of forward but the first.
+    kept: by forward.
     """
     needs_hidden, _, needs_gate_up, needs_down = needs
-    gate_up, dtype = kept[0], weights.dtype
+    (gate_up,), dtype = kept, weights.dtype
     weights, experts = weights.float(), experts.long()
     pairs, width = experts.numel(), down_proj.shape[2]
 

@@ -172,7 +172,7 @@ class _MoEExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weights, experts, gate_up_proj, down_proj, backend):
         operands = (hidden, weights, experts, gate_up_proj, down_proj)
-        out, *kept = moe_experts_forward(*operands, True, backend)
+        out, kept = moe_experts_forward(*operands, True, backend)
         ctx.save_for_backward(*operands, *kept)
         ctx.backend = backend
         return out
@@ -182,7 +182,8 @@ class _MoEExperts(torch.autograd.Function):
     def backward(ctx, grad_out):
         hidden, weights, _, gate_up, down, *_ = ctx.needs_input_grad
         needs = (hidden, weights, gate_up, down)
-        grads = moe_experts_backward(*ctx.saved_tensors, grad_out.contiguous(), *needs, ctx.backend)
+        operands, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        grads = moe_experts_backward(*operands, kept, grad_out.contiguous(), *needs, ctx.backend)
         grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
         return *grads[:2], None, *grads[2:], None
 
@@ -192,36 +193,36 @@ def _forward(kernels, hidden, weights, experts, gate_up_proj, down_proj, for_bac
 
 
 def _forward_fake(hidden, weights, experts, gate_up_proj, down_proj, for_backward, backend):
-    num_pairs = experts.numel()
-    sizes = (num_pairs, gate_up_proj.shape[0] + 2) if for_backward and backend == "triton" else (0, 0)
-    return (
-        hidden.new_empty(hidden.shape),
-        hidden.new_empty((num_pairs, gate_up_proj.shape[1]) if for_backward else (0,)),
-        *(experts.new_empty(size, dtype=torch.int64) for size in sizes),
-    )
+    out = hidden.new_empty(hidden.shape)
+    if not for_backward:
+        return out, []
+    gate_up = hidden.new_empty((experts.numel(), gate_up_proj.shape[1]))
+    if backend != "triton":
+        return out, [gate_up]
+    sizes = (experts.numel(), gate_up_proj.shape[0] + 2)
+    return out, [gate_up, *(experts.new_empty(size, dtype=torch.int64) for size in sizes)]
 
 
-def _backward(kernels, hidden, weights, experts, gate_up_proj, down_proj, gate_up, pairs, begins, grad_out, *needs):
-    kept = (gate_up, pairs, begins)
+def _backward(kernels, hidden, weights, experts, gate_up_proj, down_proj, kept, grad_out, *needs):
     return kernels.backward(hidden, weights, experts, gate_up_proj, down_proj, kept, grad_out, needs)
 
 
-def _backward_fake(hidden, weights, experts, gate_up_proj, down_proj, gate_up, pairs, begins, grad_out, *others):
+def _backward_fake(hidden, weights, experts, gate_up_proj, down_proj, kept, grad_out, *needs_and_backend):
     tensors = (hidden, weights, gate_up_proj, down_proj)
     return tuple(
-        tensor.new_empty(tensor.shape if needed else (0,)) for tensor, needed in zip(tensors, others[:4], strict=True)
+        tensor.new_empty(tensor.shape if needed else (0,))
+        for tensor, needed in zip(tensors, needs_and_backend[:4], strict=True)
     )
 
 
 _OPERANDS = "Tensor hidden, Tensor weights, Tensor experts, Tensor gate_up_proj, Tensor down_proj"
 moe_experts_forward = OP.define(
-    f"moe_experts({_OPERANDS}, bool for_backward, str backend) -> "
-    "(Tensor out, Tensor gate_up, Tensor pairs, Tensor begins)",
+    f"moe_experts({_OPERANDS}, bool for_backward, str backend) -> (Tensor out, Tensor[] kept)",
     _forward,
     _forward_fake,
 )
 moe_experts_backward = OP.define(
-    f"moe_experts_backward({_OPERANDS}, Tensor gate_up, Tensor pairs, Tensor begins, Tensor grad_out, "
+    f"moe_experts_backward({_OPERANDS}, Tensor[] kept, Tensor grad_out, "
     "bool needs_hidden, bool needs_weights, bool needs_gate_up_proj, bool needs_down_proj, str backend) -> "
     "(Tensor grad_hidden, Tensor grad_weights, Tensor grad_gate_up_proj, Tensor grad_down_proj)",
     _backward,

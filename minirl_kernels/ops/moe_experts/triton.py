@@ -12,10 +12,10 @@ from .kernels_sort import sorted_rows
 
 def forward(
     hidden: Tensor, weights: Tensor, experts: Tensor, gate_up_proj: Tensor, down_proj: Tensor, for_backward: bool
-) -> tuple[Tensor, ...]:
-    """Returns out [T, H], and for the backward gate_up [T K, 2 I] by row, and the pairs and begins of kernels.Rows.
+) -> tuple[Tensor, list[Tensor]]:
+    """Returns out [T, H], and what the backward needs: gate_up [T K, 2 I] by row, pairs and begins of kernels.Rows.
 
-    The last three are empty unless `for_backward`.
+    Nothing is kept unless `for_backward`.
     """
     rows = sorted_rows(experts, gate_up_proj.shape[0])
     pairs, width = experts.numel(), down_proj.shape[2]
@@ -24,9 +24,7 @@ def forward(
     kernels.up(hidden, gate_up_proj, rows, activation, gate_up)
     out = hidden.new_empty(hidden.shape)
     combine(_product(activation, down_proj, rows, out, transposed=False), weights, out)
-    if for_backward:
-        return out, gate_up, rows.pairs, rows.begins
-    return out, hidden.new_empty(0), *(experts.new_empty(0, dtype=torch.int64) for _ in range(2))
+    return out, [gate_up, rows.pairs, rows.begins] if for_backward else []
 
 
 def backward(
@@ -35,13 +33,13 @@ def backward(
     experts: Tensor,
     gate_up_proj: Tensor,
     down_proj: Tensor,
-    kept: tuple[Tensor, Tensor, Tensor],
+    kept: list[Tensor],
     grad_out: Tensor,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, ...]:
     """Returns (d hidden, d weights, d gate_up_proj, d down_proj), each empty where not needed.
 
-    kept: the results of forward but the first.
+    kept: by forward.
     """
     needs_hidden, needs_weights, needs_gate_up, needs_down = needs
     gate_up, *sorted_pairs = kept
