@@ -67,3 +67,24 @@ def test_the_bits_of_a_row_depend_on_nothing_but_the_row():
     for rows in (slice(0, 1), slice(17, 20), slice(69_999, 70_000)):
         alone, _ = forward_backward(logits[rows].clone(), 4, routed_experts=experts[rows])
         assert all(torch.equal(values[rows], one) for values, one in zip(together, alone, strict=True))
+
+
+def test_in_a_cuda_graph():
+    """A captured routing and its backward, replayed with other logits and experts, gives the bits of eager."""
+    logits, experts = random_logits(300, 60).to(DEVICE), random_experts(300, 60, 4).to(DEVICE).to(torch.uint8)
+    others = (logits.flip(0).contiguous(), experts.flip(0).contiguous())
+    held = (logits.clone(), experts.clone())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        forward_backward(held[0], 4, routed_experts=held[1])  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        routing, grad = forward_backward(held[0], 4, routed_experts=held[1])
+    for values in ((logits, experts), others):
+        for place, value in zip(held, values, strict=True):
+            place.copy_(value)
+        graph.replay()
+        expected, expected_grad = forward_backward(values[0], 4, routed_experts=values[1])
+        assert all(map(torch.equal, (*routing, grad), (*expected, expected_grad)))

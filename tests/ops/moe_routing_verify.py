@@ -86,8 +86,8 @@ def interpreter_cases() -> Iterator[Case]:
 
 def compile_cases() -> Iterator[Case]:
     sizes_of = {
-        torch.bfloat16: [512, 1_024, 2_048, 4_096, 60],
-        torch.float32: [256, 512, 1_024, 2_048, 4_096, 60],
+        torch.bfloat16: [256, 512, 1_024, 2_048, 4_096, 60],
+        torch.float32: [128, 256, 512, 1_024, 2_048, 4_096, 60],
         torch.float16: [128],
     }
     for kernel in (FORWARD, BACKWARD):

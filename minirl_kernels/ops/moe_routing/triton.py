@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.launch import LaunchConfig, launch, make_config
+from ...common.triton.launch import LaunchConfig, launch
 from ...common.triton.row_tiles import SIZES, load_tile, multiple, store_tile, tile_offsets
 from ...common.triton.sizes import next_power_of_2
 
@@ -342,5 +342,10 @@ def backward(
 
 
 def launch_config(num_experts: int, dtype: torch.dtype) -> LaunchConfig:
-    """One 128-bit access per thread: rows are short, and selecting the largest scores takes most of the time."""
-    return make_config(num_experts, dtype, threads=1024, per_thread=16 // dtype.itemsize)
+    """One warp for up to 512 experts: the maxima that select experts then need no barrier. At most 16 logits a thread.
+
+    No thread has less than one 128-bit access.
+    """
+    size, vec = next_power_of_2(num_experts), 16 // dtype.itemsize
+    threads = max(size // 16, 64 if torch.version.hip else 32)
+    return LaunchConfig(lanes=max(size // vec, threads), vec=vec, threads=threads)
