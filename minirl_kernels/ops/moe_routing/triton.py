@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.launch import LaunchConfig, launch
-from ...common.triton.row_tiles import SIZES, load_tile, multiple, store_tile, tile_offsets
+from ...common.triton.launch import LaunchConfig, aligned, aligned_vector, launch, memory_for
+from ...common.triton.row_tiles import load_tile, multiple, row_pointer, store_tile, tile_offsets, unspecialized
 from ...common.triton.sizes import next_power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -94,10 +94,7 @@ def load_ids(p_ids, m_k, o_k, size, unused_bits):
     return (b_ids << unused_bits) >> unused_bits
 
 
-@triton.jit(
-    do_not_specialize=[*SIZES, "replay", "stride_ids", "id_size", "unused_bits", "stride_valid"],
-    do_not_specialize_on_alignment=["routed_experts", "valid"],
-)
+@unspecialized(aligned=["bias"])
 def moe_routing_fwd_kernel(
     logits,
     bias,
@@ -134,7 +131,7 @@ def moe_routing_fwd_kernel(
     o_e = tile_offsets(LANES, VEC)
     o_k = tl.arange(0, K_BLOCK)
     m_k = o_k < K
-    p_row = logits + i_t * multiple(stride_l, ALIGN)
+    p_row = row_pointer(logits, i_t * multiple(stride_l, ALIGN), ALIGN)
     b_x = load_tile(p_row, 0, V, LANES, VEC).to(tl.float32)
     shift = shift_of(b_x, SIGMOID)
     b_t = scores_of(b_x, shift, SIGMOID)
@@ -190,7 +187,7 @@ def moe_routing_fwd_kernel(
     tl.store(margin + i_t, b_margin)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@unspecialized()
 def moe_routing_bwd_kernel(
     logits,
     weights,
@@ -218,7 +215,7 @@ def moe_routing_bwd_kernel(
     o_e = tile_offsets(LANES, VEC)
     o_k = tl.arange(0, K_BLOCK)
     m_k = o_k < K
-    p_row = logits + i_t * multiple(stride_l, ALIGN)
+    p_row = row_pointer(logits, i_t * multiple(stride_l, ALIGN), ALIGN)
     b_ids = tl.load(experts + i_t * K + o_k, mask=m_k, other=0)
     b_w = tl.load(weights + i_t * K + o_k, mask=m_k, other=0.0)
     b_g = tl.load(grad_weights + i_t * K + o_k, mask=m_k, other=0.0)
@@ -235,7 +232,8 @@ def moe_routing_bwd_kernel(
         b_grad -= b_t * (dot / tl.sum(b_t))
     for k in range(K):
         b_grad += tl.where(o_e == element(b_ids, o_k, k), element(b_gk, o_k, k), 0.0)
-    store_tile(out + i_t * multiple(out_stride_l, ALIGN), b_grad, 0, V, LANES, VEC)
+    p_out = row_pointer(out, i_t * multiple(out_stride_l, ALIGN), ALIGN)
+    store_tile(p_out, b_grad, 0, V, LANES, VEC)
 
 
 def forward(
@@ -252,6 +250,8 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """The fields of Routing. natural_experts is empty without routed_experts: experts are the natural ones then."""
     tokens, num_experts = router_logits.shape
+    config = launch_config(num_experts, router_logits.dtype)
+    router_logits = aligned(router_logits, config)
     weights = router_logits.new_empty((tokens, top_k), dtype=torch.float32)
     experts = torch.empty_like(weights, dtype=torch.int64)
     natural = experts if routed_experts is None else torch.empty_like(experts)
@@ -261,7 +261,7 @@ def forward(
         moe_routing_fwd_kernel,
         (tokens,),
         router_logits,
-        correction_bias,
+        aligned_vector(correction_bias),
         replayed.ids,
         replayed.valid,
         weights,
@@ -281,7 +281,7 @@ def forward(
         G_BLOCK=next_power_of_2(num_groups),
         NORMALIZE=norm_topk_prob,
         SIGMOID=scoring == "sigmoid",
-        config=launch_config(num_experts, router_logits.dtype),
+        config=config,
         rows=(router_logits,),
     )
     return weights, experts, experts.new_empty(0) if routed_experts is None else natural, agreement, mass, margin
@@ -320,6 +320,8 @@ def backward(
 ) -> None:
     """Writes d router_logits into `out`."""
     top_k, num_experts = experts.shape[1], router_logits.shape[1]
+    config = launch_config(num_experts, router_logits.dtype)
+    router_logits, grad = aligned(router_logits, config), memory_for(out, config)
     launch(
         moe_routing_bwd_kernel,
         (experts.shape[0],),
@@ -327,18 +329,20 @@ def backward(
         weights,
         experts,
         grad_weights,
-        out,
+        grad,
         scale,
         num_experts,
         router_logits.stride(0),
-        out.stride(0),
+        grad.stride(0),
         K=top_k,
         K_BLOCK=next_power_of_2(top_k),
         NORMALIZE=norm_topk_prob,
         SIGMOID=scoring == "sigmoid",
-        config=launch_config(num_experts, router_logits.dtype),
-        rows=(router_logits, out),
+        config=config,
+        rows=(router_logits, grad),
     )
+    if grad is not out:
+        out.copy_(grad)
 
 
 def launch_config(num_experts: int, dtype: torch.dtype) -> LaunchConfig:
