@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 from verify.case import Case, allow_wide_accesses, blocks, gap
+from verify.launches import captured, on_gpu, tile_of
 
+from minirl_kernels.common.triton.launch import TileConfig
 from minirl_kernels.ops.matmul import triton
 
 
@@ -46,6 +49,7 @@ class Layout:
     addend: str = ""  # "row" or "matrix"
     batched: bool = False
     grouped: str = ""  # "rows" or "terms"
+    gpu: str = ""  # of the launch, if the check does not name one
 
     def operands(self, sizes: Sizes, dtype: torch.dtype, *, traps: bool = False) -> Operands:
         """Traps are an empty group, and rows or terms that belong to no group."""
@@ -80,6 +84,10 @@ class Layout:
         return torch.tensor(ends, dtype=torch.int32)
 
     def launch(self, operands: Operands) -> tuple[Tensor, ...]:
+        with on_gpu(self.gpu) if self.gpu else nullcontext():
+            return self._launch(operands)
+
+    def _launch(self, operands: Operands) -> tuple[Tensor, ...]:
         out, a, b = operands.out, operands.a, operands.b
         if self.grouped:
             triton.grouped_into(out, a, b, operands.ends, self.grouped)
@@ -89,9 +97,15 @@ class Layout:
             triton.matmul_into(out, a, b)
         return (out,)
 
+    def config(self, sizes: Sizes, dtype: torch.dtype) -> TileConfig:
+        """The tile that the launcher chooses, for the GPU that it is told of."""
+        with captured() as launches:
+            self.launch(self.operands(sizes, dtype))
+        return tile_of(launches[0])
+
     def most_loaded(self, sizes: Sizes, dtype: torch.dtype, programs: int) -> int:
         """A row once for every tile of columns, a column once for every tile of rows, the ends once for a program."""
-        tile = triton.tile_config(sizes.columns, dtype)
+        tile = self.config(sizes, dtype)
         products = [(sizes.rows, sizes.depth)] * (sizes.batch if self.batched else 1)
         if self.grouped:
             counts = self.ends(sizes).diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist()
@@ -106,11 +120,11 @@ class Layout:
         return Case(
             name=self.name,
             dtype=dtype,
-            size=f"{sizes.columns} × {sizes.depth}",
+            size=f"{sizes.rows} × {sizes.columns} × {sizes.depth}",
             sizes=str(sizes),
             operands=partial(self.operands, sizes, dtype),
             launch=self.launch,
-            config=partial(triton.tile_config, sizes.columns, dtype),
+            config=partial(self.config, sizes, dtype),
             most_loaded=partial(self.most_loaded, sizes, dtype),
             unit="output",
             unit_bytes=sizes.rows * sizes.columns * dtype.itemsize,
@@ -148,10 +162,16 @@ def interpreter_cases() -> Iterator[Case]:
         yield layout.case(Sizes(16, 24, 32), torch.float32)
         yield layout.case(Sizes(137, 131, 67, padding=3), torch.bfloat16)
         yield layout.case(Sizes(144, 136, 72, padding=8), torch.float16)
+    plain, by_rows = (
+        replace(layout, name=f"{layout.name}, tiles of sm_90", gpu="sm_90") for layout in (PLAIN, MANY[1])
+    )
+    yield plain.case(Sizes(13, 40, 264, padding=8), torch.float16)
+    yield plain.case(Sizes(72, 72, 136), torch.float16)
+    yield by_rows.case(Sizes(45, 40, 264), torch.float16)
 
 
 def compile_cases() -> Iterator[Case]:
-    """Tiles of both widths.
+    """The tiles of few and many columns. On sm_90 they are the tiles of few, some and many rows.
 
     The code depends on whether all sizes are whole numbers of 128-bit accesses, and on the power of two of the number
     of groups. It depends on no other property of the sizes.
@@ -162,6 +182,11 @@ def compile_cases() -> Iterator[Case]:
             yield layout.case(whole, dtype)
         yield layout.case(odd, torch.bfloat16)
         yield layout.case(replace(whole, columns=triton.WIDE), torch.bfloat16)
+        yield layout.case(replace(whole, rows=16), torch.bfloat16)
+        yield layout.case(replace(whole, rows=4096, columns=1024), torch.bfloat16)
     yield PLAIN.case(odd, torch.float32)
+    yield PLAIN.case(replace(whole, rows=16), torch.float32)
     yield PLAIN.case(replace(odd, columns=triton.WIDE + 1), torch.bfloat16)
+    yield PLAIN.case(replace(whole, rows=1536, columns=1024), torch.bfloat16)
     yield PLAIN.case(whole, torch.float16)
+    yield PLAIN.case(replace(whole, rows=4096, columns=1024), torch.float16)

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest import mock
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
@@ -25,7 +23,7 @@ from triton.runtime.jit import create_function_from_signature
 import minirl_kernels
 from verify.case import Case
 from verify.cases import SOURCES, compile_cases
-from verify.launches import CapturedLaunch, captured
+from verify.launches import CapturedLaunch, captured, on_gpu
 
 T = TypeVar("T")
 PACKAGE = Path(minirl_kernels.__file__).resolve().parent
@@ -38,6 +36,10 @@ class Part:
     target: GPUTarget
     registers: int
     shared: int
+
+    @property
+    def name(self) -> str:
+        return self.target.arch if self.target.backend == "hip" else f"sm_{self.target.arch}"
 
 
 PARTS = {
@@ -66,8 +68,7 @@ class Needs:
 
 
 def needs(case: Case, part: Part) -> Needs:
-    # a launcher asks torch for the vendor
-    with mock.patch.object(torch.version, "hip", "0" if part.target.backend == "hip" else None), captured() as launches:
+    with on_gpu(part.name), captured() as launches:
         case.run()
     (launch,) = launches
     compiled = compile_launch(launch, part.target)
@@ -97,7 +98,7 @@ def specialized(launch: CapturedLaunch, target: GPUTarget) -> tuple[ASTSource, d
 def faults(case: Case, name: str, found: Needs) -> list[str]:
     """The needs that the part cannot meet, and the wide accesses and tensor cores that the kernel leaves unused."""
     part = PARTS[name]
-    with mock.patch.object(torch.version, "hip", "0" if part.target.backend == "hip" else None):
+    with on_gpu(name):
         threads = case.config().threads
     reasons = []
     if found.spilled:
@@ -120,8 +121,17 @@ def table_row(case: Case) -> tuple[str, list[str]]:
     found = {name: needs(case, part) for name, part in PARTS.items()}
     wrong = [fault for name in found for fault in faults(case, name, found[name])]
     dtype = str(case.dtype).removeprefix("torch.")
-    cells = [case.name, dtype, case.size, str(case.config().tile), str(case.config().threads)]
+    cells = [case.name, dtype, case.size, _on_parts(case, "tile"), _on_parts(case, "threads")]
     return "| " + " | ".join(cells + [str(cell) for cell in found.values()]) + " |", wrong
+
+
+def _on_parts(case: Case, setting: str) -> str:
+    """A setting of the launch configuration, for each part where they differ."""
+    values = []
+    for name in PARTS:
+        with on_gpu(name):
+            values.append(str(getattr(case.config(), setting)))
+    return values[0] if len(set(values)) == 1 else " / ".join(values)
 
 
 def header() -> str:
@@ -133,12 +143,13 @@ Each kernel, in each launch configuration that it can have, compiled ahead of ti
 the alignments of real tensors. Nothing here was run on a GPU.
 
 A cell is *registers per thread / bytes spilled per thread / bytes of shared memory / widest global load in bits /
-widest global store in bits*, and then the *tensor-core instructions* if there are any.
+widest global store in bits*, and then the *tensor-core instructions* if there are any. Tiles and threads are given for
+each of the parts where they differ.
 
-The size is V for kernels over logits, the number of experts for moe_routing, H × I for moe_experts, N × K for matmul,
-the size of a head for attention, and the size of a row for the others. Rows of an odd size, such as the vocabulary of
-50,257, allow no access of 128 bits. token_logprobs writes no logits. The code of moe_experts depends on H and I only by
-whether they are whole numbers of accesses of 128 bits.
+The size is V for kernels over logits, the number of experts for moe_routing, H × I for moe_experts, M × N × K for
+matmul, the size of a head for attention, and the size of a row for the others. Rows of an odd size, such as the
+vocabulary of 50,257, allow no access of 128 bits. token_logprobs writes no logits. The code of moe_experts depends on H
+and I only by whether they are whole numbers of accesses of 128 bits.
 
 Sources: `{fingerprint()}`
 

@@ -1,4 +1,4 @@
-"""The launches that a call makes: kernels, grids and arguments. No kernel runs."""
+"""The launches that a call makes, and the GPU that they are for. No kernel runs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
+from minirl_kernels.common.triton import architecture
+from minirl_kernels.common.triton.launch import TileConfig
 
 
 class CapturedLaunch(NamedTuple):
@@ -28,3 +32,23 @@ def captured() -> Iterator[list[CapturedLaunch]]:
 
     with mock.patch.object(JITFunction, "run", run), mock.patch.object(InterpretedFunction, "run", run):
         yield launches
+
+
+@contextmanager
+def on_gpu(name: str) -> Iterator[None]:
+    """Launchers inside launch for this GPU, "sm_90" or "gfx942"."""
+    vendor = mock.patch.object(torch.version, "hip", "0" if name.startswith("gfx") else None)
+    with vendor, mock.patch.object(architecture, "of", return_value=name):
+        yield
+
+
+def tile_of(launch: CapturedLaunch) -> TileConfig:
+    """The tile of a kernel with a product."""
+    constants = launch.kwargs
+    return TileConfig(
+        rows=constants["BLOCK_M"],
+        columns=constants["BLOCK_N"],
+        depth=constants["BLOCK_D"],
+        threads=constants["num_warps"] * (64 if torch.version.hip else 32),
+        stages=constants["num_stages"],
+    )

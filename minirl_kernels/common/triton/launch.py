@@ -34,7 +34,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """The tile of a matrix product. It does not depend on the number of rows, so that a row is batch-invariant.
+    """The tile of a matrix product. The order of a sum does not depend on it, or it does not depend on other rows.
 
     rows, columns: of the tile of a program.
     depth: number of terms of a sum in one step.

@@ -1,18 +1,22 @@
-"""GPU backend of matmul: one program sums an output, over its terms from the first to the last.
+"""GPU backend of matmul: one program sums an output, in the order of common/triton/products.py.
 
-N, the dtype and the architecture choose the tile. M does not, so that the sums of a row do not depend on other rows.
+The order of a sum does not depend on M, N, strides or the tile.
 Names: as in common/triton/row_tiles.py; D is the reduced dimension, G the number of groups.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common.triton import architecture
 from ...common.triton.launch import TileConfig
-from ...common.triton.numbers import dot, round_to
+from ...common.triton.numbers import round_to
+from ...common.triton.products import add_products, sum_of_blocks
 from ...common.triton.row_tiles import multiple
 
 # not specialised, so that there is one binary per dtype, layout and ALIGN
@@ -121,14 +125,15 @@ def matmul_kernel(
     p_b += o_d[:, None] * step_b
     terms = (end_d - begin_d).to(tl.int32)
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_block = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_d in range(tl.cdiv(terms, BLOCK_D)):
         m_d = o_d < terms - i_d * BLOCK_D
         b_a = tl.load(p_a, mask=m_m & m_d[None, :], other=0.0)
         b_b = tl.load(p_b, mask=m_d[:, None] & m_n, other=0.0)
-        b_sum = dot(b_a, b_b, b_sum)
+        b_block, b_sum = add_products(b_a, b_b, b_block, b_sum, i_d)
         p_a += BLOCK_D * step_a
         p_b += BLOCK_D * step_b
-    b_sum *= alpha
+    b_sum = sum_of_blocks(b_block, b_sum, a.dtype.element_ty) * alpha
     if addend is not None:
         p_c = addend + i_b * multiple(stride_cb, ALIGN) + o_m * multiple(stride_c, ALIGN) + first_n + o_n
         b_sum += beta * tl.load(p_c, mask=m_m & m_n, other=0.0).to(tl.float32)
@@ -163,10 +168,7 @@ def _launch(out, a, b, batch, *, addend=None, alpha=1.0, beta=1.0, ends=None, gr
     a, (stride_ab, a_row, a_column) = _matrix_strides(a)
     b, (stride_bb, b_row, b_column) = _matrix_strides(b)
     rows, columns, depth = out.shape[-2], out.shape[-1], a.shape[-1]
-    config = tile_config(columns, out.dtype)
     groups = len(ends) if ends is not None else 0
-    # with groups of rows: an upper bound, known without waiting for the device
-    tiles_m = rows // config.rows + groups + 1 if grouped == "rows" else triton.cdiv(rows, config.rows)
     a_turned, b_turned = a_column != 1, b_row == 1 and b_column != 1
     *_, stride_cb, stride_c, _ = (0, 0, 0, *(addend.stride() if addend is not None else ()))
     strides = (
@@ -179,8 +181,15 @@ def _launch(out, a, b, batch, *, addend=None, alpha=1.0, beta=1.0, ends=None, gr
         out.stride(0) if out.dim() == 3 else 0,
         out.stride(-2),
     )
-    contiguous = (rows if a_turned else depth, depth if b_turned else columns, columns)
-    vec = 16 // out.element_size()
+    sizes = (rows if a_turned else depth, depth if b_turned else columns, columns, *strides)
+    vec = 16 // a.element_size()
+    # 128-bit accesses need every size and stride to be a multiple of 128 bits, and every address
+    is_wide = all(n % vec == 0 for n in sizes) and all(x is None or x.data_ptr() % 16 == 0 for x in (a, b, addend, out))
+    count, mean_rows = (groups, rows // groups) if grouped == "rows" else (batch, rows)
+    gpu = architecture.of(out.device)
+    config = tile_config(Products(gpu, a.dtype, count, mean_rows, columns, a_turned, is_wide))
+    # with groups of rows: an upper bound, known without waiting for the device
+    tiles_m = rows // config.rows + groups + 1 if grouped == "rows" else triton.cdiv(rows, config.rows)
     with torch.cuda.device_of(out):
         matmul_kernel[(batch * tiles_m * triton.cdiv(columns, config.columns),)](
             a,
@@ -204,8 +213,7 @@ def _launch(out, a, b, batch, *, addend=None, alpha=1.0, beta=1.0, ends=None, gr
             BLOCK_M=config.rows,
             BLOCK_N=config.columns,
             BLOCK_D=config.depth,
-            # 128-bit accesses need every size and stride to be a multiple of 128 bits
-            ALIGN=vec if all(size % vec == 0 for size in (*contiguous, *strides)) else 1,
+            ALIGN=vec if is_wide else 1,
             num_warps=config.num_warps,
             num_stages=config.stages,
         )
@@ -225,19 +233,62 @@ def _matrix_strides(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
     return x, (strides[0] if len(strides) == 3 else 0, row, column)
 
 
+class Products(NamedTuple):
+    """The properties of a launch that choose its tile."""
+
+    gpu: str  # as architecture.of names it
+    dtype: torch.dtype  # of the operands
+    count: int  # products, or groups
+    rows: int  # of one product, or the mean of the groups of rows
+    columns: int
+    a_turned: bool
+    is_wide: bool  # accesses have 128 bits; otherwise each element takes an address, and registers
+
+
 # the fewest columns for which one row still gives 64 programs of the wider tile
 WIDE = 8192
+# the GPUs on which all tiles were measured to give the same bits in 16-bit dtypes: the four below, and the tiles that
+# other GPUs have
+SAME_BITS_IN_ALL_TILES = ("sm_90",)
+TILE_OF_16_ROWS = TileConfig(rows=16, columns=32, depth=256, threads=128, stages=4)
+TILE_OF_64_ROWS = TileConfig(rows=64, columns=64, depth=128, threads=128, stages=4)
+LARGE_TILES = (
+    TileConfig(rows=256, columns=128, depth=64, threads=256, stages=3),
+    TileConfig(rows=128, columns=128, depth=64, threads=256, stages=3),
+)
+MEASURED_TILES = (TILE_OF_16_ROWS, TILE_OF_64_ROWS, *LARGE_TILES)
+# a large tile must give work to most of the 132 multiprocessors of an H200
+ENOUGH_PROGRAMS = 96
 
 
-def tile_config(columns: int, dtype: torch.dtype) -> TileConfig:
-    """The tile for N columns of a dtype. For few columns tiles are narrow, so that one row still has enough programs.
+def tile_config(products: Products) -> TileConfig:
+    """The tile of a launch. The number of rows chooses it only where each output has the same bits in all tiles.
 
-    Threads and depth leave enough registers where rows allow no 128-bit access and each element takes an address.
-    Float32 operands are multiplied from registers, and need more of them. AMD GPUs have 64 KiB of shared memory, a
-    third of NVIDIA's, and so have fewer stages.
+    Float32: on NVIDIA GPUs one thread sums an output, in the order of add_products, whatever the tile.
+    16-bit: tensor cores add some terms at once, in an order of their own. So the GPU must be one that was measured.
+    The depth of a step changes no sum: an instruction adds a fixed number of terms, in ascending order over all steps.
     """
-    if dtype == torch.float32:
+    if products.dtype == torch.float32:
+        if products.rows > 32 and products.gpu.startswith("sm_"):
+            # a thread has 16 outputs: 8 multiply-adds for each access to shared memory; with 8 outputs there are 4
+            return TileConfig(rows=64, columns=64, depth=16, threads=256, stages=3)
         return TileConfig(rows=32, columns=64, depth=16, threads=256, stages=3)
-    return TileConfig(
-        rows=64, columns=128 if columns >= WIDE else 64, depth=32, threads=256, stages=2 if torch.version.hip else 4
-    )
+    if products.gpu in SAME_BITS_IN_ALL_TILES and products.is_wide:
+        return _tile_by_rows(products)
+    # for few columns the tile is narrow, so that one row still has enough programs
+    columns = 128 if products.columns >= WIDE else 64
+    # AMD GPUs have 64 KiB of shared memory, a third of NVIDIA's
+    stages = 2 if products.gpu.startswith("gfx") else 4
+    return TileConfig(rows=64, columns=columns, depth=32, threads=256, stages=stages)
+
+
+def _tile_by_rows(products: Products) -> TileConfig:
+    # columns of 16 elements would leave too few registers
+    if products.rows <= 16 and not products.a_turned:
+        return TILE_OF_16_ROWS
+    if products.rows > 128:
+        for tile in LARGE_TILES:
+            down, across = triton.cdiv(products.rows, tile.rows), triton.cdiv(products.columns, tile.columns)
+            if products.count * down * across >= ENOUGH_PROGRAMS:
+                return tile
+    return TILE_OF_64_ROWS

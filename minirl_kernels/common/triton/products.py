@@ -1,0 +1,41 @@
+"""The order in which the kernels with matrix products add terms: a function of the number of terms and the dtype."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .numbers import dot
+
+# The terms of one chain of fused multiply-adds in float32, and the chains of a block. The error of a sum grows with the
+# root of the number of its additions in sequence: for 8,192 terms 16 + 32 + 16 instead of 8,192.
+CHAIN = tl.constexpr(16)
+CHAINS_OF_BLOCK = tl.constexpr(32)
+
+
+@triton.jit
+def add_products(b_a, b_b, b_block, b_sum, i_d):
+    """(b_block, b_sum) after step i_d over the terms of a sum: b_a b_b is added.
+
+    float32: a step is a chain, which is added to its block. A block is added to the sum at its end.
+    16-bit: all terms are one chain, by tensor cores. b_block stays 0, and takes no registers.
+    """
+    if b_a.dtype == tl.float32:
+        tl.static_assert(b_a.shape[1] == CHAIN, "a step must be one chain")
+        b_chain = dot(b_a, b_b, tl.zeros_like(b_sum))
+        # the compiler would make one chain of chain + block
+        b_block = tl.fma(b_chain, 1.0, b_block)
+        if (i_d + 1) // CHAINS_OF_BLOCK * CHAINS_OF_BLOCK == i_d + 1:
+            b_sum += b_block
+            b_block = tl.zeros_like(b_sum)
+    else:
+        b_sum = dot(b_a, b_b, b_sum)
+    return b_block, b_sum
+
+
+@triton.jit
+def sum_of_blocks(b_block, b_sum, dtype: tl.constexpr):
+    """The sum after the last step. dtype: of the operands."""
+    if dtype == tl.float32:
+        b_sum += b_block
+    return b_sum
