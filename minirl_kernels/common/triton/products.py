@@ -1,4 +1,7 @@
-"""The order in which the kernels with matrix products add terms: a function of the number of terms and the dtype."""
+"""The order in which the kernels with matrix products add terms, and the order of their programs.
+
+The order of a sum is a function of the number of its terms, the dtype and the GPU.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,25 @@ from .numbers import dot
 # root of the number of its additions in sequence: for 8,192 terms 16 + 32 + 16 instead of 8,192.
 CHAIN = tl.constexpr(16)
 CHAINS_OF_BLOCK = tl.constexpr(32)
+
+# The GPUs on which all tiles of the product kernels were measured to give the same bits in 16-bit dtypes, so that the
+# number of rows may choose a tile. A test on the GPU compares the tiles.
+SAME_BITS_IN_ALL_TILES = ("sm_90",)
+
+
+@triton.jit
+def tile_of_program(tiles_m, tiles_n, BAND: tl.constexpr):
+    """(matrix, tile of rows, tile of columns) of this program.
+
+    Neighbouring programs are in a band of BAND tiles of rows, so that they share rows and columns in the cache.
+    """
+    i = tl.program_id(0)
+    i_b = i // (tiles_m * tiles_n)
+    i -= i_b * (tiles_m * tiles_n)
+    first = i // (BAND * tiles_n) * BAND
+    i -= first * tiles_n
+    height = tl.minimum(tiles_m - first, BAND)
+    return i_b.to(tl.int64), first + i % height, i // height
 
 
 @triton.jit

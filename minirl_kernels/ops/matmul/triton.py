@@ -16,27 +16,17 @@ from torch import Tensor
 from ...common.triton import architecture
 from ...common.triton.launch import TileConfig
 from ...common.triton.numbers import round_to
-from ...common.triton.products import add_products, sum_of_blocks
+from ...common.triton.products import (
+    SAME_BITS_IN_ALL_TILES,
+    add_products,
+    sum_of_blocks,
+    tile_of_program,
+)
 from ...common.triton.row_tiles import multiple
 
 # not specialised, so that there is one binary per dtype, layout and ALIGN
 SIZES = ["M", "N", "D", "G", "tiles_m", "stride_ab", "stride_a", "stride_bb", "stride_b", "stride_cb", "stride_c"]
 SIZES += ["stride_ob", "stride_o"]
-
-
-@triton.jit
-def tile_of_program(tiles_m, tiles_n, BAND: tl.constexpr):
-    """(matrix, tile of rows, tile of columns) of this program.
-
-    Neighbouring programs are in a band of BAND tiles of rows, so that they share rows and columns in the cache.
-    """
-    i = tl.program_id(0)
-    i_b = i // (tiles_m * tiles_n)
-    i -= i_b * (tiles_m * tiles_n)
-    first = i // (BAND * tiles_n) * BAND
-    i -= first * tiles_n
-    height = tl.minimum(tiles_m - first, BAND)
-    return i_b.to(tl.int64), first + i % height, i // height
 
 
 @triton.jit
@@ -247,9 +237,7 @@ class Products(NamedTuple):
 
 # the fewest columns for which one row still gives 64 programs of the wider tile
 WIDE = 8192
-# the GPUs on which all tiles were measured to give the same bits in 16-bit dtypes: the four below, and the tiles that
-# other GPUs have
-SAME_BITS_IN_ALL_TILES = ("sm_90",)
+# for GPUs of SAME_BITS_IN_ALL_TILES
 TILE_OF_16_ROWS = TileConfig(rows=16, columns=32, depth=256, threads=128, stages=4)
 TILE_OF_64_ROWS = TileConfig(rows=64, columns=64, depth=128, threads=128, stages=4)
 LARGE_TILES = (

@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.triton.launch import TileConfig
-from ...common.triton.numbers import LOG2E, dot, round_to
+from ...common.triton.numbers import LOG2E, round_to
+from ...common.triton.products import add_products, sum_of_blocks, tile_of_program
 from ...common.triton.row_tiles import multiple
 
 # not specialised, so that there is one binary per dtype, K, E_BLOCK and ALIGN
@@ -31,20 +32,27 @@ UNALIGNED = ["weights"]
 
 
 @triton.jit
-def rows_of_block(begins, E, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(expert, first row, end of the expert's rows) of this program, by axis 0; no rows if first row >= end.
+def rows_of_block(begins, i_block, E, E_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(expert, first row, end of the expert's rows) of a block of rows; no rows if first row >= end.
 
     The blocks of expert e are numbered from begins[e] // BLOCK_M + e, which leaves enough numbers for every expert. So
     an expert has as many blocks as its rows fill, or one more without rows. Its first block begins at its first row, so
     that the rows of other experts do not change which rows share a block.
     """
-    i_block = tl.program_id(0)
     o_e = tl.arange(0, E_BLOCK)
     b_begins = tl.load(begins + o_e, mask=o_e <= E, other=0)
     i_e = tl.sum(((o_e <= E) & (b_begins // BLOCK_M + o_e <= i_block)).to(tl.int32)) - 1
     begin = tl.load(begins + i_e)
     first = begin + (i_block - (begin // BLOCK_M + i_e)) * BLOCK_M
     return i_e.to(tl.int64), first, tl.load(begins + i_e + 1)
+
+
+@triton.jit
+def block_of_program(columns, BLOCK_N: tl.constexpr, BAND: tl.constexpr):
+    """(block of rows, tile of columns) of this program. Neighbouring blocks of rows have mostly one expert."""
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    _, i_block, i_n = tile_of_program(tl.num_programs(0) // tiles_n, tiles_n, BAND)
+    return i_block, i_n
 
 
 @triton.jit
@@ -56,12 +64,13 @@ def rows_by_columns(
     stride_d: distance of two neighbouring elements of a column.
     """
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_block = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_d in range(tl.cdiv(D, BLOCK_D)):
         o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
         b_x = tl.load(p_x + o_d[None, :], mask=m_m & (o_d < D)[None, :], other=0.0)
         b_w = tl.load(p_w + o_d[:, None].to(tl.int64) * stride_d, mask=(o_d < D)[:, None] & m_n, other=0.0)
-        b_sum = dot(b_x, b_w, b_sum)
-    return b_sum
+        b_block, b_sum = add_products(b_x, b_w, b_block, b_sum, i_d)
+    return sum_of_blocks(b_block, b_sum, p_x.dtype.element_ty)
 
 
 @triton.jit
@@ -92,21 +101,23 @@ def experts_up_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BAND: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """activation = silu(gate) * up. gate_up gets gate and up side by side; it may be None.
 
     Rows with an expert id out of range are not written.
     """
-    i_e, first, end = rows_of_block(begins, E, E_BLOCK, BLOCK_M)
+    I = multiple(I, ALIGN)
+    i_block, i_n = block_of_program(I, BLOCK_N, BAND)
+    i_e, first, end = rows_of_block(begins, i_block, E, E_BLOCK, BLOCK_M)
     if (first >= end) | (i_e == E):
         return
     H = multiple(H, ALIGN)
-    I = multiple(I, ALIGN)
     stride_o = multiple(stride_o, ALIGN)
     o_m = first + tl.arange(0, BLOCK_M)[:, None]
     m_m = o_m < end
-    first_n = tl.program_id(1) * BLOCK_N
+    first_n = i_n * BLOCK_N
     o_n = tl.arange(0, BLOCK_N)[None, :]
     m_n = o_n < I - first_n
     b_tokens = tl.load(pairs + o_m, mask=m_m, other=0) // K
@@ -115,13 +126,19 @@ def experts_up_kernel(
     p_gate = p_w + (first_n + o_n).to(tl.int64) * stride_o
     p_up = p_w + (I + first_n + o_n).to(tl.int64) * stride_o
     b_gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_gate_block = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     b_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_up_block = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_d in range(tl.cdiv(H, BLOCK_D)):
         o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
         m_w = (o_d < H)[:, None] & m_n
         b_x = tl.load(p_x + o_d[None, :], mask=m_m & (o_d < H)[None, :], other=0.0)
-        b_gate = dot(b_x, tl.load(p_gate + o_d[:, None], mask=m_w, other=0.0), b_gate)
-        b_up = dot(b_x, tl.load(p_up + o_d[:, None], mask=m_w, other=0.0), b_up)
+        b_w = tl.load(p_gate + o_d[:, None], mask=m_w, other=0.0)
+        b_gate_block, b_gate = add_products(b_x, b_w, b_gate_block, b_gate, i_d)
+        b_w = tl.load(p_up + o_d[:, None], mask=m_w, other=0.0)
+        b_up_block, b_up = add_products(b_x, b_w, b_up_block, b_up, i_d)
+    b_gate = sum_of_blocks(b_gate_block, b_gate, hidden.dtype.element_ty)
+    b_up = sum_of_blocks(b_up_block, b_up, hidden.dtype.element_ty)
     b_sigmoid, _ = sigmoids(b_gate)
     dtype: tl.constexpr = activation.dtype.element_ty
     tl.store(activation + first_n + o_m * I + o_n, round_to(b_gate * b_sigmoid * b_up, dtype), mask=m_m & m_n)
@@ -148,21 +165,23 @@ def experts_product_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BAND: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """y[pair] = matrix[expert] x[row], with a matrix [N, D]. If TRANSPOSED, the matrix is [D, N] and is transposed.
 
     y is NaN for an expert id out of range.
     """
-    i_e, first, end = rows_of_block(begins, E, E_BLOCK, BLOCK_M)
+    N = multiple(N, ALIGN)
+    i_block, i_n = block_of_program(N, BLOCK_N, BAND)
+    i_e, first, end = rows_of_block(begins, i_block, E, E_BLOCK, BLOCK_M)
     if first >= end:
         return
     D = multiple(D, ALIGN)
-    N = multiple(N, ALIGN)
     stride_o = multiple(stride_o, ALIGN)
     o_m = first + tl.arange(0, BLOCK_M)[:, None]
     m_m = o_m < end
-    first_n = tl.program_id(1) * BLOCK_N
+    first_n = i_n * BLOCK_N
     o_n = tl.arange(0, BLOCK_N)[None, :]
     m_n = o_n < N - first_n
     p_y = y + first_n + tl.load(pairs + o_m, mask=m_m, other=0) * N + o_n
@@ -200,6 +219,7 @@ def experts_activation_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BAND: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """With S = grad_out[token] down_proj[expert], writes three results, each of which may be None:
@@ -208,20 +228,21 @@ def experts_activation_grad_kernel(
     weighted: weight * activation, for d down_proj.
     parts: the sum of activation * S over this block of I, for each pair; their sum is d weight.
     """
-    i_e, first, end = rows_of_block(begins, E, E_BLOCK, BLOCK_M)
+    I = multiple(I, ALIGN)
+    i_block, i_n = block_of_program(I, BLOCK_N, BAND)
+    i_e, first, end = rows_of_block(begins, i_block, E, E_BLOCK, BLOCK_M)
     if first >= end:
         return
     H = multiple(H, ALIGN)
-    I = multiple(I, ALIGN)
     o_m = first + tl.arange(0, BLOCK_M)[:, None]
     m_m = o_m < end
     b_pairs = tl.load(pairs + o_m, mask=m_m, other=0)
-    o_parts = b_pairs * tl.num_programs(1) + tl.program_id(1)
+    o_parts = b_pairs * tl.cdiv(I, BLOCK_N) + i_n
     if i_e == E:
         if parts is not None:
             tl.store(parts + o_parts, tl.full([BLOCK_M, 1], float("nan"), tl.float32), mask=m_m)
         return
-    first_n = tl.program_id(1) * BLOCK_N
+    first_n = i_n * BLOCK_N
     o_n = tl.arange(0, BLOCK_N)[None, :]
     m_n = o_n < I - first_n
     if gate_up_grad is not None or parts is not None:
@@ -262,6 +283,7 @@ def experts_weight_grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BAND: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     """out[expert] = the sum of left^T right over the rows of the expert, in their order; 0 for an expert without rows.
@@ -270,15 +292,15 @@ def experts_weight_grad_kernel(
     """
     M = multiple(M, ALIGN)
     N = multiple(N, ALIGN)
-    tiles = tl.cdiv(M, BLOCK_M)
-    i_e = (tl.program_id(0) // tiles).to(tl.int64)
-    o_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    first_n = tl.program_id(1) * BLOCK_N
+    i_e, i_m, i_n = tile_of_program(tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), BAND)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    first_n = i_n * BLOCK_N
     o_n = tl.arange(0, BLOCK_N)[None, :]
     m_n = o_n < N - first_n
     begin = tl.load(begins + i_e)
     end = tl.load(begins + i_e + 1)
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    b_block = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i_d in range(tl.cdiv(end - begin, BLOCK_D).to(tl.int32)):
         o_d = begin + i_d * BLOCK_D + tl.arange(0, BLOCK_D)
         b_tokens = tl.load(pairs + o_d, mask=o_d < end, other=0) // K
@@ -286,7 +308,8 @@ def experts_weight_grad_kernel(
         o_right = (o_d if LEFT_BY_TOKEN else b_tokens)[:, None] * multiple(stride_right, ALIGN)
         b_left = tl.load(left + o_left + o_m, mask=(o_d < end)[None, :] & (o_m < M), other=0.0)
         b_right = tl.load(right + first_n + o_right + o_n, mask=(o_d < end)[:, None] & m_n, other=0.0)
-        b_sum = dot(b_left, b_right, b_sum)
+        b_block, b_sum = add_products(b_left, b_right, b_block, b_sum, i_d)
+    b_sum = sum_of_blocks(b_block, b_sum, left.dtype.element_ty)
     p_out = out + first_n + (i_e * M + o_m) * N + o_n
     tl.store(p_out, round_to(b_sum, out.dtype.element_ty), mask=(o_m < M) & m_n)
 
@@ -352,7 +375,7 @@ def weight_grad(left: Tensor, right: Tensor, rows: Rows, out: Tensor, *, left_by
     num_experts, height, width = out.shape
     _launch(
         experts_weight_grad_kernel,
-        (num_experts * triton.cdiv(height, config.rows), triton.cdiv(width, config.columns)),
+        num_experts * triton.cdiv(height, config.rows) * triton.cdiv(width, config.columns),
         (left, right, rows.pairs, rows.begins, out),
         (height, width, left.stride(0), right.stride(0)),
         config,
@@ -362,24 +385,25 @@ def weight_grad(left: Tensor, right: Tensor, rows: Rows, out: Tensor, *, left_by
 
 
 def _launch_over_rows(kernel, rows: Rows, columns: int, tensors: tuple, sizes: tuple, config: TileConfig, **constants):
-    grid = (rows.blocks(config), triton.cdiv(columns, config.columns))
+    programs = rows.blocks(config) * triton.cdiv(columns, config.columns)
     e_block = triton.next_power_of_2(rows.num_experts + 1)
-    _launch(kernel, grid, (*tensors, rows.num_experts), sizes, config, E_BLOCK=e_block, **constants)
+    _launch(kernel, programs, (*tensors, rows.num_experts), sizes, config, E_BLOCK=e_block, **constants)
 
 
-def _launch(kernel, grid, args: tuple, sizes: tuple[int, ...], config: TileConfig, **constants) -> None:
+def _launch(kernel, programs: int, args: tuple, sizes: tuple[int, ...], config: TileConfig, **constants) -> None:
     """sizes: the sizes of the contiguous dimensions, and the strides of the others."""
-    if 0 in grid:
+    if not programs:
         return
     vec = 16 // args[0].element_size()
     with torch.cuda.device_of(args[0]):
-        kernel[grid](
+        kernel[(programs,)](
             *args,
             *sizes,
             **constants,
             BLOCK_M=config.rows,
             BLOCK_N=config.columns,
             BLOCK_D=config.depth,
+            BAND=8,
             # 128-bit accesses need every size and stride to be a multiple of 128 bits
             ALIGN=vec if all(size % vec == 0 for size in sizes) else 1,
             num_warps=config.num_warps,
