@@ -184,17 +184,16 @@ def experts_product_kernel(
     first_n = i_n * BLOCK_N
     o_n = tl.arange(0, BLOCK_N)[None, :]
     m_n = o_n < N - first_n
+    b_y = tl.full([BLOCK_M, BLOCK_N], float("nan"), tl.float32)
+    if i_e < E:
+        p_x = x + o_m * D
+        p_w = matrix + i_e * multiple(stride_e, ALIGN)
+        if TRANSPOSED:
+            b_y = rows_by_columns(p_x, m_m, p_w + first_n + o_n, m_n, stride_o, D, BLOCK_M, BLOCK_N, BLOCK_D)
+        else:
+            p_w += (first_n + o_n).to(tl.int64) * stride_o
+            b_y = rows_by_columns(p_x, m_m, p_w, m_n, 1, D, BLOCK_M, BLOCK_N, BLOCK_D)
     p_y = y + first_n + tl.load(pairs + o_m, mask=m_m, other=0) * N + o_n
-    if i_e == E:
-        tl.store(p_y, tl.full([BLOCK_M, BLOCK_N], float("nan"), tl.float32), mask=m_m & m_n)
-        return
-    p_x = x + o_m * D
-    p_w = matrix + i_e * multiple(stride_e, ALIGN)
-    if TRANSPOSED:
-        b_y = rows_by_columns(p_x, m_m, p_w + first_n + o_n, m_n, stride_o, D, BLOCK_M, BLOCK_N, BLOCK_D)
-    else:
-        p_w += (first_n + o_n).to(tl.int64) * stride_o
-        b_y = rows_by_columns(p_x, m_m, p_w, m_n, 1, D, BLOCK_M, BLOCK_N, BLOCK_D)
     tl.store(p_y, b_y, mask=m_m & m_n)
 
 
@@ -301,13 +300,15 @@ def experts_weight_grad_kernel(
     end = tl.load(begins + i_e + 1)
     b_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     b_block = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for i_d in range(tl.cdiv(end - begin, BLOCK_D).to(tl.int32)):
-        o_d = begin + i_d * BLOCK_D + tl.arange(0, BLOCK_D)
-        b_tokens = tl.load(pairs + o_d, mask=o_d < end, other=0) // K
-        o_left = (b_tokens if LEFT_BY_TOKEN else o_d)[None, :] * multiple(stride_left, ALIGN)
-        o_right = (o_d if LEFT_BY_TOKEN else b_tokens)[:, None] * multiple(stride_right, ALIGN)
-        b_left = tl.load(left + o_left + o_m, mask=(o_d < end)[None, :] & (o_m < M), other=0.0)
-        b_right = tl.load(right + first_n + o_right + o_n, mask=(o_d < end)[:, None] & m_n, other=0.0)
+    terms = (end - begin).to(tl.int32)
+    for i_d in range(tl.cdiv(terms, BLOCK_D)):
+        o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+        m_d = o_d < terms
+        b_tokens = tl.load(pairs + begin + o_d, mask=m_d, other=0) // K
+        o_left = (b_tokens if LEFT_BY_TOKEN else begin + o_d)[None, :] * multiple(stride_left, ALIGN)
+        o_right = (begin + o_d if LEFT_BY_TOKEN else b_tokens)[:, None] * multiple(stride_right, ALIGN)
+        b_left = tl.load(left + o_left + o_m, mask=m_d[None, :] & (o_m < M), other=0.0)
+        b_right = tl.load(right + first_n + o_right + o_n, mask=m_d[:, None] & m_n, other=0.0)
         b_block, b_sum = add_products(b_left, b_right, b_block, b_sum, i_d)
     b_sum = sum_of_blocks(b_block, b_sum, left.dtype.element_ty)
     p_out = out + first_n + (i_e * M + o_m) * N + o_n
