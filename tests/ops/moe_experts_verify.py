@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 from verify.case import Case, allow_wide_accesses, blocks, gap
+from verify.launches import captured, on_gpu, tile_of
 
 from minirl_kernels.common.triton.launch import LaunchConfig, TileConfig
 from minirl_kernels.ops.moe_experts import kernels
 from minirl_kernels.ops.moe_experts.kernels import Rows
 from minirl_kernels.ops.moe_experts.kernels_combine import combine, combine_config
 from minirl_kernels.ops.moe_experts.kernels_sort import sort_config, sorted_rows
+from minirl_kernels.ops.moe_experts.kernels_tiles import weight_parts
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ PARTS = 5  # parts of I, over which the gradient of the weights is summed
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel with one set of options: launch(operands) as Case has it, and its configuration.
+    """A kernel with one set of options: launch(operands) as Case has it.
 
     loads(sizes, config, row_blocks, bytes of an element): the bytes that it loads, without the begins of the experts.
     The rows of all experts fill row_blocks blocks.
@@ -103,9 +106,20 @@ class Kernel:
 
     name: str
     launch: Callable[[Operands], tuple[Tensor, ...]]
-    config: Callable[[Sizes, torch.dtype], Config]
     loads: Callable[[Sizes, Config, int, int], int]
     multiplies: bool = True
+    gpu: str = ""  # of the launch, if the check does not name one
+
+    def run(self, operands: Operands) -> tuple[Tensor, ...]:
+        with on_gpu(self.gpu) if self.gpu else nullcontext():
+            return self.launch(operands)
+
+    def config(self, sizes: Sizes, dtype: torch.dtype) -> Config:
+        """The configuration that the launcher chooses, for the GPU that it is told of."""
+        with captured() as launches:
+            self.run(Operands.make(sizes, dtype))
+        has_tile = "BLOCK_M" in launches[0].kwargs
+        return tile_of(launches[0]) if has_tile else combine_config(sizes.hidden_size, dtype)
 
     def case(self, sizes: Sizes, dtype: torch.dtype) -> Case:
         config = partial(self.config, sizes, dtype)
@@ -125,7 +139,7 @@ class Kernel:
             size=f"{sizes.hidden_size} × {sizes.intermediate_size}",
             sizes=str(sizes),
             operands=partial(Operands.make, sizes, dtype),
-            launch=self.launch,
+            launch=self.run,
             config=config,
             most_loaded=most_loaded,
             unit="hidden states",
@@ -154,11 +168,11 @@ def _product(operands: Operands, *, transposed: bool) -> tuple[Tensor, ...]:
 def _activation_grad(
     operands: Operands, *, gate_up_grad: bool = True, weighted: bool = True, parts: bool = True
 ) -> tuple[Tensor, ...]:
-    gate_up, width = operands.gate_up, operands.activation.shape[1]
+    gate_up = operands.gate_up
     out = (
         torch.empty_like(gate_up) if gate_up_grad else None,
         torch.empty_like(operands.activation) if weighted else None,
-        operands.weights.new_empty(len(gate_up), kernels.weight_parts(width, gate_up.dtype)) if parts else None,
+        operands.weights.new_empty(len(gate_up), weight_parts(operands.down_proj)) if parts else None,
     )
     shared = (operands.grad_out, operands.down_proj, gate_up, operands.weights, operands.rows)
     kernels.activation_grad(*shared, *out)
@@ -228,51 +242,40 @@ def _loads_of_combine(sizes, config, row_blocks, item):
     return 4 * sizes.pairs * (sizes.hidden_size + blocks(sizes.hidden_size, config.tile))
 
 
-def _of_products(sizes: Sizes, dtype: torch.dtype) -> TileConfig:
-    return kernels.product_config(dtype)
-
-
 KERNELS = (
     Kernel(
         "moe_experts up",
         _up,
-        lambda sizes, dtype: kernels.halved_config(dtype),
         _loads_over_rows(lambda h, i: h, lambda h, i: 2 * i * h, lambda h, i: i),
     ),
     Kernel(
         "moe_experts down",
         partial(_product, transposed=False),
-        _of_products,
         _loads_over_rows(lambda h, i: i, lambda h, i: h * i, lambda h, i: h),
     ),
     Kernel(
         "moe_experts d hidden",
         partial(_product, transposed=True),
-        _of_products,
         _loads_over_rows(lambda h, i: 2 * i, lambda h, i: 2 * i * h, lambda h, i: h),
     ),
     Kernel(
         "moe_experts d activation",
         _activation_grad,
-        lambda sizes, dtype: kernels.halved_config(dtype),
         _loads_of_activation_grad,
     ),
     Kernel(
         "moe_experts d gate_up_proj",
         partial(_weight_grad, of_down=False),
-        lambda sizes, dtype: kernels.weight_grad_config(dtype),
         _loads_of_weight_grad(lambda h, i: 2 * i, lambda h, i: h),
     ),
     Kernel(
         "moe_experts d down_proj",
         partial(_weight_grad, of_down=True),
-        lambda sizes, dtype: kernels.weight_grad_config(dtype),
         _loads_of_weight_grad(lambda h, i: h, lambda h, i: i),
     ),
     Kernel(
         "moe_experts combine",
         _combine,
-        lambda sizes, dtype: combine_config(sizes.hidden_size, dtype),
         _loads_of_combine,
         multiplies=False,
     ),
@@ -282,7 +285,6 @@ KERNELS = (
 COMBINE_GRADIENTS = Kernel(
     "moe_experts combine, gradients",
     partial(_combine_gradients, of_hidden=True),
-    lambda sizes, dtype: combine_config(sizes.hidden_size, dtype),
     lambda sizes, config, row_blocks, item: 4 * sizes.pairs * (sizes.hidden_size + PARTS),
     multiplies=False,
 )
@@ -335,6 +337,8 @@ def interpreter_cases() -> Iterator[Case]:
         yield kernel.case(Sizes(9, 2, 3, 32, 16), torch.float32)
         yield kernel.case(Sizes(45, 3, 4, 137, 131, padding=3), torch.bfloat16)
         yield kernel.case(Sizes(100, 2, 2, 144, 136, padding=8), torch.float16)
+    for kernel in (KERNELS[0], KERNELS[1], KERNELS[3]):
+        yield replace(kernel, gpu="sm_90").case(Sizes(70, 2, 2, 144, 136, padding=8), torch.float16)
     yield COMBINE_GRADIENTS.case(Sizes(45, 3, 4, 2500, 131), torch.bfloat16)
     yield _sort_case(Sizes(45, 3, 4, 1, 1), torch.int64)
     yield _sort_case(Sizes(1500, 6, 9, 1, 1), torch.int32)
@@ -343,9 +347,12 @@ def interpreter_cases() -> Iterator[Case]:
 def compile_cases() -> Iterator[Case]:
     """The code depends on whether a row is a whole number of 128-bit accesses, and on the power of two of E.
 
-    It depends on no other property of H, I and E.
+    It depends on no other property of H, I and E. On sm_90 an expert with many rows has larger tiles.
     """
     whole, odd = Sizes(16, 8, 128, 256, 128), Sizes(16, 8, 128, 255, 127)
+    for kernel in KERNELS[:3]:
+        for dtype in (torch.bfloat16, torch.float16):
+            yield kernel.case(replace(whole, tokens=1024), dtype)
     for kernel in KERNELS:
         for dtype in (torch.bfloat16, torch.float32):
             yield kernel.case(whole, dtype)

@@ -22,9 +22,10 @@ from experts_cases import (
 )
 from verify import bounds
 from verify.interpreter import recording
-from verify.launches import captured
+from verify.launches import captured, on_gpu
 
 from minirl_kernels.ops.moe_experts import kernels
+from minirl_kernels.ops.moe_experts.kernels_tiles import tiles
 
 pytestmark = triton_cases.interpreter_only()
 
@@ -107,11 +108,11 @@ def test_blocks_hold_every_row_once(counts):
     """A block has rows of its own expert only, and there are enough blocks."""
     begins = torch.tensor([0, *counts, 0]).cumsum(0)
     rows = kernels.Rows(torch.arange(sum(counts)), begins, 1)
-    config = kernels.product_config(torch.float32)
     x, matrix = torch.ones(sum(counts), 1), torch.arange(1.0, len(counts) + 1)[:, None, None]
     y = torch.full((sum(counts), 1), -1.0)
     kernels.product(x, matrix, rows, y, transposed=False)
     assert y[:, 0].tolist() == [expert + 1.0 for expert, count in enumerate(counts) for _ in range(count)]
+    config = tiles(x, (1, 1), rows.mean).product
     assert rows.blocks(config) >= sum(-(-count // config.rows) for count in counts)
 
 
@@ -142,13 +143,36 @@ def test_more_tokens_than_a_grid_axis_but_the_first_can_count():
     assert all(size < 65_536 for launch in launches for size in launch.grid[1:])
 
 
-def test_a_large_batch_and_a_small_one_run_the_same_binaries():
-    """A GPU could use another tile for another batch, and add up in another order."""
+def launches_of(operands, upstream, gpu):
+    """{kernel: constants of its launches}"""
+    with on_gpu(gpu), captured() as launches:
+        ours(operands, upstream, "triton")
+    constants: dict[str, list] = {}
+    for launch in launches:
+        constants.setdefault(launch.kernel.__name__, []).append(launch.kwargs)
+    return constants
 
-    def constants_of(tokens):
-        operands, upstream = random_case(tokens, 2, 4, 32, 16, torch.bfloat16)
-        with captured() as launches:
-            ours(operands, upstream, "triton")
-        return [launch.kwargs for launch in launches]
 
-    assert constants_of(1) == constants_of(1000)
+def few_and_many(gpu):
+    return [launches_of(*random_case(tokens, 2, 4, 32, 16, torch.bfloat16), gpu) for tokens in (1, 1000)]
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_100", "gfx942"])
+def test_a_large_batch_and_a_small_one_run_the_same_binaries(gpu):
+    """Tensor cores could add up in another order in another tile. These GPUs were not measured."""
+    few, many = few_and_many(gpu)
+    assert few == many
+
+
+def test_a_sum_over_columns_has_one_tile_for_any_batch():
+    """On a GPU that was measured, products alone may have another tile for more rows."""
+    few, many = few_and_many("sm_90")
+    assert {name for name in few if few[name] != many[name]} == {"experts_up_kernel", "experts_product_kernel"}
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+def test_operands_at_any_address_run_the_same_binaries(gpu):
+    (hidden, weights, experts, *projections), upstream = random_case(70, 2, 2, 48, 32, torch.bfloat16)
+    shifted = [torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for x in (hidden, *projections)]
+    aligned = launches_of((hidden, weights, experts, *projections), upstream, gpu)
+    assert launches_of((shifted[0], weights, experts, *shifted[1:]), upstream, gpu) == aligned

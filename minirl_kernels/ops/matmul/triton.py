@@ -257,7 +257,7 @@ def tile_config(products: Products) -> TileConfig:
     The depth of a step changes no sum: an instruction adds a fixed number of terms, in ascending order over all steps.
     """
     if products.dtype == torch.float32:
-        if products.rows > 32 and products.gpu.startswith("sm_"):
+        if products.rows > 32 and products.is_wide and products.gpu.startswith("sm_"):
             # a thread has 16 outputs: 8 multiply-adds for each access to shared memory; with 8 outputs there are 4
             return TileConfig(rows=64, columns=64, depth=16, threads=256, stages=3)
         return TileConfig(rows=32, columns=64, depth=16, threads=256, stages=3)

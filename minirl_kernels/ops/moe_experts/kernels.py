@@ -12,7 +12,6 @@ Names: as in common/triton/row_tiles.py; D is the reduced dimension of a product
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from ...common.triton.launch import TileConfig
 from ...common.triton.numbers import LOG2E, round_to
 from ...common.triton.products import add_products, sum_of_blocks, tile_of_program
 from ...common.triton.row_tiles import multiple
+from .kernels_tiles import aligned, are_whole, tiles
 
 # not specialised, so that there is one binary per dtype, K, E_BLOCK and ALIGN
 SIZES = ["E", "H", "I", "M", "N", "D", "stride_t", "stride_e", "stride_o", "stride_left", "stride_right"]
@@ -261,7 +261,7 @@ def experts_activation_grad_kernel(
         tl.store(parts + o_parts, tl.sum(b_silu * b_up * b_s, 1)[:, None], mask=m_m)
     if gate_up_grad is not None:
         b_s *= b_weight
-        b_slope = b_sigmoid * (1.0 + b_gate * b_rest)
+        b_slope = b_sigmoid * tl.fma(b_gate, b_rest, 1.0)
         tl.store(gate_up_grad + o_row + o_n, round_to(b_s * b_up * b_slope, dtype), mask=m_m & m_n)
         tl.store(gate_up_grad + I + o_row + o_n, round_to(b_s * b_silu, dtype), mask=m_m & m_n)
 
@@ -326,6 +326,11 @@ class Rows(NamedTuple):
     def num_experts(self) -> int:
         return self.begins.shape[0] - 2
 
+    @property
+    def mean(self) -> int:
+        """Rows of an expert on average, rounded down."""
+        return len(self.pairs) // max(self.num_experts, 1)
+
     def blocks(self, config: TileConfig) -> int:
         """An upper bound of the number of blocks of rows_of_block. The host does not wait for the device."""
         pairs = self.pairs.shape[0]
@@ -334,19 +339,32 @@ class Rows(NamedTuple):
 
 def up(hidden: Tensor, gate_up_proj: Tensor, rows: Rows, activation: Tensor, gate_up: Tensor | None) -> None:
     """Writes activation [T K, I] and gate_up [T K, 2 I], both by row."""
-    width = activation.shape[1]
-    tensors = (hidden, gate_up_proj, rows.pairs, rows.begins, activation, gate_up)
-    sizes = (hidden.shape[1], width, hidden.stride(0), *gate_up_proj.stride()[:2])
-    _launch_over_rows(experts_up_kernel, rows, width, tensors, sizes, halved_config(hidden.dtype), K=rows.top_k)
+    sizes = (hidden.shape[1], activation.shape[1])
+    hidden, gate_up_proj = _laid_out(sizes, hidden, gate_up_proj)
+    _launch_over_rows(
+        experts_up_kernel,
+        rows,
+        (hidden, gate_up_proj, rows.pairs, rows.begins, activation, gate_up),
+        sizes,
+        (hidden.stride(0), *gate_up_proj.stride()[:2]),
+        tiles(hidden, sizes, rows.mean).up,
+        K=rows.top_k,
+    )
 
 
 def product(x: Tensor, matrix: Tensor, rows: Rows, y: Tensor, *, transposed: bool) -> None:
     """Writes y [T, K, N] float32. x [T K, D] is by row; matrix is [E, N, D], or [E, D, N] if transposed."""
-    columns = y.shape[-1]
-    tensors = (x, matrix, rows.pairs, rows.begins, y)
-    sizes = (x.shape[1], columns, *matrix.stride()[:2])
-    config = product_config(x.dtype)
-    _launch_over_rows(experts_product_kernel, rows, columns, tensors, sizes, config, TRANSPOSED=transposed)
+    sizes = (x.shape[1], y.shape[-1])
+    (matrix,) = _laid_out(sizes, matrix)
+    _launch_over_rows(
+        experts_product_kernel,
+        rows,
+        (x, matrix, rows.pairs, rows.begins, y),
+        sizes,
+        matrix.stride()[:2],
+        tiles(x, sizes, rows.mean).product,
+        TRANSPOSED=transposed,
+    )
 
 
 def activation_grad(
@@ -363,85 +381,64 @@ def activation_grad(
 
     grad_out must be contiguous.
     """
-    _, hidden_size, width = down_proj.shape
-    tensors = (grad_out, down_proj, gate_up, weights, rows.pairs, rows.begins, gate_up_grad, weighted, parts)
-    sizes = (hidden_size, width, *down_proj.stride()[:2])
-    config = halved_config(gate_up.dtype)
-    _launch_over_rows(experts_activation_grad_kernel, rows, width, tensors, sizes, config, K=rows.top_k)
+    sizes = tuple(down_proj.shape[1:])
+    grad_out, down_proj = _laid_out(sizes, grad_out, down_proj)
+    _launch_over_rows(
+        experts_activation_grad_kernel,
+        rows,
+        (grad_out, down_proj, gate_up, weights, rows.pairs, rows.begins, gate_up_grad, weighted, parts),
+        sizes,
+        down_proj.stride()[:2],
+        tiles(gate_up, sizes, rows.mean).activation_grad,
+        K=rows.top_k,
+    )
 
 
 def weight_grad(left: Tensor, right: Tensor, rows: Rows, out: Tensor, *, left_by_token: bool) -> None:
     """Writes out [E, M, N]. left_by_token: left [T, M] and right [T K, N]; else left [T K, M] and right [T, N]."""
-    config = weight_grad_config(out.dtype)
-    num_experts, height, width = out.shape
+    num_experts, *sizes = out.shape
+    left, right = _laid_out(sizes, left, right)
+    of_shape = tiles(out, sizes, rows.mean)
+    config = of_shape.down_grad if left_by_token else of_shape.gate_up_grad
     _launch(
         experts_weight_grad_kernel,
-        num_experts * triton.cdiv(height, config.rows) * triton.cdiv(width, config.columns),
+        num_experts * triton.cdiv(sizes[0], config.rows) * triton.cdiv(sizes[1], config.columns),
         (left, right, rows.pairs, rows.begins, out),
-        (height, width, left.stride(0), right.stride(0)),
+        sizes,
+        (left.stride(0), right.stride(0)),
         config,
         K=rows.top_k,
         LEFT_BY_TOKEN=left_by_token,
     )
 
 
-def _launch_over_rows(kernel, rows: Rows, columns: int, tensors: tuple, sizes: tuple, config: TileConfig, **constants):
-    programs = rows.blocks(config) * triton.cdiv(columns, config.columns)
+def _laid_out(sizes, *operands: Tensor) -> tuple[Tensor, ...]:
+    """The operands, each aligned if its rows can be."""
+    return tuple(map(aligned, operands)) if are_whole(sizes, operands[0].dtype) else operands
+
+
+def _launch_over_rows(kernel, rows: Rows, tensors, sizes, strides, config: TileConfig, **constants) -> None:
+    programs = rows.blocks(config) * triton.cdiv(sizes[1], config.columns)
     e_block = triton.next_power_of_2(rows.num_experts + 1)
-    _launch(kernel, programs, (*tensors, rows.num_experts), sizes, config, E_BLOCK=e_block, **constants)
+    _launch(kernel, programs, (*tensors, rows.num_experts), sizes, strides, config, E_BLOCK=e_block, **constants)
 
 
-def _launch(kernel, programs: int, args: tuple, sizes: tuple[int, ...], config: TileConfig, **constants) -> None:
-    """sizes: the sizes of the contiguous dimensions, and the strides of the others."""
+def _launch(kernel, programs: int, args: tuple, sizes, strides, config: TileConfig, **constants) -> None:
+    """sizes, strides: of the contiguous dimensions, and of the others."""
     if not programs:
         return
-    vec = 16 // args[0].element_size()
+    dtype = args[0].dtype
     with torch.cuda.device_of(args[0]):
         kernel[(programs,)](
             *args,
             *sizes,
+            *strides,
             **constants,
             BLOCK_M=config.rows,
             BLOCK_N=config.columns,
             BLOCK_D=config.depth,
             BAND=8,
-            # 128-bit accesses need every size and stride to be a multiple of 128 bits
-            ALIGN=vec if all(size % vec == 0 for size in sizes) else 1,
+            ALIGN=16 // dtype.itemsize if are_whole(sizes, dtype) else 1,
             num_warps=config.num_warps,
             num_stages=config.stages,
         )
-
-
-def product_config(dtype: torch.dtype) -> TileConfig:
-    """The tile of a kernel with one product.
-
-    64 rows are the fewest that tensor cores multiply at once on sm_90 and sm_100. In decoding an expert has fewer rows.
-    With ALIGN = 1 every element takes an address. Threads and depth are such that registers suffice for it.
-    Float32 operands are multiplied from registers, and so their tile is smaller.
-    """
-    if dtype == torch.float32:
-        return TileConfig(rows=64, columns=64, depth=16, threads=256, stages=3)
-    return TileConfig(rows=64, columns=128, depth=32, threads=256, stages=_stages())
-
-
-def halved_config(dtype: torch.dtype) -> TileConfig:
-    """For kernels with more than one tile of results: half as many columns."""
-    config = product_config(dtype)
-    return replace(config, columns=config.columns // 2)
-
-
-def weight_grad_config(dtype: torch.dtype) -> TileConfig:
-    """The tile of the weight gradient: square, because each operand is read again for every tile of the other."""
-    if dtype == torch.float32:
-        return product_config(dtype)
-    return TileConfig(rows=128, columns=128, depth=32, threads=256, stages=_stages())
-
-
-def _stages() -> int:
-    """Stages of the loop over D. AMD GPUs have 64 KiB of shared memory, a third of NVIDIA's, so they get fewer."""
-    return 2 if torch.version.hip else 4
-
-
-def weight_parts(width: int, dtype: torch.dtype) -> int:
-    """Number of parts of I. d weight is summed within each part, then over the parts."""
-    return triton.cdiv(width, halved_config(dtype).columns)

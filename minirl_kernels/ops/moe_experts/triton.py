@@ -8,6 +8,7 @@ from torch import Tensor
 from . import kernels
 from .kernels_combine import combine
 from .kernels_sort import sorted_rows
+from .kernels_tiles import weight_parts
 
 
 def forward(
@@ -52,7 +53,7 @@ def backward(
     hidden_grad, weights_grad, gate_up_proj_grad, down_proj_grad = grads
     gate_up_grad = hidden.new_empty((pairs, 2 * width)) if needs_hidden or needs_gate_up else None
     weighted = hidden.new_empty((pairs, width)) if needs_down else None
-    shape = (*weights.shape, kernels.weight_parts(width, hidden.dtype))
+    shape = (*weights.shape, weight_parts(down_proj))
     parts = hidden.new_empty(shape, dtype=torch.float32) if needs_weights else None
     kernels.activation_grad(grad_out, down_proj, gate_up, weights, rows, gate_up_grad, weighted, parts)
     if needs_hidden:
