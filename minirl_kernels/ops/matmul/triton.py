@@ -126,7 +126,9 @@ def matmul_kernel(
     b_sum = sum_of_blocks(b_block, b_sum, a.dtype.element_ty) * alpha
     if addend is not None:
         p_c = addend + i_b * multiple(stride_cb, ALIGN) + o_m * multiple(stride_c, ALIGN) + first_n + o_n
-        b_sum += beta * tl.load(p_c, mask=m_m & m_n, other=0.0).to(tl.float32)
+        b_c = tl.load(p_c, mask=m_m & m_n, other=0.0).to(tl.float32)
+        # the compiler could fuse either product with the sum, and another one for another tile
+        b_sum = tl.fma(b_c, beta, b_sum)
     o_b = 0 if GROUPED == "rows" else i_b * multiple(stride_ob, ALIGN)
     p_out = out + o_b + o_m * multiple(stride_o, ALIGN) + first_n + o_n
     tl.store(p_out, round_to(b_sum, out.dtype.element_ty), mask=m_m & m_n)
