@@ -236,9 +236,9 @@ def experts_activation_grad_kernel(
     o_m = first + tl.arange(0, BLOCK_M)[:, None]
     m_m = o_m < end
     b_pairs = tl.load(pairs + o_m, mask=m_m, other=0)
-    o_parts = b_pairs * tl.cdiv(I, BLOCK_N) + i_n
     if i_e == E:
         if parts is not None:
+            o_parts = b_pairs * tl.cdiv(I, BLOCK_N) + i_n
             tl.store(parts + o_parts, tl.full([BLOCK_M, 1], float("nan"), tl.float32), mask=m_m)
         return
     first_n = i_n * BLOCK_N
@@ -249,15 +249,16 @@ def experts_activation_grad_kernel(
         p_w = down_proj + i_e * multiple(stride_e, ALIGN) + first_n + o_n
         b_s = rows_by_columns(p_x, m_m, p_w, m_n, multiple(stride_o, ALIGN), H, BLOCK_M, BLOCK_N, BLOCK_D)
     o_row = first_n + o_m * (2 * I)
+    b_weight = tl.load(weights + b_pairs, mask=m_m, other=0.0).to(tl.float32)
     b_gate = tl.load(gate_up + o_row + o_n, mask=m_m & m_n, other=0.0).to(tl.float32)
     b_up = tl.load(gate_up + I + o_row + o_n, mask=m_m & m_n, other=0.0).to(tl.float32)
-    b_weight = tl.load(weights + b_pairs, mask=m_m, other=0.0).to(tl.float32)
     b_sigmoid, b_rest = sigmoids(b_gate)
     b_silu = b_gate * b_sigmoid
     dtype: tl.constexpr = gate_up.dtype.element_ty
     if weighted is not None:
         tl.store(weighted + first_n + o_m * I + o_n, round_to(b_silu * b_up * b_weight, dtype), mask=m_m & m_n)
     if parts is not None:
+        o_parts = b_pairs * tl.cdiv(I, BLOCK_N) + i_n
         tl.store(parts + o_parts, tl.sum(b_silu * b_up * b_s, 1)[:, None], mask=m_m)
     if gate_up_grad is not None:
         b_s *= b_weight
