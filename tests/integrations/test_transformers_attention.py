@@ -14,7 +14,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_caus
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import minirl_kernels.integrations.transformers
-from minirl_kernels.integrations.transformers.attention import attention_forward
+from minirl_kernels.integrations.transformers.attention import _check, attention_forward, attention_mask
+from minirl_kernels.ops.attention.op import OP
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -287,6 +288,35 @@ def test_compiled_packed_sequences(case):
     assert torch.equal(compiled(q, k, v, positions)[0], torch.cat(case.alone))
     whole = torch.arange(sum(LENGTHS))[None]
     assert torch.equal(compiled(q, k, v, whole), call(q, k, v, whole))
+
+
+def test_a_mask_on_a_gpu_does_not_make_the_host_wait():
+    """The host cannot read a meta tensor, so a wait would raise. A CUDA graph can capture a decode step."""
+    mask, seen = torch.ones(3, 10, dtype=torch.bool, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")
+    for padding in (mask, None):
+        assert attention_mask(3, 1, 16, q_offset=seen, attention_mask=padding, device="meta").shape == (1, 1, 3, 5)
+    assert _check(mask, mask, "reason").shape == mask.shape
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_layer_is_one_kernel_forward_and_two_backward(packed, monkeypatch):
+    """No layer and no direction derives anything from the mask, or from the offsets of packed sequences."""
+    pytest.importorskip("triton")
+    from kernel_counts import kernels
+
+    monkeypatch.setattr(OP, "resolve", lambda *_: "triton")
+    width = 8 if packed else 5
+    leaves = [torch.randn(1 if packed else 2, heads, width, SIZE).requires_grad_() for heads in (4, 2, 2)]
+    offsets = torch.tensor([0, 3, 8], dtype=torch.int32)
+    spans = None if packed else mask_for(2, 5, torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]))
+    arguments = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets} if packed else {}
+    grad_out = torch.randn(leaves[0].transpose(1, 2).shape)
+
+    def layer():
+        out, _ = attention_forward(Attention(), *leaves, spans, **arguments)
+        torch.autograd.grad(out, leaves, grad_out)
+
+    assert kernels(layer) == ["attention_fwd_kernel", "attention_bwd_q_kernel", "attention_bwd_kv_kernel"]
 
 
 def test_registered_with_its_masks():

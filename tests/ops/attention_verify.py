@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from verify.case import Case, allow_wide_accesses, gap
 
-from minirl_kernels.ops.attention import triton
+from minirl_kernels.common.triton import architecture
+from minirl_kernels.ops.attention import kernels_shared, triton
 from minirl_kernels.ops.attention.kernels_backward import backward_kv, backward_kv_config, backward_q, backward_q_config
 from minirl_kernels.ops.attention.kernels_forward import attention_config
 from minirl_kernels.ops.attention.kernels_shared import TileConfig
@@ -78,21 +79,28 @@ class Operands:
 class Kernel:
     """A kernel with one set of options: launch(operands) as in Case, and its configuration.
 
-    loads(sizes, config, split, bytes of an element): the bytes that it loads, without the positions of its blocks. A
-    head is split if its size takes more than one block; each product of rows then loads both of its operands.
+    loads(sizes, config, split, bytes of an element): the bytes that it loads, without the spans. A head is split if its
+        size takes more than one block; each product of rows then loads both of its operands.
+    numbers: of the spans, that a program loads beside its search: the ends of its slot and its span; and two spans
+        twice, to check them.
     """
 
     name: str
     launch: Callable[[Operands], tuple[Tensor, ...]]
-    config: Callable[[int, torch.dtype], TileConfig]
+    config: Callable[[int, torch.dtype, str], TileConfig]
     loads: Callable[[Sizes, TileConfig, bool, int], int]
+    numbers: int
 
     def case(self, sizes: Sizes, dtype: torch.dtype) -> Case:
         widest = max(sizes.key_size, sizes.value_size)
-        config = partial(self.config, widest, dtype)
+
+        def config():
+            return self.config(widest, dtype, architecture.of(torch.device("cpu")))
 
         def most_loaded(programs):
-            return self.loads(sizes, config(), config().depth < widest, dtype.itemsize) + 8 * 7 * programs
+            steps = len(sizes.queries).bit_length()  # of the search for a span
+            of_spans = 8 * (self.numbers + 2 * steps) * programs
+            return self.loads(sizes, config(), config().depth < widest, dtype.itemsize) + of_spans
 
         return Case(
             name=self.name,
@@ -115,8 +123,13 @@ SCALE = 0.1
 
 
 def _forward(operands: Operands, *, causal: bool = True, for_backward: bool = True) -> tuple[Tensor, ...]:
-    out, stats = triton.forward(operands.q, operands.k, operands.v, operands.spans, causal, SCALE, for_backward)
+    read = (operands.q, operands.k, operands.v, operands.spans, None)
+    out, stats = triton.forward(*read, causal, SCALE, for_backward)
     return (out, stats) if for_backward else (out,)
+
+
+def _read(operands: Operands, causal: bool) -> kernels_shared.Operands:
+    return kernels_shared.Operands(operands.q, operands.k, operands.v, operands.spans, None, causal, SCALE)
 
 
 def _empty_grad(x: Tensor) -> Tensor:
@@ -125,8 +138,7 @@ def _empty_grad(x: Tensor) -> Tensor:
 
 def _backward_q(operands: Operands, *, causal: bool = True, needed: bool = True) -> tuple[Tensor, ...]:
     grad = _empty_grad(operands.q) if needed else None
-    read = (operands.q, operands.k, operands.v, operands.spans, operands.out, operands.stats, operands.grad_out)
-    deltas = backward_q(*read, causal, SCALE, grad)
+    deltas = backward_q(_read(operands, causal), operands.out, operands.stats, operands.grad_out, grad)
     return (deltas, grad) if needed else (deltas,)
 
 
@@ -134,8 +146,7 @@ def _backward_kv(
     operands: Operands, *, causal: bool = True, of_k: bool = True, of_v: bool = True
 ) -> tuple[Tensor, ...]:
     grads = (_empty_grad(operands.k) if of_k else None, _empty_grad(operands.v) if of_v else None)
-    read = (operands.q, operands.k, operands.v, operands.spans, operands.stats, operands.grad_out, operands.deltas)
-    backward_kv(*read, causal, SCALE, *grads)
+    backward_kv(_read(operands, causal), operands.stats, operands.grad_out, operands.deltas, *grads)
     return tuple(grad for grad in grads if grad is not None)
 
 
@@ -187,9 +198,9 @@ def _loads_of_backward_kv(sizes: Sizes, config: TileConfig, split: bool, item: i
 
 
 KERNELS = (
-    Kernel("attention", _forward, attention_config, _loads_of_forward),
-    Kernel("attention backward q", _backward_q, backward_q_config, _loads_of_backward_q),
-    Kernel("attention backward k, v", _backward_kv, backward_kv_config, _loads_of_backward_kv),
+    Kernel("attention", _forward, attention_config, _loads_of_forward, 10 + 28),
+    Kernel("attention backward q", _backward_q, backward_q_config, _loads_of_backward_q, 10),
+    Kernel("attention backward k, v", _backward_kv, backward_kv_config, _loads_of_backward_kv, 10),
 )
 
 

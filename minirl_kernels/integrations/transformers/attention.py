@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import causal_mask_function
 
 from ...common.library import register, register_check
-from ...ops.attention import attention_over_spans, packed_spans
+from ...ops.attention import attention, attention_over_spans
 from .packing import refuse_packed_kinds
 
 # {keyword: the unsupported feature that it requests}
@@ -70,12 +70,19 @@ def attention_forward(
         unsupported.append("attention that is not causal")
     if unsupported:
         _refuse(f"{type(module).__name__} asks for {', '.join(unsupported)}")
+    is_checked = sliding_window is not None and key.shape[2] > sliding_window
     if kwargs.get("cu_seq_lens_q") is not None:
         refuse_packed_kinds(getattr(module, "config", None))
-        spans = packed_spans(kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], query.shape[2], key.shape[2])
-    else:
-        spans = _spans_from_mask(attention_mask, query, key)
-    if sliding_window is not None and key.shape[2] > sliding_window:
+        if query.shape[0] != 1:
+            _refuse(f"cu_seq_lens_q is given with a batch of {query.shape[0]} rather than of 1")
+        offsets = {"cu_seqlens_q": kwargs["cu_seq_lens_q"], "cu_seqlens_k": kwargs["cu_seq_lens_k"]}
+        if is_checked:
+            offsets["cu_seqlens_k"] = _within_window(offsets["cu_seqlens_k"], sliding_window)
+        return attention(*(x.squeeze(0).transpose(0, 1) for x in (query, key, value)), **offsets, scale=scaling)[
+            None
+        ], None
+    spans = _spans_from_mask(attention_mask, query, key)
+    if is_checked:
         spans = _within_window(spans, sliding_window)
     return attention_over_spans(query, key, value, spans, scale=scaling), None
 
@@ -103,7 +110,7 @@ def attention_mask(
     if use_vmap:
         _refuse("the model has a mask function of its own (or_mask_function, and_mask_function)")
     device = torch.device(device)
-    if isinstance(q_offset, Tensor) and not torch.compiler.is_compiling():
+    if isinstance(q_offset, Tensor) and q_offset.device.type == "cpu" and not torch.compiler.is_compiling():
         q_offset = int(q_offset)
     is_causal = mask_function is causal_mask_function
     if is_causal and isinstance(q_offset, int) and _is_whole(attention_mask, q_offset + q_length):
@@ -122,7 +129,11 @@ def attention_mask(
 
 
 def _refuse(reason: str):
-    raise ValueError(f"attn_implementation is 'minirl': it must be another where {reason}")
+    raise ValueError(_message(reason))
+
+
+def _message(reason: str) -> str:
+    return f"attn_implementation is 'minirl': it must be another where {reason}"
 
 
 def _spans_from_mask(mask, query, key) -> Tensor:
@@ -144,15 +155,24 @@ def _is_whole(mask: Tensor | None, seen: int) -> bool:
     return mask.shape[1] >= seen and bool(mask.all())
 
 
-@functools.lru_cache(maxsize=64)
 def _whole_batch(batch_size: int, q_length: int, q_offset: int, device: torch.device) -> Tensor:
-    """The spans of a batch without padding. Cached, since all layers and forwards of these sizes share them."""
+    """The spans of a batch without padding. All layers and forwards of these sizes share them."""
+    # A CUDA graph may outlive an entry of the cache, and the tensor of a graph has no values before a replay.
+    is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return (_new_whole_batch if is_capturing else _cached_whole_batch)(batch_size, q_length, q_offset, device)
+
+
+def _new_whole_batch(batch_size: int, q_length: int, q_offset: int, device: torch.device) -> Tensor:
     # A tensor made in inference mode cannot be saved for a later backward.
     with torch.inference_mode(False):
-        span = torch.tensor([0, 0, q_length, 0, q_offset + q_length], device=device)
-        spans = span.repeat(batch_size, 1)
+        spans = torch.zeros(batch_size, 5, dtype=torch.int64, device=device)
         spans[:, 0] = torch.arange(batch_size, device=device)
+        spans[:, 2] = q_length
+        spans[:, 4] = q_offset + q_length
         return spans[None, None]
+
+
+_cached_whole_batch = functools.lru_cache(maxsize=64)(_new_whole_batch)
 
 
 def _tokens(mask: Tensor | None, batch_size: int, seen: int | Tensor, device) -> tuple[Tensor, Tensor]:
@@ -199,18 +219,24 @@ def _sequences(mask_function, first: Tensor, end: Tensor, q_offset, q_length: in
     last = torch.minimum(after, (end - q_offset)[:, None])
     spans = torch.stack([batch, place, last - place, begin, last + q_offset - begin], -1)
     if torch.compiler.is_compiling():  # a fixed number of spans, of which some are empty, keeps shapes static
-        return torch.where(starts[..., None], spans, 0).flatten(0, 1)
+        end, none = last.clamp(min=0), torch.zeros_like(last)
+        empty = torch.stack([batch, end, none, end + q_offset, none], -1)  # where the sequence ends: spans are in order
+        return torch.where(starts[..., None], spans, empty).flatten(0, 1)
     return spans[starts]
 
 
 def _check(good: Tensor, values: Tensor, reason: str) -> Tensor:
-    if not bool(good.all()):
+    if good.device.type != "cpu":  # an assertion on the device, because the host would wait
+        torch._assert_async(good.all(), _message(reason))
+    elif not bool(good.all()):
         _refuse(reason)
     return values.clone()
 
 
 def _check_window(spans: Tensor, sliding_window: int) -> None:
-    longest = int(spans[:, 4].max()) if len(spans) else 0
+    """spans: [N, 5], or the offsets of packed keys [N + 1]."""
+    keys = spans.diff() if spans.dim() == 1 else spans[:, 4]
+    longest = int(keys.max()) if len(keys) else 0
     if longest > sliding_window:
         _refuse(f"a sliding window, of {sliding_window}, is shorter than a sequence, of {longest}")
 
@@ -220,6 +246,5 @@ _checked = register(
     "checked_mask(Tensor good, Tensor values, str what) -> Tensor",
     _check,
     lambda good, values, what: torch.empty_like(values),
-    waits=True,
 )
 _within_window = register_check("checked_window(Tensor spans, SymInt sliding_window) -> Tensor", _check_window)

@@ -1,3 +1,3 @@
-from .op import attention, attention_over_spans, packed_spans
+from .op import attention, attention_over_spans
 
-__all__ = ["attention", "attention_over_spans", "packed_spans"]
+__all__ = ["attention", "attention_over_spans"]

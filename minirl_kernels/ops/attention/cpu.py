@@ -9,7 +9,7 @@ from ...backends import native
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, causal: bool, scale: float, for_backward: bool
+    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, key_offsets: None, causal: bool, scale: float, for_backward: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns (out [B, Lq, Hq, Dv], stats [B, Lq, Hq, 2] float32). stats is empty unless `for_backward`."""
     batch, heads, queries, _ = q.shape
@@ -24,6 +24,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     spans: Tensor,
+    key_offsets: None,
     out: Tensor,
     stats: Tensor,
     grad_out: Tensor,

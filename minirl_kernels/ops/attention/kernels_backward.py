@@ -7,18 +7,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.numbers import LOG2E, dot, exponent, round_to
+from ...common.triton.launch import is_whole
+from ...common.triton.numbers import round_to
 from ...common.triton.row_tiles import multiple
 from .kernels_shared import (
+    KEYS,
+    QUERIES,
     SIZES,
+    SPANS,
+    Operands,
     TileConfig,
+    add_products,
     block_of,
     fits,
-    key_blocks,
     launch,
     load_rows,
     load_unless_split,
-    query_blocks,
+    multiplies_from_shared_memory,
+    range_of_seen,
     row_products,
     rows_in,
     seen_by,
@@ -27,14 +33,13 @@ from .kernels_shared import (
 )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SPANS)
 def attention_bwd_q_kernel(
     q,
     k,
     v,
     spans,
-    block_spans,
-    begins,
+    key_offsets,
     out,
     stats,
     grad_out,
@@ -43,7 +48,9 @@ def attention_bwd_q_kernel(
     c,
     scale,
     num_spans,
+    batches,
     queries_of_batch,
+    keys_of_batch,
     stride_qb,
     stride_qh,
     stride_ql,
@@ -65,11 +72,15 @@ def attention_bwd_q_kernel(
     ALIGN: tl.constexpr,
 ):
     """Writes grad_q [B, Lq, Hq, D], unless it is None, and deltas [B, Lq, Hq], the sum of out * grad_out per row."""
-    i_span, i_block = block_of(block_spans, begins, num_spans)
-    if i_span >= num_spans:
+    # the last blocks of a span see the most keys, so they start first
+    program = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
+    i_span, i_block, rows = block_of(
+        program, spans, num_spans, queries_of_batch, batches, GROUP, BLOCK_M, QUERIES, key_offsets is not None
+    )
+    if i_block * BLOCK_M >= rows:
         return
     head = tl.program_id(1).to(tl.int64)
-    batch, first_query, queries, first_key, keys = span_at(spans, i_span)
+    batch, first_query, queries, first_key, keys = span_at(spans, key_offsets, i_span)
     o_r = i_block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     m_r = o_r < queries * GROUP
     heads = tl.num_programs(1) * GROUP
@@ -83,8 +94,8 @@ def attention_bwd_q_kernel(
         strides_q = (multiple(stride_qb, ALIGN), multiple(stride_qh, ALIGN), multiple(stride_ql, ALIGN))
         p_q = q + rows_in(batch, first_query, o_r, head, GROUP, strides_q[0], strides_q[1], strides_q[2])
         b_q = load_unless_split(p_q, m_r, D, BLOCK_D, DEPTH)
-        b_seen = tl.where(m_r, seen_by(o_r, queries, keys, GROUP, CAUSAL), 0)
-        seen = tl.max(tl.max(b_seen, 0), 0)
+        b_seen = seen_by(o_r, queries, keys, GROUP, CAUSAL)
+        seen, seen_by_all = range_of_seen(b_seen, m_r, keys)
         b_shift = tl.load(stats + 2 * o_row, mask=m_r, other=0.0)
         b_sum = tl.load(stats + 2 * o_row + 1, mask=m_r, other=1.0)
         b_scale = 1.0 / tl.where(b_sum == 0, 1.0, b_sum)
@@ -94,30 +105,33 @@ def attention_bwd_q_kernel(
         p_values = v + batch * multiple(stride_vb, ALIGN) + head * multiple(stride_vh, ALIGN) + first_key * stride_vl
         o_n = tl.arange(0, BLOCK_N)
         b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for i_n in range(tl.cdiv(seen, BLOCK_N)):
-            o_key = i_n * BLOCK_N + o_n
-            m_n = (o_key < seen)[:, None]
-            p_k = p_keys + o_key[:, None] * stride_kl
-            p_v = p_values + o_key[:, None] * stride_vl
-            b_k = load_rows(p_k, m_n, D, BLOCK_D)
-            b_v = load_unless_split(p_v, m_n, DV, BLOCK_DV, DEPTH)
-            b_s = row_products(b_q, b_k, p_q, p_k, m_r, m_n, BLOCK_M, BLOCK_N, D, BLOCK_D, DEPTH)
-            b_s = tl.where(o_key[None, :] < b_seen, b_s, -float("inf"))
-            b_p = tl.exp2(exponent(b_s - b_shift, c)) * b_scale
-            b_dp = row_products(b_do, b_v, p_do, p_v, m_r, m_n, BLOCK_M, BLOCK_N, DV, BLOCK_DV, DEPTH)
-            b_dq = dot(round_to(b_p * (b_dp - b_delta), k.dtype.element_ty), b_k, b_dq)
+        for MASKED in tl.static_range(2):  # first the blocks of keys that all rows see
+            whole = seen_by_all // BLOCK_N
+            for i_n in range(whole * MASKED, tl.cdiv(seen, BLOCK_N) if MASKED else whole):
+                o_key = i_n * BLOCK_N + o_n
+                m_n = (o_key < seen)[:, None] if MASKED else tl.full([BLOCK_N, 1], True, tl.int1)
+                p_k = p_keys + o_key[:, None] * stride_kl
+                p_v = p_values + o_key[:, None] * stride_vl
+                b_k = load_rows(p_k, m_n, D, BLOCK_D)
+                b_v = load_unless_split(p_v, m_n, DV, BLOCK_DV, DEPTH)
+                b_s = row_products(b_q, b_k, p_q, p_k, m_r, m_n, BLOCK_M, BLOCK_N, D, BLOCK_D, DEPTH)
+                if MASKED:
+                    b_s = tl.where(o_key[None, :] < b_seen, b_s, -float("inf"))
+                b_p = tl.exp2((b_s - b_shift) * c) * b_scale
+                b_dp = row_products(b_do, b_v, p_do, p_v, m_r, m_n, BLOCK_M, BLOCK_N, DV, BLOCK_DV, DEPTH)
+                b_dq = add_products(round_to(b_p * (b_dp - b_delta), k.dtype.element_ty), b_k, b_dq)
         o_d = tl.arange(0, BLOCK_D)[None, :]
-        tl.store(grad_q + o_row * D + o_d, round_to(b_dq * scale, grad_q.dtype.element_ty), mask=m_r & (o_d < D))
+        b_dq = tl.where(m_r, b_dq * scale, 0.0)  # a row outside the span may have met a NaN
+        tl.store(grad_q + o_row * D + o_d, round_to(b_dq, grad_q.dtype.element_ty), mask=(o_r < rows) & (o_d < D))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SPANS)
 def attention_bwd_kv_kernel(
     q,
     k,
     v,
     spans,
-    block_spans,
-    begins,
+    key_offsets,
     stats,
     grad_out,
     deltas,
@@ -126,6 +140,7 @@ def attention_bwd_kv_kernel(
     c,
     scale,
     num_spans,
+    batches,
     queries_of_batch,
     keys_of_batch,
     stride_qb,
@@ -152,11 +167,14 @@ def attention_bwd_kv_kernel(
 
     Both are sums over the rows of the span, in blocks from its first row on.
     """
-    i_span, i_block = block_of(block_spans, begins, num_spans)
-    if i_span >= num_spans:
+    of_keys = spans if key_offsets is None else key_offsets
+    i_span, i_block, keys_of_slot = block_of(
+        tl.program_id(0), of_keys, num_spans, keys_of_batch, batches, 1, BLOCK_N, KEYS, key_offsets is not None
+    )
+    if i_block * BLOCK_N >= keys_of_slot:
         return
     head = tl.program_id(1).to(tl.int64)
-    batch, first_query, queries, first_key, keys = span_at(spans, i_span)
+    batch, first_query, queries, first_key, keys = span_at(spans, key_offsets, i_span)
     o_key = i_block * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     m_n = o_key < keys
     p_k = k + batch * multiple(stride_kb, ALIGN) + head * multiple(stride_kh, ALIGN)
@@ -168,73 +186,93 @@ def attention_bwd_kv_kernel(
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     heads = tl.num_programs(1) * GROUP
-    rows = queries * GROUP
-    # causal: earlier queries do not see these keys
-    first_block = tl.maximum(i_block * BLOCK_N - (keys - queries), 0) * GROUP // BLOCK_M if CAUSAL else 0 * rows
-    for i_m in range(first_block, tl.cdiv(rows, BLOCK_M)):
-        o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        m_r = (o_r < rows)[:, None]
-        strides_q = (multiple(stride_qb, ALIGN), multiple(stride_qh, ALIGN), multiple(stride_ql, ALIGN))
-        p_q = q + rows_in(batch, first_query, o_r, head, GROUP, strides_q[0], strides_q[1], strides_q[2])[:, None]
-        o_row = rows_in(batch, first_query, o_r, head, GROUP, queries_of_batch * heads, 1, heads)
-        p_do = grad_out + o_row[:, None] * DV
-        b_q = load_rows(p_q, m_r, D, BLOCK_D)
-        b_do = load_rows(p_do, m_r, DV, BLOCK_DV)
-        b_shift = tl.load(stats + 2 * o_row, mask=o_r < rows, other=0.0)
-        b_sum = tl.load(stats + 2 * o_row + 1, mask=o_r < rows, other=1.0)
-        b_delta = tl.load(deltas + o_row, mask=o_r < rows, other=0.0)
-        b_seen = tl.where(o_r < rows, seen_by(o_r, queries, keys, GROUP, CAUSAL), 0)
-        b_s = row_products(b_k, b_q, p_k, p_q, m_n, m_r, BLOCK_N, BLOCK_M, D, BLOCK_D, DEPTH)
-        b_s = tl.where(o_key < b_seen[None, :], b_s, -float("inf"))
-        b_p = tl.exp2(exponent(b_s - b_shift[None, :], c)) * (1.0 / tl.where(b_sum == 0, 1.0, b_sum))[None, :]
-        if grad_v is not None:
-            b_dv = dot(round_to(b_p, v.dtype.element_ty), b_do, b_dv)
-        if grad_k is not None:
-            b_dp = row_products(b_v, b_do, p_v, p_do, m_n, m_r, BLOCK_N, BLOCK_M, DV, BLOCK_DV, DEPTH)
-            b_dk = dot(round_to(b_p * (b_dp - b_delta[None, :]), q.dtype.element_ty), b_q, b_dk)
+    rows = tl.where(i_block * BLOCK_N < keys, queries * GROUP, 0)
+    # causal: the first row that sees the first of these keys, and the first row that sees them all
+    first_row = tl.maximum(i_block * BLOCK_N - (keys - queries), 0) * GROUP if CAUSAL else 0 * rows
+    last_key = tl.minimum((i_block + 1) * BLOCK_N, keys) - 1
+    whole_row = tl.maximum(last_key - (keys - queries), 0) * GROUP if CAUSAL else 0 * rows
+    begin = first_row // BLOCK_M
+    blocks = tl.cdiv(rows, BLOCK_M)
+    whole = tl.minimum(tl.cdiv(whole_row, BLOCK_M), blocks)
+    for WHOLE in tl.static_range(2):  # last the blocks of rows that see all keys
+        for i_m in range(whole if WHOLE else begin, blocks if WHOLE else whole):
+            o_r = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+            m_r = (o_r < rows)[:, None]
+            strides_q = (multiple(stride_qb, ALIGN), multiple(stride_qh, ALIGN), multiple(stride_ql, ALIGN))
+            p_q = q + rows_in(batch, first_query, o_r, head, GROUP, strides_q[0], strides_q[1], strides_q[2])[:, None]
+            o_row = rows_in(batch, first_query, o_r, head, GROUP, queries_of_batch * heads, 1, heads)
+            p_do = grad_out + o_row[:, None] * DV
+            b_q = load_rows(p_q, m_r, D, BLOCK_D)
+            b_do = load_rows(p_do, m_r, DV, BLOCK_DV)
+            b_shift = tl.load(stats + 2 * o_row, mask=o_r < rows, other=0.0)
+            b_sum = tl.load(stats + 2 * o_row + 1, mask=o_r < rows, other=1.0)
+            b_delta = tl.load(deltas + o_row, mask=o_r < rows, other=0.0)
+            b_s = row_products(b_k, b_q, p_k, p_q, m_n, m_r, BLOCK_N, BLOCK_M, D, BLOCK_D, DEPTH)
+            if not WHOLE:
+                b_seen = seen_by(o_r, queries, keys, GROUP, CAUSAL)
+                b_s = tl.where(o_key < b_seen[None, :], b_s, -float("inf"))
+            # rows after the last have loaded 0 in b_q and b_do, so they add 0
+            b_p = tl.exp2((b_s - b_shift[None, :]) * c) * (1.0 / tl.where(b_sum == 0, 1.0, b_sum))[None, :]
+            if grad_v is not None:
+                b_dv = add_products(round_to(b_p, v.dtype.element_ty), b_do, b_dv)
+            if grad_k is not None:
+                b_dp = row_products(b_v, b_do, p_v, p_do, m_n, m_r, BLOCK_N, BLOCK_M, DV, BLOCK_DV, DEPTH)
+                b_dk = add_products(round_to(b_p * (b_dp - b_delta[None, :]), q.dtype.element_ty), b_q, b_dk)
     o_row = (batch * keys_of_batch + first_key + o_key) * tl.num_programs(1) + head
+    m_stored = o_key < keys_of_slot
     o_d = tl.arange(0, BLOCK_D)[None, :]
     o_v = tl.arange(0, BLOCK_DV)[None, :]
+    # a key outside the span may have met a NaN
     if grad_k is not None:
-        tl.store(grad_k + o_row * D + o_d, round_to(b_dk * scale, grad_k.dtype.element_ty), mask=m_n & (o_d < D))
+        b_dk = tl.where(m_n, b_dk * scale, 0.0)
+        tl.store(grad_k + o_row * D + o_d, round_to(b_dk, grad_k.dtype.element_ty), mask=m_stored & (o_d < D))
     if grad_v is not None:
-        tl.store(grad_v + o_row * DV + o_v, round_to(b_dv, grad_v.dtype.element_ty), mask=m_n & (o_v < DV))
+        b_dv = tl.where(m_n, b_dv, 0.0)
+        tl.store(grad_v + o_row * DV + o_v, round_to(b_dv, grad_v.dtype.element_ty), mask=m_stored & (o_v < DV))
 
 
-def backward_q(q, k, v, spans, out, stats, grad_out, causal, scale, grad_q: Tensor | None) -> Tensor:
+def backward_q(operands: Operands, out: Tensor, stats: Tensor, grad_out: Tensor, grad_q: Tensor | None) -> Tensor:
     """Writes grad_q and returns the deltas [B, Lq, Hq] for backward_kv."""
     deltas = stats.new_empty(stats.shape[:3])
-    config = backward_q_config(max(q.shape[3], v.shape[3]), q.dtype)
-    blocks = query_blocks(q, k, spans, config)
-    tensors = (q, k, v, spans, *blocks.tables, out, stats, grad_out, deltas, grad_q)
-    floats = (scale * LOG2E.value, scale)
-    launch(attention_bwd_q_kernel, blocks, tensors, floats, (q.shape[2],), (q, k, v), causal, config)
+    config = backward_q_config(*operands.kind)
+    tensors = (out, stats, grad_out, deltas, grad_q)
+    floats = (operands.exponents, operands.scale)
+    launch(attention_bwd_q_kernel, operands, operands.rows, config.rows, tensors, floats, config)
     return deltas
 
 
 def backward_kv(
-    q, k, v, spans, stats, grad_out, deltas, causal, scale, grad_k: Tensor | None, grad_v: Tensor | None
+    operands: Operands,
+    stats: Tensor,
+    grad_out: Tensor,
+    deltas: Tensor,
+    grad_k: Tensor | None,
+    grad_v: Tensor | None,
 ) -> None:
-    config = backward_kv_config(max(q.shape[3], v.shape[3]), q.dtype)
-    blocks = key_blocks(k, spans, config)
-    tensors = (q, k, v, spans, *blocks.tables, stats, grad_out, deltas, grad_k, grad_v)
-    floats, sizes = (scale * LOG2E.value, scale), (q.shape[2], k.shape[2])
-    launch(attention_bwd_kv_kernel, blocks, tensors, floats, sizes, (q, k, v), causal, config)
+    config = backward_kv_config(*operands.kind)
+    tensors = (stats, grad_out, deltas, grad_k, grad_v)
+    floats = (operands.exponents, operands.scale)
+    launch(attention_bwd_kv_kernel, operands, operands.keys, config.keys, tensors, floats, config)
 
 
-def backward_q_config(size: int, dtype: torch.dtype) -> TileConfig:
+def backward_q_config(size: int, dtype: torch.dtype, arch: str) -> TileConfig:
     """The registers hold two tiles of scores and one of sums: a wide head takes half as many keys."""
     if dtype == torch.float32:
-        return TileConfig(rows=16, keys=32, depth=32, threads=256, stages=1)
+        return TileConfig(rows=16, keys=64 if size <= 128 else 32, depth=32, threads=256, stages=1)
+    if fits(size, dtype) and multiplies_from_shared_memory(arch):
+        return TileConfig(rows=64, keys=64, depth=128, threads=128, stages=stages())
+    if is_whole(size, dtype) and multiplies_from_shared_memory(arch):
+        return TileConfig(rows=64, keys=32, depth=256, threads=256, stages=2)
     if fits(size, dtype):
         return TileConfig(rows=64, keys=64 if size <= 64 else 32, depth=128, threads=256, stages=stages())
     return TileConfig(rows=64, keys=32, depth=128, threads=256, stages=1)
 
 
-def backward_kv_config(size: int, dtype: torch.dtype) -> TileConfig:
+def backward_kv_config(size: int, dtype: torch.dtype, arch: str) -> TileConfig:
     """The registers hold two tiles of scores and two of sums, a row per key: a wide head takes half as many rows."""
     if dtype == torch.float32:
         return TileConfig(rows=16, keys=16, depth=32, threads=256, stages=1)
     if fits(size, dtype):
-        return TileConfig(rows=64 if size <= 64 else 32, keys=64, depth=128, threads=256, stages=stages())
+        keys = 128 if multiplies_from_shared_memory(arch) else 64
+        return TileConfig(rows=64 if size <= 64 else 32, keys=keys, depth=128, threads=256, stages=stages())
     return TileConfig(rows=32, keys=32, depth=128, threads=256, stages=1)

@@ -7,17 +7,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.numbers import LOG2E, LOWEST, dot, exponent, round_to
+from ...common.triton.launch import is_whole
+from ...common.triton.numbers import LOWEST, round_to
 from ...common.triton.row_tiles import multiple
 from .kernels_shared import (
+    QUERIES,
     SIZES,
+    SPANS,
+    Operands,
     TileConfig,
+    add_products,
+    assert_sound,
     block_of,
     fits,
     launch,
     load_rows,
     load_unless_split,
-    query_blocks,
+    multiplies_from_shared_memory,
+    range_of_seen,
     row_products,
     rows_in,
     seen_by,
@@ -26,19 +33,20 @@ from .kernels_shared import (
 )
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=SPANS)
 def attention_fwd_kernel(
     q,
     k,
     v,
     spans,
-    block_spans,
-    begins,
+    key_offsets,
     out,
     stats,
     c,
     num_spans,
+    batches,
     queries_of_batch,
+    keys_of_batch,
     stride_qb,
     stride_qh,
     stride_ql,
@@ -63,18 +71,27 @@ def attention_fwd_kernel(
 
     c: scale of the scores times log2(e), for exp2.
     """
-    i_span, i_block = block_of(block_spans, begins, num_spans)
-    if i_span >= num_spans:
+    # the last blocks of a span see the most keys, so they start first
+    program = tl.num_programs(0).to(tl.int64) - 1 - tl.program_id(0)
+    i_span, i_block, rows = block_of(
+        program, spans, num_spans, queries_of_batch, batches, GROUP, BLOCK_M, QUERIES, key_offsets is not None
+    )
+    # every span is checked by one program, and each program checks the span that it reads
+    of_program = tl.minimum(program, num_spans) - 1
+    assert_sound(spans, key_offsets, of_program, num_spans, batches, queries_of_batch, keys_of_batch)
+    assert_sound(spans, key_offsets, i_span, num_spans, batches, queries_of_batch, keys_of_batch)
+    if i_block * BLOCK_M >= rows:
         return
     head = tl.program_id(1).to(tl.int64)
-    batch, first_query, queries, first_key, keys = span_at(spans, i_span)
+    batch, first_query, queries, first_key, keys = span_at(spans, key_offsets, i_span)
+    begin = batch * queries_of_batch + first_query  # one number to keep in the loop rather than three
     o_r = i_block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     m_r = o_r < queries * GROUP
     strides_q = (multiple(stride_qb, ALIGN), multiple(stride_qh, ALIGN), multiple(stride_ql, ALIGN))
     p_q = q + rows_in(batch, first_query, o_r, head, GROUP, strides_q[0], strides_q[1], strides_q[2])
     b_q = load_unless_split(p_q, m_r, D, BLOCK_D, DEPTH)
-    b_seen = tl.where(m_r, seen_by(o_r, queries, keys, GROUP, CAUSAL), 0)
-    seen = tl.max(tl.max(b_seen, 0), 0)
+    b_seen = seen_by(o_r, queries, keys, GROUP, CAUSAL)
+    seen, seen_by_all = range_of_seen(b_seen, m_r, keys)
     stride_kl = multiple(stride_kl, ALIGN)
     stride_vl = multiple(stride_vl, ALIGN)
     p_keys = k + batch * multiple(stride_kb, ALIGN) + head * multiple(stride_kh, ALIGN) + first_key * stride_kl
@@ -83,46 +100,57 @@ def attention_fwd_kernel(
     b_shift = tl.full([BLOCK_M, 1], LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M, 1], tl.float32)
     b_out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for i_n in range(tl.cdiv(seen, BLOCK_N)):
-        o_key = i_n * BLOCK_N + o_n
-        m_n = (o_key < seen)[:, None]
-        p_k = p_keys + o_key[:, None] * stride_kl
-        b_k = load_unless_split(p_k, m_n, D, BLOCK_D, DEPTH)
-        b_s = row_products(b_q, b_k, p_q, p_k, m_r, m_n, BLOCK_M, BLOCK_N, D, BLOCK_D, DEPTH)
-        b_s = tl.where(o_key[None, :] < b_seen, b_s, -float("inf"))
-        b_max = tl.maximum(b_shift, tl.max(b_s, 1)[:, None])
-        b_e = tl.exp2(exponent(b_s - b_max, c))
-        b_keep = tl.exp2(exponent(b_shift - b_max, c))
-        b_sum = b_sum * b_keep + tl.sum(b_e, 1)[:, None]
-        b_v = load_rows(p_values + o_key[:, None] * stride_vl, m_n, DV, BLOCK_DV)
-        b_out = dot(round_to(b_e, v.dtype.element_ty), b_v, b_out * b_keep)
-        b_shift = b_max
+    for MASKED in tl.static_range(2):  # first the blocks of keys that all rows see
+        whole = seen_by_all // BLOCK_N
+        for i_n in range(whole * MASKED, tl.cdiv(seen, BLOCK_N) if MASKED else whole):
+            o_key = i_n * BLOCK_N + o_n
+            m_n = (o_key < seen)[:, None] if MASKED else tl.full([BLOCK_N, 1], True, tl.int1)
+            p_k = p_keys + o_key[:, None] * stride_kl
+            b_k = load_unless_split(p_k, m_n, D, BLOCK_D, DEPTH)
+            b_s = row_products(b_q, b_k, p_q, p_k, m_r, m_n, BLOCK_M, BLOCK_N, D, BLOCK_D, DEPTH)
+            if MASKED:
+                b_s = tl.where(o_key[None, :] < b_seen, b_s, -float("inf"))
+            b_max = tl.maximum(b_shift, tl.max(b_s, 1)[:, None])
+            b_e = tl.exp2((b_s - b_max) * c)
+            b_keep = tl.exp2((b_shift - b_max) * c)
+            b_sum = tl.fma(b_sum, b_keep, tl.sum(b_e, 1)[:, None])
+            b_v = load_rows(p_values + o_key[:, None] * stride_vl, m_n, DV, BLOCK_DV)
+            b_out = add_products(round_to(b_e, v.dtype.element_ty), b_v, b_out * b_keep)
+            b_shift = b_max
     o_v = tl.arange(0, BLOCK_DV)[None, :]
-    # a row that sees no key gives 0 / 1
-    b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)
+    # a row that sees no key gives 0 / 1; a row outside the span may have met a NaN
+    b_out = tl.where(m_r, b_out / tl.where(b_sum == 0, 1.0, b_sum), 0.0)
     heads = tl.num_programs(1) * GROUP
-    o_row = rows_in(batch, first_query, o_r, head, GROUP, queries_of_batch * heads, 1, heads)
-    tl.store(out + o_row * DV + o_v, round_to(b_out, out.dtype.element_ty), mask=m_r & (o_v < DV))
+    o_row = rows_in(0, begin, o_r, head, GROUP, 0, 1, heads)
+    tl.store(out + o_row * DV + o_v, round_to(b_out, out.dtype.element_ty), mask=(o_r < rows) & (o_v < DV))
     if stats is not None:
         tl.store(stats + 2 * o_row, b_shift, mask=m_r)
         tl.store(stats + 2 * o_row + 1, b_sum, mask=m_r)
 
 
-def attend(q, k, v, spans, causal: bool, scale: float, out: Tensor, stats: Tensor | None) -> None:
-    """Writes the rows of all spans in out [B, Lq, Hq, Dv] and stats [B, Lq, Hq, 2] float32; both are contiguous."""
-    config = attention_config(max(q.shape[3], v.shape[3]), q.dtype)
-    blocks = query_blocks(q, k, spans, config)
-    tensors = (q, k, v, spans, *blocks.tables, out, stats)
-    launch(attention_fwd_kernel, blocks, tensors, (scale * LOG2E.value,), (q.shape[2],), (q, k, v), causal, config)
+def attend(operands: Operands, out: Tensor, stats: Tensor | None) -> None:
+    """Writes out [B, Lq, Hq, Dv] and the rows of all spans in stats [B, Lq, Hq, 2] float32; both are contiguous.
+
+    Asserts on the device that the spans are sound.
+    """
+    config = attention_config(*operands.kind)
+    # without the other assertions that the option debug turns on
+    asserting = {"debug": True, "sanitize_overflow": False}
+    floats = (operands.exponents,)
+    launch(attention_fwd_kernel, operands, operands.rows, config.rows, (out, stats), floats, config, **asserting)
 
 
-def attention_config(size: int, dtype: torch.dtype) -> TileConfig:
+def attention_config(size: int, dtype: torch.dtype, arch: str) -> TileConfig:
     """64 rows are the fewest that tensor cores multiply at once on sm_90 and sm_100.
 
     Float32 operands are multiplied from registers, which hold only a part of a head and few keys at once.
     """
     if dtype == torch.float32:
-        return TileConfig(rows=32, keys=16, depth=32, threads=256, stages=1)
+        threads = 128 if 64 < size <= 128 else 256
+        return TileConfig(rows=32, keys=32 if size <= 64 else 16, depth=32, threads=threads, stages=1)
     if fits(size, dtype):
-        return TileConfig(rows=64, keys=64, depth=128, threads=128 if size <= 64 else 256, stages=stages())
+        few = size <= 64 or multiplies_from_shared_memory(arch)
+        return TileConfig(rows=64, keys=64, depth=128, threads=128 if few else 256, stages=stages())
+    if is_whole(size, dtype) and multiplies_from_shared_memory(arch):
+        return TileConfig(rows=64, keys=32, depth=256, threads=256, stages=2)
     return TileConfig(rows=64, keys=32, depth=128, threads=256, stages=1)

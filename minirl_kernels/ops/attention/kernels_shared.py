@@ -1,8 +1,11 @@
-"""Shared parts of the attention kernels: the blocks of a span, the loads of their rows, and the launch.
+"""Shared parts of the attention kernels: the blocks of the spans, the loads of their rows, and the launch.
 
 A program computes a block of stacked rows, or a block of keys for the gradients by k and v. A stacked row is one query
 in one of the query heads that share a key head. The blocks of a span start at its own first row and first key, so that
 they do not depend on the spans before it.
+
+Slot 0 is the rows before the first span. Slot i is span i - 1, and the rows after it up to the next span. A program
+searches its slot in the spans themselves. It writes 0 to the rows of the slot that are outside the span.
 
 Names: as in common/triton/row_tiles.py; M rows and N keys of a block; D is the head size of q and k, DV of v.
 """
@@ -17,26 +20,108 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.numbers import dot
+from ...common.triton import architecture
+from ...common.triton.launch import is_whole
+from ...common.triton.numbers import LOG2E, dot
 
 # not specialised, so that there is one binary per dtype, D, DV, group and ALIGN
 STRIDES = [f"stride_{name}{axis}" for name in "qkv" for axis in "bhl"]
-SIZES = ["num_spans", "queries_of_batch", "keys_of_batch", *STRIDES]
+SIZES = ["num_spans", "batches", "queries_of_batch", "keys_of_batch", *STRIDES]
+SPANS = ["spans", "key_offsets"]  # read one number at a time, at any address
+QUERIES = tl.constexpr(1)  # the column of spans with the first query; the number of queries follows
+KEYS = tl.constexpr(3)
 
 
 @triton.jit
-def block_of(block_spans, begins, num_spans):
-    """(span, block within the span) of this program by axis 0; a program without work gets the span num_spans."""
-    i_span = tl.load(block_spans + tl.program_id(0))
-    begin = tl.load(begins + i_span, mask=i_span < num_spans, other=0)
-    return i_span, tl.program_id(0) - begin
+def begin_of(spans, i_span, num_spans, rows_of_batch, batches, COLUMN: tl.constexpr, PACKED: tl.constexpr):
+    """The first row of a span, counted through all batch entries; 0 for span -1, the number of rows for num_spans."""
+    m_span = (i_span >= 0) & (i_span < num_spans)
+    if PACKED:
+        begin = tl.load(spans + i_span, mask=m_span, other=0).to(tl.int64)
+    else:
+        batch = tl.load(spans + 5 * i_span, mask=m_span, other=0)
+        begin = batch * rows_of_batch + tl.load(spans + 5 * i_span + COLUMN, mask=m_span, other=0)
+    return tl.where(i_span < num_spans, begin, rows_of_batch * batches)
 
 
 @triton.jit
-def span_at(spans, i_span):
-    """(batch entry, first query, queries, first key, keys)"""
-    p_span = spans + i_span * 5
-    return tl.load(p_span), tl.load(p_span + 1), tl.load(p_span + 2), tl.load(p_span + 3), tl.load(p_span + 4)
+def rows_of_span(spans, i_span, COLUMN: tl.constexpr, PACKED: tl.constexpr):
+    """(batch entry, first row, number of rows) of a span; three times 0 for span -1."""
+    m_span = i_span >= 0
+    if PACKED:
+        batch = tl.full([], 0, tl.int64)
+        first = tl.load(spans + i_span, mask=m_span, other=0).to(tl.int64)
+        count = tl.load(spans + i_span + 1, mask=m_span, other=0).to(tl.int64) - first
+    else:
+        p_span = spans + 5 * i_span
+        batch = tl.load(p_span, mask=m_span, other=0)
+        first = tl.load(p_span + COLUMN, mask=m_span, other=0)
+        count = tl.load(p_span + COLUMN + 1, mask=m_span, other=0)
+    return batch, first, count
+
+
+@triton.jit
+def block_of(
+    program,
+    spans,
+    num_spans,
+    rows_of_batch,
+    batches,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMN: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """(span, block, number of rows): the block of a program, within the rows from its span to the next one.
+
+    The blocks of slot i begin at program i + (rows before the slot) // BLOCK, which leaves enough of them for the slot
+    before. The span is -1 in slot 0. A block may begin after the last row.
+    """
+    low = tl.full([], 0, tl.int64)
+    high = low + num_spans
+    while low < high:
+        middle = (low + high + 1) // 2
+        begin = begin_of(spans, middle - 1, num_spans, rows_of_batch, batches, COLUMN, PACKED) * GROUP // BLOCK
+        is_behind = begin + middle > program
+        high = tl.where(is_behind, middle - 1, high)
+        low = tl.where(is_behind, low, middle)
+    begin = begin_of(spans, low - 1, num_spans, rows_of_batch, batches, COLUMN, PACKED)
+    end = begin_of(spans, low, num_spans, rows_of_batch, batches, COLUMN, PACKED)
+    i_block = program - begin * GROUP // BLOCK - low
+    return low - 1, i_block.to(tl.int32), ((end - begin) * GROUP).to(tl.int32)
+
+
+@triton.jit
+def is_sound(spans, i_span, num_spans, rows_of_batch, batches, COLUMN: tl.constexpr, PACKED: tl.constexpr):
+    """Whether a span is inside its batch entry, and its rows before those of the next span; if packed, right before."""
+    batch, first, count = rows_of_span(spans, i_span, COLUMN, PACKED)
+    begin = begin_of(spans, i_span, num_spans, rows_of_batch, batches, COLUMN, PACKED)
+    end = begin_of(spans, i_span + 1, num_spans, rows_of_batch, batches, COLUMN, PACKED)
+    sound = (batch >= 0) & (batch < batches) & (first >= 0) & (first <= rows_of_batch)
+    sound &= (count >= 0) & (count <= rows_of_batch - first) & (end <= rows_of_batch * batches)
+    return sound & (begin + count == end if PACKED else begin + count <= end)
+
+
+@triton.jit
+def assert_sound(spans, key_offsets, i_span, num_spans, batches, queries_of_batch, keys_of_batch):
+    """An assertion on the device: the host does not wait, and no program reads out of bounds."""
+    PACKED: tl.constexpr = key_offsets is not None
+    of_keys = key_offsets if PACKED else spans
+    sound = is_sound(spans, i_span, num_spans, queries_of_batch, batches, QUERIES, PACKED)
+    sound &= is_sound(of_keys, i_span, num_spans, keys_of_batch, batches, KEYS, PACKED)
+    if PACKED:
+        tl.device_assert(sound, "cu_seqlens_q and cu_seqlens_k must start at 0, never fall, and end at the last row")
+    else:
+        tl.device_assert(sound, "spans must be inside their batch entries, and in the order of their rows")
+
+
+@triton.jit
+def span_at(spans, key_offsets, i_span):
+    """(batch entry, first query, queries, first key, keys); five times 0 for span -1."""
+    PACKED: tl.constexpr = key_offsets is not None
+    batch, first_query, queries = rows_of_span(spans, i_span, QUERIES, PACKED)
+    _, first_key, keys = rows_of_span(key_offsets if PACKED else spans, i_span, KEYS, PACKED)
+    return batch, first_query, queries.to(tl.int32), first_key, keys.to(tl.int32)
 
 
 @triton.jit
@@ -53,6 +138,14 @@ def seen_by(o_r, queries, keys, GROUP: tl.constexpr, CAUSAL: tl.constexpr):
     """The number of keys that each row sees."""
     b_seen = keys - queries + o_r // GROUP + 1 if CAUSAL else keys + 0 * o_r
     return tl.maximum(b_seen, 0)
+
+
+@triton.jit
+def range_of_seen(b_seen, m_r, keys):
+    """(the number of keys that any row sees, the number that all rows see)."""
+    most = tl.max(tl.max(tl.where(m_r, b_seen, 0), 0), 0)
+    least = tl.min(tl.min(tl.where(m_r, b_seen, keys), 0), 0)
+    return most, tl.minimum(least, most)
 
 
 @triton.jit
@@ -94,59 +187,105 @@ def row_products(
     return b_sum
 
 
-class Blocks(NamedTuple):
-    """The blocks of the rows, or of the keys, of all N spans. The first block of a span starts at its first row."""
+@triton.jit
+def add_products(b_a, b_b, b_sum):
+    """b_sum + b_a b_b. In float32 the products are summed apart, so that a long sum is no chain of all its terms."""
+    if b_a.dtype == tl.float32:
+        b_sum += dot(b_a, b_b, tl.zeros_like(b_sum))
+    else:
+        b_sum = dot(b_a, b_b, b_sum)
+    return b_sum
 
-    block_spans: Tensor  # [number of blocks or more] int64: the span of each block; N for the surplus
-    begins: Tensor  # [N] int64: the first block of each span
+
+class Operands(NamedTuple):
+    """The arguments that all kernels of a call read.
+
+    spans: [N, 5]; or [N + 1], the offsets of the queries, with key_offsets [N + 1].
+    """
+
+    q: Tensor  # [B, Hq, Lq, D]
+    k: Tensor  # [B, Hkv, Lk, D]
+    v: Tensor  # [B, Hkv, Lk, DV]
+    spans: Tensor
+    key_offsets: Tensor | None
+    causal: bool
+    scale: float
 
     @property
-    def tables(self) -> tuple[Tensor, Tensor]:
-        return self.block_spans, self.begins
+    def num_spans(self) -> int:
+        return len(self.spans) - (self.key_offsets is not None)
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Stacked rows of a key head, over all batch entries."""
+        return self.q.shape[0] * self.q.shape[2] * self.group
+
+    @property
+    def keys(self) -> int:
+        """Keys of a key head, over all batch entries."""
+        return self.k.shape[0] * self.k.shape[2]
+
+    @property
+    def kind(self) -> tuple[int, torch.dtype, str]:
+        """The widest head, the dtype and the GPU, on which the block sizes depend."""
+        return max(self.q.shape[3], self.v.shape[3]), self.q.dtype, architecture.of(self.q.device)
+
+    @property
+    def exponents(self) -> float:
+        """The factor of the scores for exp2."""
+        return self.scale * LOG2E.value
 
 
-def query_blocks(q: Tensor, k: Tensor, spans: Tensor, config: TileConfig) -> Blocks:
-    group = q.shape[1] // k.shape[1]
-    return _blocks(spans[:, 2] * group, q.shape[0] * q.shape[2] * group, config.rows)
+def aligned(x: Tensor, vec: int) -> Tensor:
+    """x, or a contiguous copy where its rows do not begin at multiples of vec elements and its memory at 16 bytes.
+
+    All layouts then run one binary, with one order of summation.
+    """
+    if x.data_ptr() % 16 == 0 and all(stride % vec == 0 for stride in x.stride()[:-1]):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
-def key_blocks(k: Tensor, spans: Tensor, config: TileConfig) -> Blocks:
-    return _blocks(spans[:, 4], k.shape[0] * k.shape[2], config.keys)
-
-
-def _blocks(counts: Tensor, most: int, size: int) -> Blocks:
-    """most: an upper bound of the sum of the counts, known to the host without waiting for the device."""
-    blocks = (counts + size - 1) // size
-    ends = blocks.cumsum(0)
-    places = torch.arange(most // size + len(counts) if most else 0, device=counts.device)
-    return Blocks(torch.searchsorted(ends, places, right=True), ends - blocks)
+def access(*rows: Tensor) -> int:
+    """The elements of one access of 128 bits, if the rows [..., size] are a whole number of them; else 1."""
+    vec = 16 // rows[0].element_size()
+    return vec if all(x.shape[-1] % vec == 0 for x in rows) else 1
 
 
 def launch(
-    kernel,
-    blocks: Blocks,
-    tensors: tuple,
-    floats: tuple[float, ...],
-    sizes: tuple[int, ...],
-    operands: tuple[Tensor, Tensor, Tensor],
-    causal: bool,
-    config: TileConfig,
+    kernel, operands: Operands, count: int, block: int, tensors: tuple, floats: tuple, config: TileConfig, **options
 ) -> None:
-    q, k, v = operands
-    grid = (len(blocks.block_spans), k.shape[1])
-    if 0 in grid:
+    """Run a kernel over the blocks of `count` rows or keys, for each key head."""
+    q, k, v, spans, key_offsets, causal, _ = operands
+    if count == 0:
         return
-    strides = [stride for x in operands for stride in x.stride()[:3]]
-    vec = 16 // q.element_size()
+    if count >= 2**31:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}: a head of k must have fewer than 2**31 rows, and "
+            "fewer than 2**31 rows of q"
+        )
     with torch.cuda.device_of(q):
-        kernel[grid](
+        kernel[count // block + operands.num_spans + 1, k.shape[1]](
+            q,
+            k,
+            v,
+            spans,
+            key_offsets,
             *tensors,
             *floats,
-            len(blocks.begins),
-            *sizes,
-            *strides,
+            operands.num_spans,
+            q.shape[0],
+            q.shape[2],
+            k.shape[2],
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
             CAUSAL=causal,
-            GROUP=q.shape[1] // k.shape[1],
+            GROUP=operands.group,
             D=q.shape[3],
             DV=v.shape[3],
             BLOCK_M=config.rows,
@@ -154,16 +293,16 @@ def launch(
             BLOCK_D=max(triton.next_power_of_2(q.shape[3]), 16),
             BLOCK_DV=max(triton.next_power_of_2(v.shape[3]), 16),
             DEPTH=config.depth,
-            # 128-bit accesses need every size and stride to be a multiple of 128 bits
-            ALIGN=vec if all(n % vec == 0 for n in (*strides, q.shape[3], v.shape[3])) else 1,
+            ALIGN=access(q, v),
             num_warps=config.num_warps,
             num_stages=config.stages,
+            **options,
         )
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """The block sizes of a span. They depend on the head size and the dtype alone, so that rows are batch-invariant.
+    """The block sizes of a span: a function of the head size, dtype and GPU alone, so that rows are batch-invariant.
 
     rows, keys: of a tile of scores.
     depth: number of terms of a score in one step.
@@ -191,7 +330,15 @@ def fits(size: int, dtype: torch.dtype) -> bool:
 
     Rows must also allow 128-bit accesses: else each element takes an address of its own.
     """
-    return size <= 128 and size * dtype.itemsize % 16 == 0
+    return size <= 128 and is_whole(size, dtype)
+
+
+def multiplies_from_shared_memory(arch: str) -> bool:
+    """Whether tensor cores read both operands from shared memory: tiles can be larger, with fewer threads.
+
+    arch: as architecture.of has it; Triton's interpreter has the tiles of these GPUs.
+    """
+    return arch in ("sm_90", "sm_100", "sm_103", "")
 
 
 def stages() -> int:

@@ -72,9 +72,9 @@ def attention(
             f"cu_seqlens_k has shape {tuple(cu_seqlens_k.shape)}: it must be the shape of cu_seqlens_q, "
             f"{tuple(cu_seqlens_q.shape)}"
         )
-    spans = packed_spans(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return attention_over_spans(q, k, v, spans, causal=causal, scale=scale, backend=backend)[0]
+    # the backward of an index copies, the backward of squeeze does not
+    return _attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale, backend).squeeze(0)
 
 
 def attention_over_spans(
@@ -93,24 +93,40 @@ def attention_over_spans(
     k: [B, Hkv, Lk, D], with any outer strides.
     v: [B, Hkv, Lk, Dv], with any outer strides.
     spans: int64 [N, 5], contiguous. A row describes one sequence: its batch entry, its first row of q, its number of
-        queries, its first row of k and v, its number of keys. Two spans must not share a row. Rows outside all spans
-        are not read.
+        queries, its first row of k and v, its number of keys. Two spans must not share a row, and they must be in the
+        order of their rows, in q and in k. Rows outside all spans are not read. On a GPU, other spans fail an assertion
+        on the device.
     causal, scale: as in attention.
     Returns [B, Lq, Hq, Dv], contiguous; rows outside all spans are 0.
     Raises the same errors as attention.
     """
+    check_tensor("spans", spans)
+    if spans.dtype != torch.int64 or spans.dim() != 2 or spans.shape[1] != 5 or not spans.is_contiguous():
+        raise ValueError(
+            f"spans has shape {tuple(spans.shape)} and dtype {spans.dtype}: it must be int64 [N, 5], contiguous"
+        )
+    check_device("spans", spans, q.device)
+    return _attention(q, k, v, spans, None, causal, scale, backend)
+
+
+def _attention(q, k, v, spans, key_offsets, causal, scale, backend) -> Tensor:
+    """spans: [N, 5]; or [N + 1], the offsets of the queries, with key_offsets [N + 1]."""
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) for x in (q, k, v))
     _check_operands(q, k, v)
-    _check_spans(spans, q)
     scale = _checked_scale(scale, q.shape[3])
     backend = OP.resolve(backend, q.device)
+    if backend == "triton":
+        # the kernels read offsets as they are
+        spans, key_offsets = spans.contiguous(), None if key_offsets is None else key_offsets.contiguous()
+    elif key_offsets is not None:
+        spans, key_offsets = _packed_spans(spans, key_offsets, q.shape[2], k.shape[2]), None
     if backend == "reference":
         return attention_reference(q, k, v, spans, causal, scale)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attention.apply(q, k, v, spans, causal, scale, backend)
-    return attention_forward(q, k, v, spans, causal, scale, False, backend)[0]
+        return _Attention.apply(q, k, v, spans, key_offsets, causal, scale, backend)
+    return attention_forward(q, k, v, spans, key_offsets, causal, scale, False, backend)[0]
 
 
 def _check_operands(q, k, v) -> None:
@@ -138,15 +154,6 @@ def _check_operands(q, k, v) -> None:
         raise ValueError(f"v has shape {tuple(v.shape)}: it must have the heads and rows of k, {key_heads} and {keys}")
 
 
-def _check_spans(spans, q) -> None:
-    check_tensor("spans", spans)
-    if spans.dtype != torch.int64 or spans.dim() != 2 or spans.shape[1] != 5 or not spans.is_contiguous():
-        raise ValueError(
-            f"spans has shape {tuple(spans.shape)} and dtype {spans.dtype}: it must be int64 [N, 5], contiguous"
-        )
-    check_device("spans", spans, q.device)
-
-
 def _checked_scale(scale, size: int) -> float:
     if scale is None:
         return size**-0.5
@@ -159,9 +166,9 @@ def _checked_scale(scale, size: int) -> float:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, spans, causal, scale, backend):
-        out, stats = attention_forward(q, k, v, spans, causal, scale, True, backend)
-        ctx.save_for_backward(q, k, v, spans, out, stats)
+    def forward(ctx, q, k, v, spans, key_offsets, causal, scale, backend):
+        out, stats = attention_forward(q, k, v, spans, key_offsets, causal, scale, True, backend)
+        ctx.save_for_backward(q, k, v, spans, key_offsets, out, stats)
         ctx.options = (causal, scale)
         ctx.backend = backend
         return out
@@ -172,17 +179,14 @@ class _Attention(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         grads = attention_backward(*ctx.saved_tensors, grad_out.contiguous(), *ctx.options, *needs, ctx.backend)
         grads = [grad.transpose(1, 2) if needed else None for grad, needed in zip(grads, needs, strict=True)]
-        return *grads, None, None, None, None
+        return *grads, None, None, None, None, None
 
 
 def _spans(cu_seqlens_q, cu_seqlens_k, queries, keys):
     columns = [torch.zeros_like(cu_seqlens_q[1:], dtype=torch.int64)]
     for name, offsets, size in (("cu_seqlens_q", cu_seqlens_q, queries), ("cu_seqlens_k", cu_seqlens_k, keys)):
         counts = offsets.diff()
-        good = (counts >= 0).all() & (offsets[0] == 0) & (offsets[-1] == size)
-        if offsets.is_cuda:  # an assertion on the device: the host does not wait, and no kernel reads out of bounds
-            torch._assert_async(good, f"{name} must start at 0, never fall, and end at {size}")
-        elif not good:
+        if not ((counts >= 0).all() & (offsets[0] == 0) & (offsets[-1] == size)):
             raise ValueError(
                 f"{name} is {offsets.tolist()[:8]}…: it must start at 0, never fall, and end at the number of rows, "
                 f"{size}"
@@ -191,35 +195,38 @@ def _spans(cu_seqlens_q, cu_seqlens_k, queries, keys):
     return torch.stack([column.long() for column in columns], 1)
 
 
-def _forward(kernels, q, k, v, spans, causal, scale, for_backward):
-    return kernels.forward(q, k, v, spans, causal, scale, for_backward)
+def _forward(kernels, q, k, v, spans, key_offsets, causal, scale, for_backward):
+    return kernels.forward(q, k, v, spans, key_offsets, causal, scale, for_backward)
 
 
-def _forward_fake(q, k, v, spans, causal, scale, for_backward, backend):
+def _forward_fake(q, k, v, spans, key_offsets, causal, scale, for_backward, backend):
     batch, heads, queries, _ = q.shape
     stats_shape = (batch, queries, heads, 2) if for_backward else (0,)
     return q.new_empty(batch, queries, heads, v.shape[3]), q.new_empty(stats_shape, dtype=torch.float32)
 
 
-def _backward(kernels, q, k, v, spans, out, stats, grad_out, causal, scale, needs_q, needs_k, needs_v):
+def _backward(kernels, q, k, v, spans, key_offsets, out, stats, grad_out, causal, scale, needs_q, needs_k, needs_v):
     needs = (needs_q, needs_k, needs_v)
-    return kernels.backward(q, k, v, spans, out, stats, grad_out, causal, scale, needs)
+    return kernels.backward(q, k, v, spans, key_offsets, out, stats, grad_out, causal, scale, needs)
 
 
-def _backward_fake(q, k, v, spans, out, stats, grad_out, causal, scale, needs_q, needs_k, needs_v, backend):
+def _backward_fake(
+    q, k, v, spans, key_offsets, out, stats, grad_out, causal, scale, needs_q, needs_k, needs_v, backend
+):
     return tuple(
         x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]) if needed else (0,))
         for x, needed in ((q, needs_q), (k, needs_k), (v, needs_v))
     )
 
 
-# a registered op, because torch.compile cannot trace the branches
-packed_spans = register(
+# a registered op, because torch.compile cannot trace the branch; the host waits for the device
+_packed_spans = register(
     "attention_spans(Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt queries, SymInt keys) -> Tensor",
     _spans,
     lambda cu_seqlens_q, *_: cu_seqlens_q.new_empty((cu_seqlens_q.shape[0] - 1, 5), dtype=torch.int64),
+    waits=True,
 )
-_OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor spans"
+_OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor spans, Tensor? key_offsets"
 attention_forward = OP.define(
     f"attention({_OPERANDS}, bool causal, float scale, bool for_backward, str backend) -> (Tensor out, Tensor stats)",
     _forward,

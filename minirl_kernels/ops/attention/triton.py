@@ -7,16 +7,24 @@ from torch import Tensor
 
 from .kernels_backward import backward_kv, backward_q
 from .kernels_forward import attend
+from .kernels_shared import Operands, access, aligned
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, spans: Tensor, causal: bool, scale: float, for_backward: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    key_offsets: Tensor | None,
+    causal: bool,
+    scale: float,
+    for_backward: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns (out [B, Lq, Hq, Dv], stats [B, Lq, Hq, 2] float32). stats is empty unless `for_backward`."""
     batch, heads, queries, _ = q.shape
-    out = q.new_zeros(batch, queries, heads, v.shape[3])  # rows outside all spans stay 0
-    stats = q.new_zeros((batch, queries, heads, 2) if for_backward else (0,), dtype=torch.float32)
-    attend(q, k, v, spans, causal, scale, out, stats if for_backward else None)
+    out = q.new_empty(batch, queries, heads, v.shape[3])
+    stats = q.new_empty((batch, queries, heads, 2) if for_backward else (0,), dtype=torch.float32)
+    attend(_operands(q, k, v, spans, key_offsets, causal, scale), out, stats if for_backward else None)
     return out, stats
 
 
@@ -25,6 +33,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     spans: Tensor,
+    key_offsets: Tensor | None,
     out: Tensor,
     stats: Tensor,
     grad_out: Tensor,
@@ -37,11 +46,18 @@ def backward(
     grad_out: [B, Lq, Hq, Dv], contiguous.
     """
     grads = [
-        x.new_zeros((x.shape[0], x.shape[2], x.shape[1], x.shape[3]) if needed else (0,))
+        x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]) if needed else (0,))
         for x, needed in zip((q, k, v), needs, strict=True)
     ]
     grad_q, grad_k, grad_v = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    deltas = backward_q(q, k, v, spans, out, stats, grad_out, causal, scale, grad_q)
+    operands = _operands(q, k, v, spans, key_offsets, causal, scale)
+    grad_out = aligned(grad_out, 1)
+    deltas = backward_q(operands, out, stats, grad_out, grad_q)
     if grad_k is not None or grad_v is not None:
-        backward_kv(q, k, v, spans, stats, grad_out, deltas, causal, scale, grad_k, grad_v)
+        backward_kv(operands, stats, grad_out, deltas, grad_k, grad_v)
     return tuple(grads)
+
+
+def _operands(q, k, v, spans, key_offsets, causal, scale) -> Operands:
+    vec = access(q, v)
+    return Operands(*(aligned(x, vec) for x in (q, k, v)), spans, key_offsets, causal, scale)
