@@ -29,7 +29,7 @@ class _AttachGradient(torch.autograd.Function):
     def forward(ctx, loss, tensor, grad):
         ctx.save_for_backward(grad)
         ctx.dtype = tensor.dtype
-        return loss.clone()
+        return loss.detach()  # another tensor of the same memory, which no caller has
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -43,7 +43,7 @@ class _HandOverGradients(torch.autograd.Function):
         count = len(tensors_and_grads) // 2
         ctx.dtypes = [tensor.dtype for tensor in tensors_and_grads[:count]]
         ctx.grads, ctx.call = tensors_and_grads[count:], call
-        return loss.clone()
+        return loss.detach()
 
     @staticmethod
     def backward(ctx, grad_output):

@@ -94,11 +94,15 @@ def per_token_float(name: str, value: Any, shape: torch.Size, device: torch.devi
 
 
 def _per_token_float(name: str, value: Any, shape: torch.Size, device: torch.device) -> Tensor:
+    check_per_token_float(name, value, shape, device)
+    return value.detach().float()
+
+
+def check_per_token_float(name: str, value: Any, shape: torch.Size, device: torch.device) -> None:
     check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} has dtype {value.dtype}: it must be a floating point tensor")
     check_like(name, value, shape, device)
-    return value.detach().float()
 
 
 def always_looks(device: torch.device, backend: str) -> bool:

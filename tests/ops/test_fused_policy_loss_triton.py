@@ -20,8 +20,9 @@ from verify.launches import captured
 from minirl_kernels import PolicyLossConfig, fused_policy_loss
 from minirl_kernels.common.triton.scale import scale_in_place
 from minirl_kernels.ops.fused_policy_loss.loss_rows import LossRows
-from minirl_kernels.ops.fused_policy_loss.triton import forward_backward, kl_penalty, launch_config, token_objective
+from minirl_kernels.ops.fused_policy_loss.triton import forward_backward, launch_config
 from minirl_kernels.ops.policy_loss import reference
+from minirl_kernels.ops.policy_loss.kernels_objective import kl_penalty, token_objective
 from minirl_kernels.ops.token_logprobs.rows import LogitRows
 
 pytestmark = triton_cases.interpreter_only()

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from minirl_kernels import PolicyLossConfig, fused_policy_loss
 from minirl_kernels.ops.fused_policy_loss.cpu import forward_backward
 from minirl_kernels.ops.fused_policy_loss.loss_rows import LossRows
-from minirl_kernels.ops.fused_policy_loss.objective_kernels import KERNELS
 from minirl_kernels.ops.policy_loss.inputs import prepare_inputs
+from minirl_kernels.ops.policy_loss.objective_kernels import KERNELS
 from minirl_kernels.ops.policy_loss.reference import token_losses
 from minirl_kernels.ops.token_logprobs.rows import LogitRows
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...common.autograd import attach_gradient_once
-from ...common.checks import IGNORE_INDEX, always_looks
+from ...common.checks import always_looks
 from ...common.library import Op, register
 from ...common.records import schema, unpack
 from ...config import PolicyLossConfig
@@ -21,8 +21,8 @@ from ..fused_policy_loss.loss_rows import LossRows
 from ..fused_policy_loss.op import SWEEP_RESULTS, takes_one_sweep
 from ..linear_token_logprobs.head import Head, HeadRows, Needs, prepare_head
 from ..linear_token_logprobs.op import GRADIENT_RESULTS, gradients_fake, linear_gradients, linear_stats
-from ..policy_loss.inputs import PolicyLossInputs, prepare_inputs
-from ..policy_loss.op import PolicyLossOutput, assemble_output, differentiable_loss, loss_of_log_probs
+from ..policy_loss.inputs import PolicyLossInputs, prepare_rows
+from ..policy_loss.op import PolicyLossOutput, assemble, differentiable_loss, loss_of_log_probs
 from ..policy_loss.two_forms import takes_inputs
 from ..token_logprobs.op import token_logprobs
 from ..token_logprobs.rows import RowGradients
@@ -85,7 +85,7 @@ def fused_linear_policy_loss(
     head = prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group, kept)
     backend = OP.resolve(backend, hidden.device)
     check = check or always_looks(hidden.device, backend)
-    inputs = prepare_inputs(
+    inputs, token_ids = prepare_rows(
         token_ids.shape,
         hidden.device,
         inputs=inputs,
@@ -93,7 +93,7 @@ def fused_linear_policy_loss(
         rollout_log_probs=rollout_log_probs,
         advantages=advantages,
         loss_mask=loss_mask,
-        ignored=token_ids == IGNORE_INDEX,
+        token_ids=token_ids,
         cu_seqlens=cu_seqlens,
         group_ids=group_ids,
         ref_log_probs=ref_log_probs,
@@ -102,8 +102,8 @@ def fused_linear_policy_loss(
         num_groups=num_groups,
         config=config,
         raises=check,
+        backend=backend,
     )
-    token_ids = token_ids.masked_fill(~inputs.mask, IGNORE_INDEX).contiguous()
     token_ids = head.check_contents(token_ids, check, backend)
     if backend == "reference":
         options = {"temperature": head.temperature, "kept": kept, "with_entropy": True}
@@ -114,30 +114,29 @@ def fused_linear_policy_loss(
     one_sweep = any(needs) and head.shard is None and takes_one_sweep(inputs)
     sweep = _one_sweep if one_sweep else _two_phases
     with torch.no_grad():
-        output, grads = sweep(head, token_ids, inputs, needs, backend)
+        values, grads = sweep(head, token_ids, inputs, needs, backend)
     pairs = [(operand, grad) for operand, grad, needed in zip(operands, grads, needs, strict=True) if needed]
-    if not pairs:
-        return output
-    return output._replace(loss=attach_gradient_once(output.loss, pairs, "fused_linear_policy_loss"))
+    loss = attach_gradient_once(values.loss, pairs, "fused_linear_policy_loss") if pairs else values.loss
+    return values.output(loss)
 
 
 def _one_sweep(head: Head, token_ids: Tensor, inputs: PolicyLossInputs, needs: Needs, backend: str):
     rows, loss = head.rows(token_ids).detached(), LossRows.of(inputs).flat()
     *per_token, grad_hidden, grad_weight, grad_bias = fused_linear_policy_loss_forward(*rows, *loss, *needs, backend)
-    output = assemble_output(*(values.view(token_ids.shape) for values in per_token), inputs)
-    return output, (grad_hidden.view(head.hidden.shape) if needs.needs_hidden else None, grad_weight, grad_bias)
+    values = assemble(*(results.view(token_ids.shape) for results in per_token), inputs)
+    return values, (grad_hidden.view(head.hidden.shape) if needs.needs_hidden else None, grad_weight, grad_bias)
 
 
 def _two_phases(head: Head, token_ids: Tensor, inputs: PolicyLossInputs, needs: Needs, backend: str):
     rows = head.rows(token_ids).detached()
     log_probs, entropy, shift, log_sum = linear_stats(rows, True, head.shard, backend)
-    output = loss_of_log_probs(log_probs.view(token_ids.shape), entropy.view(token_ids.shape), inputs)
+    values = loss_of_log_probs(log_probs.view(token_ids.shape), entropy.view(token_ids.shape), inputs)
     if not any(needs):
-        return output, (None, None, None)
+        return values, (None, None, None)
     entropy_grad = None if inputs.entropy_grad is None else inputs.entropy_grad.flatten()
-    gradients = RowGradients(shift, log_sum, entropy, output.token_grad.flatten(), entropy_grad)
+    gradients = RowGradients(shift, log_sum, entropy, values.token_grad.flatten(), entropy_grad)
     grad_hidden, *others = linear_gradients(rows, gradients, needs, head.shard, backend)
-    return output, (grad_hidden.view(head.hidden.shape) if needs.needs_hidden else None, *others)
+    return values, (grad_hidden.view(head.hidden.shape) if needs.needs_hidden else None, *others)
 
 
 _kernels = OP.kernels

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..policy_loss.inputs import PolicyLossInputs
+from ..policy_loss.objective_kernels import objective_options
 from ..policy_loss.reference import behaviour_log_probs
-from .objective_kernels import objective_options
 
 
 class LossRows(NamedTuple):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ...common.autograd import attach_gradient_once
 from ...common.checks import (
-    IGNORE_INDEX,
     always_looks,
     check_contents,
     check_float_matrix,
@@ -27,8 +26,9 @@ from ...common.records import schema, unpack
 from ...config import PolicyLossConfig
 from ...sampling_mask import SamplingMask
 from ..kept_logits.op import check_kept, kept_logits, kept_logits_in_place
-from ..policy_loss.inputs import PolicyLossInputs, prepare_inputs
-from ..policy_loss.op import PolicyLossOutput, assemble_output, differentiable_loss, loss_of_log_probs
+from ..policy_loss.inputs import PolicyLossInputs, prepare_rows
+from ..policy_loss.objective_kernels import has_kernel
+from ..policy_loss.op import PolicyLossOutput, assemble, differentiable_loss, loss_of_log_probs
 from ..policy_loss.overflow import raise_overflow
 from ..policy_loss.two_forms import takes_inputs
 from ..token_logprobs.op import (
@@ -39,7 +39,6 @@ from ..token_logprobs.op import (
 )
 from ..token_logprobs.rows import LogitRows, RowGradients
 from .loss_rows import LossRows
-from .objective_kernels import has_kernel
 
 OP = Op(__package__)
 
@@ -101,7 +100,7 @@ def fused_policy_loss(
     temperature = per_token_temperature(temperature, token_ids.shape, logits.device)
     backend = OP.resolve(backend, logits.device)
     check = check or always_looks(logits.device, backend)
-    inputs = prepare_inputs(
+    inputs, token_ids = prepare_rows(
         token_ids.shape,
         logits.device,
         inputs=inputs,
@@ -109,7 +108,7 @@ def fused_policy_loss(
         rollout_log_probs=rollout_log_probs,
         advantages=advantages,
         loss_mask=loss_mask,
-        ignored=token_ids == IGNORE_INDEX,
+        token_ids=token_ids,
         cu_seqlens=cu_seqlens,
         group_ids=group_ids,
         ref_log_probs=ref_log_probs,
@@ -118,8 +117,8 @@ def fused_policy_loss(
         num_groups=num_groups,
         config=config,
         raises=check,
+        backend=backend,
     )
-    token_ids = token_ids.masked_fill(~inputs.mask, IGNORE_INDEX).contiguous()
     if check:
         token_ids = check_contents(token_ids, logits.shape[-1], temperature)
     token_ids, *sets = check_kept(kept, token_ids, logits.shape[-1], check, backend)
@@ -136,14 +135,14 @@ def fused_policy_loss(
     rows = LogitRows(source, token_ids, temperature.contiguous())
     if not needs_gradient:
         log_probs, entropy, *_ = token_logprobs_forward(*rows, True, backend)
-        return loss_of_log_probs(log_probs, entropy, inputs)
+        values = loss_of_log_probs(log_probs, entropy, inputs)
+        return values.output(values.loss)
     # a GPU finds an overflow after the sweep, which has already overwritten the logits; two phases find it before
     would_raise_too_late = check and overwrite_logits and backend == "triton"
     sweep = _one_sweep if takes_one_sweep(inputs) and not would_raise_too_late else _two_phases
     with torch.no_grad():
-        output, grad_logits = sweep(rows, inputs, in_place, backend)
-    loss = attach_gradient_once(output.loss, [(logits, grad_logits)], "fused_policy_loss")
-    return output._replace(loss=loss)
+        values, grad_logits = sweep(rows, inputs, in_place, backend)
+    return values.output(attach_gradient_once(values.loss, [(logits, grad_logits)], "fused_policy_loss"))
 
 
 def takes_one_sweep(inputs: PolicyLossInputs) -> bool:
@@ -158,20 +157,21 @@ def _one_sweep(rows: LogitRows, inputs: PolicyLossInputs, in_place: bool, backen
     loss = LossRows.of(inputs)
     if in_place:
         logits, *others = (*rows, *loss)
-        results = fused_policy_loss_in_place(logits, inputs.layout.offsets, *others, backend)
-        return assemble_output(*results, inputs), logits
+        offsets = inputs.layout.offsets if backend == "cpu" else None
+        results = fused_policy_loss_in_place(logits, offsets, *others, backend)
+        return assemble(*results, inputs), logits
     *results, grad_logits = fused_policy_loss_forward(*rows, *loss, backend)
-    return assemble_output(*results, inputs), grad_logits
+    return assemble(*results, inputs), grad_logits
 
 
 def _two_phases(rows: LogitRows, inputs: PolicyLossInputs, in_place: bool, backend: str):
     log_probs, entropy, shift, log_sum = token_logprobs_forward(*rows, True, backend)
-    output = loss_of_log_probs(log_probs, entropy, inputs)
-    gradients = RowGradients(shift, log_sum, entropy, output.token_grad, inputs.entropy_grad)
+    values = loss_of_log_probs(log_probs, entropy, inputs)
+    gradients = RowGradients(shift, log_sum, entropy, values.token_grad, inputs.entropy_grad)
     if in_place:
         token_logprobs_backward_in_place(*rows, *gradients, backend)
-        return output, rows.logits
-    return output, token_logprobs_backward(*rows, *gradients, backend)
+        return values, rows.logits
+    return values, token_logprobs_backward(*rows, *gradients, backend)
 
 
 _kernels = OP.kernels
@@ -220,7 +220,7 @@ fused_policy_loss_forward = register(
     _forward_fake,
 )
 fused_policy_loss_in_place = register(
-    f"fused_policy_loss_(Tensor(a!) logits, Tensor offsets, {_ARGUMENTS}) -> ({SWEEP_RESULTS})",
+    f"fused_policy_loss_(Tensor(a!) logits, Tensor? offsets, {_ARGUMENTS}) -> ({SWEEP_RESULTS})",
     _forward_in_place,
     _forward_in_place_fake,
 )

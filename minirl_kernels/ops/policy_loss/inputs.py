@@ -9,18 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...common.checks import (
-    IGNORE_INDEX,
-    check_device,
-    check_finite,
-    check_like,
-    check_tensor,
-    check_token_ids,
-    per_token_float,
-)
+from ...backends import unavailable_reason
+from ...common.checks import IGNORE_INDEX, check_device, check_tensor, check_token_ids
 from ...config import PolicyLossConfig
-from .aggregation import token_weights
-from .layout import Packed, Padded, make_layout
+from .by_kernels import without_ignored
+from .layout import Packed, Padded
+from .prepare import Arguments, ids_in_loss, prepare_by_kernels, prepare_by_torch
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,18 +28,17 @@ class PolicyLossInputs:
 
     layout: maps tokens to responses, for padded [B, L] or packed [T].
     mask: True where a token is in the loss.
-    lengths: for each token, the number of tokens of its response that are in the loss; at least 1.
     weights: the loss is the sum of weight * token loss over the tokens; 0 outside the mask.
     advantages: the advantage of each token.
     old_log_probs, rollout_log_probs, ref_log_probs: log pi_old, log mu_old and log pi_ref in nats, or None.
     config: the objective and its options.
     raises: True: a NaN or an infinity inside the mask raises ValueError, and the host waits for the device. False: a
         NaN or an infinity makes the advantage of its token NaN.
+    backend: "triton": the kernels make the weights, the metrics and the sums over tokens. Otherwise torch does.
     """
 
     layout: Padded | Packed
     mask: Tensor
-    lengths: Tensor
     weights: Tensor
     advantages: Tensor
     old_log_probs: Tensor | None
@@ -53,6 +46,7 @@ class PolicyLossInputs:
     ref_log_probs: Tensor | None
     config: PolicyLossConfig
     raises: bool
+    backend: str
 
     @classmethod
     def prepare(
@@ -91,7 +85,7 @@ class PolicyLossInputs:
             rollout_log_probs=rollout_log_probs,
             advantages=advantages,
             loss_mask=loss_mask,
-            ignored=token_ids == IGNORE_INDEX,
+            token_ids=token_ids,
             cu_seqlens=cu_seqlens,
             group_ids=group_ids,
             ref_log_probs=ref_log_probs,
@@ -100,6 +94,7 @@ class PolicyLossInputs:
             num_groups=num_groups,
             config=config,
             raises=check or token_ids.device.type == "cpu",
+            backend=backend_of(token_ids.device),
         )
 
     def split(self, sizes: int | Sequence[int]) -> list[PolicyLossInputs]:
@@ -142,22 +137,31 @@ class PolicyLossInputs:
         return self._with_tensors(lambda values: values.to(device), self.layout.to(device))
 
     def for_call(
-        self, shape: torch.Size, device: torch.device, ignored: Tensor | None, raises: bool
-    ) -> PolicyLossInputs:
-        """These inputs for one call: checks its shape and device, and takes the `ignored` tokens out of the loss.
+        self, shape: torch.Size, device: torch.device, token_ids: Tensor | None, raises: bool, backend: str
+    ) -> tuple[PolicyLossInputs, Tensor | None]:
+        """(these inputs for one call, token_ids with -100 where a token is not in the loss).
 
-        The other tokens keep their weights, since the counts of the mini-batch were taken by `prepare`.
+        Checks shape and device, and takes ignored tokens out of the loss. The other tokens keep their weights, since
+        the counts of the mini-batch were taken by `prepare`.
         """
         if self.layout.shape != shape:
             raise ValueError(
                 f"inputs has the shape {tuple(self.layout.shape)}: it must be {tuple(shape)}, the shape of the tokens"
             )
         check_device("inputs", self.mask, device)
-        if ignored is None:
-            return replace(self, raises=raises)
-        mask = self.mask & ~ignored
-        weights = torch.where(mask, self.weights, 0.0)
-        return replace(self, mask=mask, lengths=_lengths(mask, self.layout), weights=weights, raises=raises)
+        if token_ids is None:
+            return replace(self, raises=raises, backend=backend), None
+        if backend == "triton":
+            ids, mask, weights = without_ignored(token_ids, self.mask, self.weights, self.layout.cu_seqlens)
+        else:
+            mask = self.mask & (token_ids != IGNORE_INDEX)
+            weights, ids = torch.where(mask, self.weights, 0.0), ids_in_loss(token_ids, mask)
+        return replace(self, mask=mask, weights=weights, raises=raises, backend=backend), ids
+
+    @property
+    def lengths(self) -> Tensor:
+        """For each token, the number of tokens of its response that are in the loss; at least 1, float32."""
+        return self.layout.to_tokens(self.layout.response_sum(self.mask.float()).clamp(min=1))
 
     @property
     def entropy_grad(self) -> Tensor | None:
@@ -169,7 +173,17 @@ class PolicyLossInputs:
         return replace(self, layout=layout, **{name: function(values) for name, values in tensors.items()})
 
 
-def prepare_inputs(
+def backend_of(device: torch.device) -> str:
+    """The backend of a call that has no argument for it."""
+    return "triton" if device.type == "cuda" and unavailable_reason("triton", device) is None else "reference"
+
+
+def prepare_inputs(shape: torch.Size, device: torch.device, **arguments) -> PolicyLossInputs:
+    """The inputs of `prepare_rows`, without the ids."""
+    return prepare_rows(shape, device, **arguments)[0]
+
+
+def prepare_rows(
     shape: torch.Size,
     device: torch.device,
     *,
@@ -186,16 +200,17 @@ def prepare_inputs(
     num_groups,
     config: PolicyLossConfig,
     raises: bool,
-    ignored: Tensor | None = None,
-) -> PolicyLossInputs:
-    """Check the arguments that all policy losses share, and bring them to one shape.
+    token_ids: Tensor | None = None,
+    backend: str = "reference",
+) -> tuple[PolicyLossInputs, Tensor | None]:
+    """(the arguments that all policy losses share, checked and in one shape; token_ids, contiguous).
 
-    inputs: the PolicyLossInputs of the caller, or None. It replaces all but shape, device, ignored and raises.
-    raises: the same as in PolicyLossInputs.
-    ignored: bool, True for tokens that are not in the loss, even if loss_mask is 1.
+    inputs: the PolicyLossInputs of the caller, or None. It replaces all but shape, device, token_ids, raises, backend.
+    raises, backend: the same as in PolicyLossInputs.
+    token_ids: an id of -100 takes its token out of the loss. In the result, all tokens out of the loss have this id.
     """
     if inputs is not None:
-        return inputs.for_call(shape, device, ignored, raises)
+        return inputs.for_call(shape, device, token_ids, raises, backend)
     if not isinstance(config, PolicyLossConfig):
         raise TypeError(f"config is a {type(config).__name__}: it must be a PolicyLossConfig")
     if rollout_log_probs is None and config.needs_rollout_log_probs:
@@ -203,52 +218,21 @@ def prepare_inputs(
             f"rollout_log_probs is None with rollout_is={config.rollout_is!r}: the objective weighs by pi/mu, so it "
             "must be the log-probabilities of the inference engine (or config.rollout_is must be None)"
         )
+    counts = {"num_responses": num_responses, "num_tokens": num_tokens, "num_groups": num_groups}
     if config.correction is not None:
-        config.correction.check_counts(num_responses=num_responses, num_tokens=num_tokens, num_groups=num_groups)
+        config.correction.check_counts(**counts)
     if ref_log_probs is None and config.kl_coef:
         raise ValueError(
             f"ref_log_probs is None with kl_coef={config.kl_coef}: it must be the reference policy's log-probabilities"
         )
-    layout = make_layout(shape, cu_seqlens, device)
-    mask = _loss_mask(loss_mask, shape, device)
-    if ignored is not None:
-        mask = mask & ~ignored
-    weights = token_weights(
-        mask,
-        layout,
-        config,
-        num_responses=num_responses,
-        num_tokens=num_tokens,
-        num_groups=num_groups,
-        group_ids=group_ids,
-        raises=raises,
-    )
-    per_token = {
-        "old_log_probs": per_token_float("old_log_probs", old_log_probs, shape, device),
-        "rollout_log_probs": per_token_float("rollout_log_probs", rollout_log_probs, shape, device),
-        "ref_log_probs": per_token_float("ref_log_probs", ref_log_probs, shape, device),
-        "advantages": _per_token_advantages(advantages, layout, device),
-    }
-    given = {name: values for name, values in per_token.items() if values is not None}
-    if raises:
-        per_token |= {name: check_finite(name, values, mask, layout.offsets) for name, values in given.items()}
+    per_token = (old_log_probs, rollout_log_probs, ref_log_probs, advantages)
+    arguments = Arguments(shape, device, token_ids, loss_mask, cu_seqlens, group_ids, *per_token)
+    if backend == "triton" and not raises and shape.numel():  # no tokens make no block for a kernel
+        prepared = prepare_by_kernels(arguments, counts, config)
     else:
-        # every objective passes on the NaN of an advantage; the NaN of a ratio can vanish in a comparison
-        bad = mask & ~torch.stack([values.isfinite() for values in given.values()]).all(0)
-        per_token["advantages"] = torch.where(bad, torch.nan, per_token["advantages"])
-    return PolicyLossInputs(
-        layout=layout,
-        mask=mask,
-        lengths=_lengths(mask, layout),
-        weights=weights,
-        **per_token,
-        config=config,
-        raises=raises,
-    )
-
-
-def _lengths(mask: Tensor, layout: Padded | Packed) -> Tensor:
-    return layout.to_tokens(layout.response_sum(mask.float()).clamp(min=1))
+        prepared = prepare_by_torch(arguments, counts, config, raises)
+    values = {"config": config, "raises": raises, "backend": backend, **prepared.values}
+    return PolicyLossInputs(layout=prepared.layout, **values), prepared.token_ids
 
 
 def _bounds(sizes: int | Sequence[int], num_responses: int) -> list[int]:
@@ -264,27 +248,3 @@ def _bounds(sizes: int | Sequence[int], num_responses: int) -> list[int]:
     if sum(sizes) != num_responses:
         raise ValueError(f"sizes sums to {sum(sizes)}: it must be {num_responses}, the number of responses")
     return [0, *itertools.accumulate(sizes)]
-
-
-def _loss_mask(loss_mask, shape, device):
-    if loss_mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=device)
-    if not isinstance(loss_mask, Tensor):
-        raise TypeError(f"loss_mask is a {type(loss_mask).__name__}: it must be a tensor, or None for all tokens")
-    check_like("loss_mask", loss_mask, shape, device)
-    return loss_mask != 0
-
-
-def _per_token_advantages(advantages, layout, device):
-    if not isinstance(advantages, Tensor) or not advantages.is_floating_point():
-        kind = getattr(advantages, "dtype", type(advantages).__name__)
-        raise TypeError(f"advantages is a {kind}: it must be a floating point tensor")
-    if advantages.shape == (layout.num_responses,):
-        check_device("advantages", advantages, device)
-        return layout.to_tokens(advantages.detach().float())
-    if advantages.shape != layout.shape:
-        raise ValueError(
-            f"advantages has shape {tuple(advantages.shape)}: it must be [{layout.num_responses}], one per response, "
-            f"or {tuple(layout.shape)}, one per token"
-        )
-    return per_token_float("advantages", advantages, layout.shape, device)

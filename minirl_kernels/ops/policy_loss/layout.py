@@ -15,10 +15,20 @@ from ...common.library import register
 class Padded:
     """Rows are responses: tokens [B, L]."""
 
+    cu_seqlens = None  # the offsets that a kernel needs: it computes them from the shape
+
     def __init__(self, shape: torch.Size, device: torch.device):
         self.shape = shape
         self.num_responses = shape[0]
-        self.offsets = torch.arange(shape[0] + 1, device=device) * shape[1]
+        self._device = device
+        self._offsets: Tensor | None = None
+
+    @property
+    def offsets(self) -> Tensor:
+        """[B + 1], made on first use: the kernels do without."""
+        if self._offsets is None:
+            self._offsets = torch.arange(self.shape[0] + 1, device=self._device) * self.shape[1]
+        return self._offsets
 
     def response_sum(self, values: Tensor) -> Tensor:
         """[..., B, L] -> [..., B]."""
@@ -33,7 +43,7 @@ class Padded:
     def parts(self, bounds: list[int]) -> Iterator[tuple[slice, Padded]]:
         """(index of its tokens in a per-token tensor, its layout) of each part: responses bounds[i]:bounds[i + 1]."""
         for start, stop in itertools.pairwise(bounds):
-            yield slice(start, stop), Padded(torch.Size((stop - start, self.shape[1])), self.offsets.device)
+            yield slice(start, stop), Padded(torch.Size((stop - start, self.shape[1])), self._device)
 
     def to(self, device: torch.device) -> Padded:
         return Padded(self.shape, device)
@@ -45,9 +55,16 @@ class Packed:
     def __init__(self, shape: torch.Size, offsets: Tensor):
         self.shape = shape
         self.num_responses = offsets.shape[0] - 1
-        self.offsets = offsets
-        tokens = torch.arange(shape[0], device=offsets.device)
-        self.response_of_token = torch.searchsorted(self.offsets[1:], tokens, right=True)
+        self.offsets = self.cu_seqlens = offsets
+        self._response_of_token: Tensor | None = None
+
+    @property
+    def response_of_token(self) -> Tensor:
+        """[T], made on first use: the kernels do without."""
+        if self._response_of_token is None:
+            tokens = torch.arange(self.shape[0], device=self.offsets.device)
+            self._response_of_token = torch.searchsorted(self.offsets[1:], tokens, right=True)
+        return self._response_of_token
 
     def response_sum(self, values: Tensor) -> Tensor:
         """[..., T] -> [..., B]."""
@@ -88,13 +105,19 @@ def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
 
 def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Padded | Packed:
     """The layout of per-token arguments of `shape`. Raises ValueError if shape and cu_seqlens do not fit together."""
+    check_layout(shape, cu_seqlens, device)
+    return Padded(shape, device) if cu_seqlens is None else Packed(shape, _checked_offsets(cu_seqlens, shape[0]))
+
+
+def check_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> None:
+    """Raise ValueError if shape and cu_seqlens do not fit together. The values of cu_seqlens are not read."""
     if cu_seqlens is None:
         if len(shape) != 2:
             raise ValueError(
                 f"cu_seqlens is None with tokens of shape {tuple(shape)}: it must be int32 [B + 1] where tokens are "
                 "packed, [T]; padded tokens are [B, L]"
             )
-        return Padded(shape, device)
+        return
     if len(shape) != 1:
         raise ValueError(f"cu_seqlens is given with tokens of shape {tuple(shape)}: packed tokens must be [T]")
     check_tensor("cu_seqlens", cu_seqlens)
@@ -103,18 +126,22 @@ def make_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.devi
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: it must be int32 [B + 1]"
         )
     check_device("cu_seqlens", cu_seqlens, device)
-    return Packed(shape, _checked_offsets(cu_seqlens, shape[0]))
 
 
-def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
-    good = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens)
-    if cu_seqlens.is_cuda:  # the host does not wait: the assertion stops the GPU before a read out of bounds
+def require_offsets(good: Tensor, cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Raise ValueError if not `good`, bool of one element. On a GPU the GPU stops, and the host does not wait."""
+    if cu_seqlens.is_cuda:  # the assertion comes before a read out of bounds
         torch._assert_async(good, f"cu_seqlens must start at 0, never fall, and end at {num_tokens}")
     elif not good:
         raise ValueError(
             f"cu_seqlens is {cu_seqlens.tolist()[:8]}…: it must start at 0, never fall, and end at the number of "
             f"tokens, {num_tokens}"
         )
+
+
+def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    good = (cu_seqlens.diff() >= 0).all() & (cu_seqlens[0] == 0) & (cu_seqlens[-1] == num_tokens)
+    require_offsets(good, cu_seqlens, num_tokens)
     return cu_seqlens.to(torch.int64, copy=True)
 
 

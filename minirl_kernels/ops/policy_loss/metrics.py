@@ -110,7 +110,7 @@ def _observed(
         return torch.where(known[over], numerator.double() - denominator.double(), 0.0)
 
     log_w = log_ratio("rollout", log_probs, rollout)
-    clip_high, clip_low, truncated = _bounds_met(log_probs, inputs)
+    clip_high, clip_low, truncated = bounds_met(log_probs, inputs)
     return Observed(
         log_r=log_ratio("all", log_probs, old),
         log_d=log_ratio("rollout", old, rollout),
@@ -125,7 +125,7 @@ def _observed(
     )
 
 
-def _bounds_met(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
+def bounds_met(log_probs: Tensor, inputs: PolicyLossInputs) -> tuple[Tensor, Tensor, Tensor]:
     """(clip_high, clip_low, truncated) of Observed.
 
     clip_high, clip_low: where the upper or the lower bound on r changes the gradient.

@@ -1,7 +1,8 @@
-"""policy_loss: log-probabilities in; loss and metrics out. Its cost is O(tokens), so it is written in torch."""
+"""policy_loss: log-probabilities in; loss and metrics out. Torch defines it, and on a GPU kernels compute it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -9,9 +10,11 @@ from torch import Tensor
 from ...common.autograd import attach_gradient
 from ...common.checks import check_finite, check_like
 from ...config import PolicyLossConfig
-from .inputs import PolicyLossInputs, prepare_inputs
+from .by_kernels import sums_by_kernels
+from .inputs import PolicyLossInputs, backend_of, prepare_inputs
+from .kernel_arguments import LossOptions, TokenResults, TokenValues, takes_kernel
 from .layout import ordered_sum
-from .metrics import PolicyLossMetrics, collect_metrics
+from .metrics import PolicyLossMetrics, bounds_met, collect_metrics
 from .overflow import check_losses
 from .reference import token_losses
 from .two_forms import takes_inputs
@@ -104,6 +107,7 @@ def policy_loss(
         num_groups=num_groups,
         config=config,
         raises=check or log_probs.device.type == "cpu",
+        backend=backend_of(log_probs.device),
     )
     config = inputs.config
     if entropy is not None:
@@ -116,31 +120,52 @@ def policy_loss(
     return differentiable_loss(log_probs, entropy, inputs, values)
 
 
+@dataclass(frozen=True, eq=False)
+class LossValues:
+    """The fields of PolicyLossOutput, with a loss that has no gradient."""
+
+    loss: Tensor
+    metrics: PolicyLossMetrics
+    log_probs: Tensor
+    entropy: Tensor | None
+    token_loss: Tensor
+    token_grad: Tensor
+
+    def output(self, loss: Tensor) -> PolicyLossOutput:
+        """The output with `loss`, which carries the gradient."""
+        return PolicyLossOutput(loss, self.metrics, self.log_probs, self.entropy, self.token_loss, self.token_grad)
+
+
 def differentiable_loss(
     log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs, entropy_values: Tensor | None
 ) -> PolicyLossOutput:
     """The output, with a loss that is differentiable by log_probs and entropy. entropy_values: entropy, detached."""
-    output = loss_of_log_probs(log_probs.detach().float(), entropy_values, inputs)
-    loss = attach_gradient(output.loss, log_probs, output.token_grad)
+    values = loss_of_log_probs(log_probs.detach(), entropy_values, inputs)
+    loss = attach_gradient(values.loss, log_probs, values.token_grad)
     if inputs.config.entropy_coef:
         loss = attach_gradient(loss, entropy, inputs.entropy_grad)
-    return output._replace(loss=loss)
+    return values.output(loss)
 
 
-def loss_of_log_probs(log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs) -> PolicyLossOutput:
-    """The output without gradient, from detached float32 log-probabilities. The fused losses call it too."""
-    token_loss, token_grad = token_losses(log_probs, inputs)
-    return assemble_output(log_probs, entropy, token_loss, token_grad, inputs)
+def loss_of_log_probs(log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs) -> LossValues:
+    """The values of the loss, from detached log-probabilities. The fused losses call it too."""
+    if inputs.backend == "triton" and takes_kernel(inputs.config):
+        return _sums_by_kernels(TokenResults(log_probs, entropy, None, None), inputs)
+    log_probs = log_probs.float()
+    return assemble(log_probs, entropy, *token_losses(log_probs, inputs), inputs)
 
 
-def assemble_output(
+def assemble(
     log_probs: Tensor,
     entropy: Tensor | None,
     token_loss: Tensor,
     token_grad: Tensor,
     inputs: PolicyLossInputs,
-) -> PolicyLossOutput:
-    """The output from the token losses without entropy term: adds this term, checks, sums, collects the metrics."""
+) -> LossValues:
+    """The values from the token losses without entropy term: adds this term, checks, sums, collects the metrics."""
+    if inputs.backend == "triton":
+        bounds = () if takes_kernel(inputs.config) else bounds_met(log_probs, inputs)
+        return _sums_by_kernels(TokenResults(log_probs, entropy, token_loss, token_grad, *bounds), inputs)
     metrics = collect_metrics(log_probs, entropy, token_loss.isnan() | token_grad.isnan(), inputs)
     log_probs = log_probs.where(inputs.mask, 0.0)
     if entropy is not None:
@@ -149,6 +174,19 @@ def assemble_output(
         token_loss = token_loss - inputs.config.entropy_coef * inputs.weights * entropy
     # in order and in float64, so that neither the threads nor the layout change the sum
     loss = ordered_sum(inputs.layout.response_sum(token_loss.double())).float()
+    return _checked(loss, metrics, TokenResults(log_probs, entropy, token_loss, token_grad), inputs)
+
+
+def _sums_by_kernels(results: TokenResults, inputs: PolicyLossInputs) -> LossValues:
+    """The same by the kernels over tokens, which compute the token losses too if results has none."""
+    values, options = TokenValues.of(inputs), LossOptions.of(inputs.config)
+    loss, sums, maxima, log_probs, entropy, token_loss, token_grad = sums_by_kernels(*results, *values, *options)
+    results = TokenResults(log_probs, None if results.entropy is None else entropy, token_loss, token_grad)
+    return _checked(loss, PolicyLossMetrics(sums, maxima), results, inputs)
+
+
+def _checked(loss: Tensor, metrics: PolicyLossMetrics, results: TokenResults, inputs: PolicyLossInputs) -> LossValues:
+    log_probs, entropy, token_loss, token_grad = results[:4]
     if inputs.raises:
         loss, token_loss, token_grad = check_losses(loss, token_loss, token_grad, log_probs, inputs)
-    return PolicyLossOutput(loss, metrics, log_probs, entropy, token_loss, token_grad)
+    return LossValues(loss, metrics, log_probs, entropy, token_loss, token_grad)

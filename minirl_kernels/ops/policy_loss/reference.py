@@ -1,7 +1,8 @@
 """The loss of each token and its derivative by the log-probability, in eager torch.
 
 This file and `minirl_kernels/objectives` are the reference for the kernels. The kernels have `token_objective` in
-`csrc/common/objective.h` (C++) and in `ops/fused_policy_loss/triton.py`. A property test compares all three.
+`csrc/common/objective.h` (C++) and in `ops/policy_loss/kernels_objective.py` (Triton). A property test compares the
+three.
 """
 
 from __future__ import annotations

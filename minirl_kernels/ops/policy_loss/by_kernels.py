@@ -1,0 +1,103 @@
+"""The inputs and the sums of a loss by Triton, as registered ops. `inputs.py` and `op.py` define them in torch."""
+
+from __future__ import annotations
+
+import torch
+
+from ...common.library import register
+from ...common.records import schema, unpack
+from .kernel_arguments import InputValues, LossOptions, TokenResults, TokenValues, WeightOptions
+from .layout import require_offsets
+from .metric_table import COUNTS, MAXIMA, SUMS
+
+
+def _inputs(cu_seqlens, group_ids, shape, *arguments):
+    from . import triton as kernels  # Triton may be absent
+
+    values, options = unpack(arguments, InputValues, WeightOptions)
+    device = values.advantages.device
+    blocks, counts = kernels.Blocks.of(shape, cu_seqlens), kernels.Counts()
+    offsets = values.advantages.new_empty(0, dtype=torch.int64)
+    needs_counts = options.counts_here or options.mode in ("seq-mean-token-mean", "group-token-mean")
+    if needs_counts or cu_seqlens is not None:
+        of_blocks, block_groups, new_offsets, is_valid = kernels.count_tokens(values, blocks, group_ids, device)
+        counts = kernels.Counts(of_blocks)
+        if cu_seqlens is not None:
+            require_offsets(is_valid.view(torch.bool), cu_seqlens, blocks.num_tokens)
+            offsets, blocks = new_offsets, blocks._replace(offsets=new_offsets)
+        if group_ids is not None:
+            counts = kernels.count_groups(group_ids.contiguous(), of_blocks, block_groups)
+    results = kernels.write_inputs(values, blocks, counts, options, device=device)
+    return offsets, *(values.advantages.new_empty(0) if x is None else x for x in results)
+
+
+def _inputs_fake(cu_seqlens, group_ids, shape, token_ids, loss_mask, *arguments):
+    old, rollout, ref, advantages = arguments[:4]
+    floats = [advantages.new_empty(0 if x is None else shape, dtype=torch.float32) for x in (old, rollout, ref)]
+    return (
+        advantages.new_empty(0 if cu_seqlens is None else cu_seqlens.shape, dtype=torch.int64),
+        advantages.new_empty(0) if token_ids is None else token_ids.new_empty(shape),
+        advantages.new_empty(shape, dtype=torch.bool),
+        advantages.new_empty(shape, dtype=torch.float32),
+        *floats,
+        advantages.new_empty(shape, dtype=torch.float32),
+    )
+
+
+inputs_by_kernels = register(
+    f"policy_loss_inputs(Tensor? cu_seqlens, Tensor? group_ids, SymInt[] shape, {schema(InputValues, WeightOptions)})"
+    " -> (Tensor offsets, Tensor token_ids, Tensor mask, Tensor weights, Tensor old_log_probs,"
+    " Tensor rollout_log_probs, Tensor ref_log_probs, Tensor advantages)",
+    _inputs,
+    _inputs_fake,
+)
+
+
+def _without_ignored(token_ids, mask, weights, offsets):
+    from . import triton as kernels  # Triton may be absent
+
+    values = InputValues(token_ids, mask.view(torch.uint8), None, None, None, None)
+    options = WeightOptions(None, 0.0, 1.0, "given")
+    blocks = kernels.Blocks.of(mask.shape, offsets)
+    return kernels.write_inputs(
+        values, blocks, kernels.Counts(), options, weights=weights.contiguous(), device=mask.device
+    )[:3]
+
+
+without_ignored = register(
+    "policy_loss_without_ignored(Tensor token_ids, Tensor mask, Tensor weights, Tensor? offsets)"
+    " -> (Tensor token_ids, Tensor mask, Tensor weights)",
+    _without_ignored,
+    lambda token_ids, mask, weights, _: (
+        torch.empty_like(token_ids, memory_format=torch.contiguous_format),
+        torch.empty_like(mask, memory_format=torch.contiguous_format),
+        torch.empty_like(weights, memory_format=torch.contiguous_format),
+    ),
+)
+
+
+def _sums(*arguments):
+    from . import triton as kernels  # Triton may be absent
+
+    results, values, options = unpack(arguments, TokenResults, TokenValues, LossOptions)
+    out, sums, maxima = kernels.token_sums(results, values, options)
+    blocks = kernels.Blocks.of(results.log_probs.shape, values.offsets)
+    loss, sums, maxima = kernels.totals(sums, maxima, blocks, values.rollout_log_probs is not None)
+    entropy = loss.new_empty(0) if out.entropy is None else out.entropy
+    return loss, sums, maxima, out.log_probs, entropy, out.token_loss, out.token_grad
+
+
+def _sums_fake(log_probs, entropy, *_):
+    per_token = [log_probs.new_empty(log_probs.shape, dtype=torch.float32) for _ in range(4)]
+    if entropy is None:
+        per_token[1] = log_probs.new_empty(0, dtype=torch.float32)
+    sums, maxima = (log_probs.new_empty(n, dtype=torch.float64) for n in (len(COUNTS) + len(SUMS), len(MAXIMA)))
+    return log_probs.new_empty((), dtype=torch.float32), sums, maxima, *per_token
+
+
+sums_by_kernels = register(
+    f"policy_loss_sums({schema(TokenResults, TokenValues, LossOptions)}) -> (Tensor loss, Tensor sums, Tensor maxima,"
+    " Tensor log_probs, Tensor entropy, Tensor token_loss, Tensor token_grad)",
+    _sums,
+    _sums_fake,
+)

@@ -1,0 +1,249 @@
+"""Kernels that sum the metrics and the loss over tokens: one program per block of tokens, then one for all blocks.
+
+`metric_table.py` and `metrics.py` define the metrics in torch. A new metric needs its row here: `token_sums_kernel`
+writes the rows of COUNTS and SUMS in their order, and the rows of MAXIMA. A test compares each row with its definition.
+A row that is over responses is made by `totals_kernel`.
+
+A sum is in float64: over a block in the order of its layout, over the blocks of a response in sequence, and over
+responses in the order of 128 lanes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .kernels_blocks import expm1, first_block, largest, span_of_response, tokens_of_block, unspecialised
+from .kernels_objective import kl_penalty, token_objective
+
+# rows of the sums of a block. The first are COUNTS and SUMS, then the sums that only totals_kernel reads
+NUM_SUMS = 19
+LOG_W, W_MINUS_1, LOSS = tl.constexpr(19), tl.constexpr(20), tl.constexpr(21)
+SUM_ROWS = 32  # a power of 2
+ALL_RESPONSES, ROLLOUT_RESPONSES, FIRST_ORDER_ERROR = tl.constexpr(1), tl.constexpr(5), tl.constexpr(18)
+# rows of the maxima, MAXIMA; the last is over responses
+NUM_MAXIMA = 4
+LARGEST_ERROR = tl.constexpr(3)
+
+
+@triton.jit
+def put(sums, row, num_blocks, m_loss, b_x):
+    """Write the sum of a block to a row of `sums`."""
+    b_x = tl.where(m_loss, b_x.to(tl.float64), 0.0)
+    tl.store(sums + row * tl.full([], num_blocks, tl.int64), tl.sum(b_x, 0))
+
+
+@triton.jit
+def load_float64(values, o, m_loss):
+    return tl.load(values + o, mask=m_loss, other=0.0).to(tl.float32).to(tl.float64)
+
+
+@unspecialised
+def token_sums_kernel(
+    log_probs,
+    entropy,
+    token_loss,
+    token_grad,
+    clip_high,
+    clip_low,
+    truncated,
+    mask,
+    weights,
+    advantages,
+    old_log_probs,
+    rollout_log_probs,
+    ref_log_probs,
+    offsets,
+    out_log_probs,
+    out_entropy,
+    out_loss,
+    out_grad,
+    sums,
+    maxima,
+    ratio_low,
+    ratio_high,
+    threshold,
+    kl_coef,
+    entropy_coef,
+    num_responses,
+    num_blocks,
+    L,
+    search_steps,
+    OBJECTIVE: tl.constexpr,
+    CLIP: tl.constexpr,
+    CORRECTS: tl.constexpr,
+    WITH_KL: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    WITH_ENTROPY_TERM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sums and maxima of each block. It writes log_probs, entropy and token_loss, 0 where masked, and c_t.
+
+    token_loss, token_grad: None if they are computed here.
+    OBJECTIVE: None if clip_high, clip_low and truncated are given.
+    CORRECTS: whether the objective weighs by d; WITH_KL: whether ref_log_probs is in the loss.
+    """
+    i_block = tl.program_id(0).to(tl.int64)
+    _, _, end, o = tokens_of_block(i_block, offsets, num_responses, L, search_steps, BLOCK)
+    m = o < end
+    m_loss = tl.load(mask + o, mask=m, other=0) != 0
+    b_x = load_float64(log_probs, o, m_loss)
+    b_old = b_x
+    if old_log_probs is not None:
+        b_old = load_float64(old_log_probs, o, m_loss)
+    b_zero = tl.zeros([BLOCK], tl.float64)
+    b_entropy, b_rollout, b_ref, b_high, b_low, b_truncated = b_zero, b_zero, b_zero, b_zero, b_zero, b_zero
+    log_r, log_d, log_w, log_k, w = b_x - b_old, b_zero, b_zero, b_zero, b_zero
+    m_entropy, m_rollout, m_ref = m_loss & False, m_loss & False, m_loss & False
+    if entropy is not None:
+        m_entropy = m_loss
+        b_entropy = load_float64(entropy, o, m_loss)
+        tl.store(out_entropy + o, b_entropy.to(tl.float32), mask=m)
+    if rollout_log_probs is not None:
+        m_rollout = m_loss
+        b_rollout = load_float64(rollout_log_probs, o, m_loss)
+        log_d, log_w = b_old - b_rollout, b_x - b_rollout
+        w = tl.exp(log_w)
+    if ref_log_probs is not None:
+        m_ref = m_loss
+        b_ref = load_float64(ref_log_probs, o, m_loss)
+        log_k = b_ref - b_x
+
+    b_weight = tl.load(weights + o, mask=m_loss, other=0.0)
+    b_advantage = tl.load(advantages + o, mask=m_loss, other=0.0)
+    if OBJECTIVE is None:
+        b_high = tl.load(clip_high + o, mask=m_loss, other=0)
+        b_low = tl.load(clip_low + o, mask=m_loss, other=0)
+        b_truncated = tl.load(truncated + o, mask=m_loss, other=0)
+    else:
+        b_behaviour = b_rollout if CORRECTS else b_old
+        r = tl.exp(log_r)
+        if CLIP:
+            above, below = r > ratio_high, r < ratio_low
+            if OBJECTIVE != "cispo":
+                above, below = above & (b_advantage > 0), below & (b_advantage < 0)
+            b_high, b_low = above, below
+        weighs_by_w: tl.constexpr = OBJECTIVE == "minirl" or OBJECTIVE == "reinforce"
+        b_truncated = tl.exp((b_x if weighs_by_w else b_old) - b_behaviour) > threshold
+    if token_loss is None:
+        b_loss, b_grad = token_objective(
+            b_x,
+            log_r,
+            b_x - b_behaviour,
+            b_old - b_behaviour,
+            b_weight.to(tl.float64) * b_advantage,
+            ratio_low,
+            ratio_high,
+            threshold,
+            OBJECTIVE,
+            CLIP,
+        )
+        if WITH_KL:
+            b_kl, b_kl_grad = kl_penalty(b_weight.to(tl.float64) * kl_coef, b_x, b_ref, KL_ESTIMATOR)
+            b_loss += b_kl
+            b_grad += b_kl_grad
+        b_loss, b_grad = b_loss.to(tl.float32), b_grad.to(tl.float32)
+        # an overflow gives NaN in both, as in the reference
+        m_fits = (tl.abs(b_loss) < float("inf")) & (tl.abs(b_grad) < float("inf"))
+        b_loss, b_grad = tl.where(m_fits, b_loss, float("nan")), tl.where(m_fits, b_grad, float("nan"))
+    else:
+        b_loss = tl.load(token_loss + o, mask=m_loss, other=0.0)
+        b_grad = tl.load(token_grad + o, mask=m_loss, other=0.0)
+    m_overflows = (b_loss != b_loss) | (b_grad != b_grad)
+    if WITH_ENTROPY_TERM:
+        b_loss -= entropy_coef * b_weight * b_entropy.to(tl.float32)
+    b_loss = tl.where(m_loss, b_loss, 0.0)
+    tl.store(out_log_probs + o, b_x.to(tl.float32), mask=m)
+    tl.store(out_loss + o, b_loss, mask=m)
+    tl.store(out_grad + o, tl.where(m_loss, b_grad, 0.0), mask=m)
+
+    sums += i_block
+    ones = b_zero + 1
+    # COUNTS: tokens, responses, then of entropy, ref, rollout; responses of rollout. totals_kernel counts responses
+    put(sums, 0, num_blocks, m_loss, ones)
+    put(sums, ALL_RESPONSES, num_blocks, m_loss, b_zero)
+    put(sums, 2, num_blocks, m_entropy, ones)
+    put(sums, 3, num_blocks, m_ref, ones)
+    put(sums, 4, num_blocks, m_rollout, ones)
+    put(sums, ROLLOUT_RESPONSES, num_blocks, m_loss, b_zero)
+    # SUMS
+    put(sums, 6, num_blocks, m_loss, m_overflows)
+    put(sums, 7, num_blocks, m_loss, -log_r)
+    put(sums, 8, num_blocks, m_loss, expm1(log_r) - log_r)
+    put(sums, 9, num_blocks, m_loss, b_high)
+    put(sums, 10, num_blocks, m_loss, b_low)
+    put(sums, 11, num_blocks, m_loss, b_truncated)
+    put(sums, 12, num_blocks, m_entropy, b_entropy)
+    put(sums, 13, num_blocks, m_ref, expm1(log_k) - log_k)
+    put(sums, 14, num_blocks, m_rollout, -log_d)
+    put(sums, 15, num_blocks, m_rollout, expm1(log_d) - log_d)
+    put(sums, 16, num_blocks, m_rollout, w)
+    put(sums, 17, num_blocks, m_rollout, w * w)
+    put(sums, FIRST_ORDER_ERROR, num_blocks, m_loss, b_zero)
+    put(sums, LOG_W, num_blocks, m_rollout, log_w)
+    put(sums, W_MINUS_1, num_blocks, m_rollout, expm1(log_w))
+    put(sums, LOSS, num_blocks, m_loss, b_loss)
+    # MAXIMA
+    stride = tl.full([], num_blocks, tl.int64)
+    tl.store(maxima + i_block, largest(tl.abs(log_r)))
+    tl.store(maxima + stride + i_block, largest(tl.abs(log_d)))
+    tl.store(maxima + 2 * stride + i_block, largest(tl.where(m_rollout, w, 0.0)))
+
+
+@triton.jit
+def row_of(b_sums, row, ROWS: tl.constexpr):
+    """Row `row` of b_sums [ROWS, LANES]."""
+    return tl.sum(tl.where((tl.arange(0, ROWS) == row)[:, None], b_sums, 0.0), 0)
+
+
+@unspecialised
+def totals_kernel(
+    sums,
+    maxima,
+    offsets,
+    out_loss,
+    out_sums,
+    out_maxima,
+    num_responses,
+    num_blocks,
+    L,
+    WITH_ROLLOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    NUM_SUMS: tl.constexpr,
+    NUM_MAXIMA: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sums, the maxima and the loss of the call. Each lane adds the blocks of one response after another."""
+    o_row, o_max = tl.arange(0, ROWS)[:, None], tl.arange(0, NUM_MAXIMA)[:, None]
+    m_row, m_max = o_row <= LOSS, o_max < LARGEST_ERROR
+    stride = tl.full([], num_blocks, tl.int64)
+    b_totals = tl.zeros([ROWS, LANES], tl.float64)
+    b_largest = tl.zeros([NUM_MAXIMA, LANES], tl.float64)
+    for i in range(tl.cdiv(num_responses, LANES)):
+        i_response = i * LANES + tl.arange(0, LANES)
+        m_response = i_response < num_responses
+        start, end = span_of_response(i_response, offsets, L, m_response)
+        num_blocks_of = tl.where(m_response, tl.cdiv(end - start, BLOCK), 0)
+        o_block = first_block(i_response, start, L, offsets is not None, BLOCK)
+        b_sums = tl.zeros([ROWS, LANES], tl.float64)
+        for i_block in range(tl.max(num_blocks_of, 0)):
+            m_block = (i_block < num_blocks_of)[None, :]
+            o = (o_block + i_block)[None, :]
+            b_sums += tl.load(sums + o_row * stride + o, mask=m_row & m_block, other=0.0)
+            b_here = tl.load(maxima + o_max * stride + o, mask=m_max & m_block, other=0.0)
+            b_largest = tl.maximum(b_largest, b_here, propagate_nan=tl.PropagateNan.ALL)
+        if WITH_ROLLOUT:
+            b_error = tl.abs(expm1(row_of(b_sums, LOG_W, ROWS)) - row_of(b_sums, W_MINUS_1, ROWS))[None, :]
+            b_sums = tl.where(o_row == FIRST_ORDER_ERROR, b_error, b_sums)
+            b_error = tl.where(o_max == LARGEST_ERROR, b_error, 0.0)
+            b_largest = tl.maximum(b_largest, b_error, propagate_nan=tl.PropagateNan.ALL)
+        b_totals += b_sums
+    b_total = tl.sum(b_totals, 1)
+    o = tl.arange(0, ROWS)
+    is_count = (o == ALL_RESPONSES) | ((o == ROLLOUT_RESPONSES) & WITH_ROLLOUT)
+    b_total = tl.where(is_count, tl.full([], num_responses, tl.float64), b_total)
+    tl.store(out_sums + o, b_total, mask=o < NUM_SUMS)
+    tl.store(out_loss, tl.sum(tl.where(o == LOSS, b_total, 0.0), 0).to(tl.float32))
+    m_nan = tl.max((b_largest != b_largest).to(tl.int32), 1) > 0
+    tl.store(out_maxima + tl.arange(0, NUM_MAXIMA), tl.where(m_nan, float("nan"), tl.max(b_largest, 1)))

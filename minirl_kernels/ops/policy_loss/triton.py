@@ -1,0 +1,236 @@
+"""policy_loss on the GPU: launches of the kernels over blocks of tokens."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ...common.triton.launch import LaunchConfig
+from .kernel_arguments import InputValues, LossOptions, TokenResults, TokenValues, WeightOptions
+from .kernels_inputs import count_kernel, group_kernel, inputs_kernel
+from .kernels_metrics import NUM_MAXIMA, NUM_SUMS, SUM_ROWS, token_sums_kernel, totals_kernel
+from .metric_table import COUNTS, MAXIMA, SUMS
+
+# 8 tokens per thread, so that a block takes some microseconds also on a GPU with few float64 units
+BLOCK = LaunchConfig(lanes=1024, vec=1, threads=128)
+# a lane of totals_kernel is one response with all its sums
+LANES = LaunchConfig(lanes=128, vec=SUM_ROWS, threads=256)
+
+if (len(COUNTS) + len(SUMS), len(MAXIMA)) != (NUM_SUMS, NUM_MAXIMA):
+    raise RuntimeError(
+        f"metric_table.py has {len(COUNTS) + len(SUMS)} counts and sums and {len(MAXIMA)} maxima, and the kernels have "
+        f"{NUM_SUMS} and {NUM_MAXIMA}: each count, sum and maximum of METRICS must have its row in kernels_metrics.py"
+    )
+
+
+class Blocks(NamedTuple):
+    """The blocks of tokens of a batch. offsets: [B + 1], or None if all responses have `length` tokens."""
+
+    offsets: Tensor | None
+    num_responses: int
+    length: int
+    num_tokens: int
+
+    @classmethod
+    def of(cls, shape: list[int], offsets: Tensor | None) -> Blocks:
+        if offsets is None:
+            return cls(None, shape[0], shape[1], shape[0] * shape[1])
+        return cls(offsets, offsets.shape[0] - 1, 0, shape[0])
+
+    @property
+    def number(self) -> int:
+        if self.offsets is None:
+            return self.num_responses * triton.cdiv(self.length, BLOCK.tile)
+        return self.num_tokens // BLOCK.tile + self.num_responses if self.num_tokens else 0
+
+    @property
+    def search_steps(self) -> int:
+        return self.num_responses.bit_length()
+
+    def strides(self, values: Tensor | None) -> tuple[int, int]:
+        """(stride of responses, stride of tokens) of a tensor per token."""
+        if values is None:
+            return 0, 0
+        return values.stride() if self.offsets is None else (0, values.stride(0))
+
+
+class Counts(NamedTuple):
+    """Numbers of tokens in the loss, int32: of each block; of the group of each response; and the first of a group."""
+
+    of_blocks: Tensor | None = None
+    of_groups: Tensor | None = None
+    is_first: Tensor | None = None
+
+
+def count_tokens(
+    values: InputValues, blocks: Blocks, group_ids: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(number of tokens of each block, group of each block, offsets as int64, whether the offsets are valid)."""
+    counts = torch.empty(blocks.number, dtype=torch.int32, device=device)
+    block_groups = offsets = is_valid = None
+    if group_ids is not None:
+        block_groups = torch.empty(blocks.number, dtype=torch.int64, device=device)
+    if blocks.offsets is not None:
+        offsets = torch.empty(blocks.num_responses + 1, dtype=torch.int64, device=device)
+        is_valid = torch.empty((), dtype=torch.uint8, device=device)
+    _launch(
+        count_kernel,
+        blocks.number,
+        values.token_ids,
+        values.loss_mask,
+        blocks.offsets,
+        group_ids,
+        counts,
+        block_groups,
+        offsets,
+        is_valid,
+        blocks.num_responses,
+        blocks.length,
+        blocks.num_tokens,
+        blocks.search_steps,
+        *blocks.strides(values.token_ids),
+        *blocks.strides(values.loss_mask),
+        device=device,
+    )
+    return counts, block_groups, offsets, is_valid
+
+
+def count_groups(group_ids: Tensor, counts: Tensor, block_groups: Tensor) -> Counts:
+    of_groups, is_first = (torch.empty_like(group_ids, dtype=torch.int32) for _ in range(2))
+    num_responses = group_ids.shape[0]
+    arguments = (group_ids, counts, block_groups, of_groups, is_first, num_responses, counts.shape[0])
+    _launch(group_kernel, num_responses, *arguments, device=group_ids.device)
+    return Counts(counts, of_groups, is_first)
+
+
+def write_inputs(
+    values: InputValues,
+    blocks: Blocks,
+    counts: Counts,
+    options: WeightOptions,
+    *,
+    weights: Tensor | None = None,
+    device: torch.device,
+) -> InputValues:
+    """(token_ids, mask, weights, old_log_probs, rollout_log_probs, ref_log_probs, advantages), contiguous.
+
+    A result is None if its values are None. weights: None if they are to be made.
+    """
+    shape = (blocks.num_responses, blocks.length) if blocks.offsets is None else (blocks.num_tokens,)
+    per_token = (values.old_log_probs, values.rollout_log_probs, values.ref_log_probs, values.advantages)
+    ids = None if values.token_ids is None else torch.empty(shape, dtype=values.token_ids.dtype, device=device)
+    mask = torch.empty(shape, dtype=torch.uint8, device=device)
+    out_weights = torch.empty(shape, dtype=torch.float32, device=device)
+    copies = [None if x is None else torch.empty_like(out_weights) for x in per_token]
+    advantage_strides = (0, 0)
+    if values.advantages is not None:
+        per_response = values.advantages.shape == (blocks.num_responses,)
+        advantage_strides = (values.advantages.stride(0), 0) if per_response else blocks.strides(values.advantages)
+    number = options.count_number or (None if options.counts_here else max(blocks.num_responses, 1))
+    _launch(
+        inputs_kernel,
+        blocks.number,
+        values.token_ids,
+        values.loss_mask,
+        *per_token,
+        weights,
+        blocks.offsets,
+        *counts,
+        options.count,
+        ids,
+        mask,
+        out_weights,
+        *copies,
+        None if number is None else float(number),
+        options.scale,
+        blocks.num_responses,
+        blocks.number,
+        blocks.length,
+        blocks.search_steps,
+        *blocks.strides(values.token_ids),
+        *blocks.strides(values.loss_mask),
+        *(stride for x in per_token[:3] for stride in blocks.strides(x)),
+        *advantage_strides,
+        MODE="given" if weights is not None else options.mode,
+        device=device,
+    )
+    return ids, mask.view(torch.bool), out_weights, *copies
+
+
+def token_sums(results: TokenResults, values: TokenValues, options: LossOptions) -> tuple[TokenResults, Tensor, Tensor]:
+    """(log_probs, entropy, token_loss, token_grad with 0 where masked; sums and maxima of each block, float64)."""
+    shape, device = results.log_probs.shape, results.log_probs.device
+    blocks = Blocks.of(shape, values.offsets)
+    out = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(4)]
+    if results.entropy is None:
+        out[1] = None
+    sums = torch.empty(SUM_ROWS, blocks.number, dtype=torch.float64, device=device)
+    maxima = torch.empty(NUM_MAXIMA, blocks.number, dtype=torch.float64, device=device)
+    _launch(
+        token_sums_kernel,
+        blocks.number,
+        *(_flat(x) for x in (*results, *values[:-1])),
+        values.offsets,
+        *out,
+        sums,
+        maxima,
+        options.ratio_low,
+        options.ratio_high,
+        options.threshold,
+        options.kl_coef,
+        options.entropy_coef,
+        blocks.num_responses,
+        blocks.number,
+        blocks.length,
+        blocks.search_steps,
+        OBJECTIVE=options.objective or None,
+        CLIP=options.clip,
+        CORRECTS=options.corrects,
+        WITH_KL=options.kl_coef != 0,
+        KL_ESTIMATOR=options.kl_estimator,
+        WITH_ENTROPY_TERM=options.entropy_coef != 0,
+        device=device,
+    )
+    return TokenResults(*out), sums, maxima
+
+
+def totals(sums: Tensor, maxima: Tensor, blocks: Blocks, with_rollout: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, sums and maxima of PolicyLossMetrics)."""
+    out_sums, out_maxima = sums.new_empty(NUM_SUMS), sums.new_empty(NUM_MAXIMA)
+    loss = torch.empty((), dtype=torch.float32, device=sums.device)
+    with torch.cuda.device_of(sums):
+        totals_kernel[(1,)](
+            sums,
+            maxima,
+            blocks.offsets,
+            loss,
+            out_sums,
+            out_maxima,
+            blocks.num_responses,
+            blocks.number,
+            blocks.length,
+            WITH_ROLLOUT=with_rollout,
+            ROWS=SUM_ROWS,
+            NUM_SUMS=NUM_SUMS,
+            NUM_MAXIMA=NUM_MAXIMA,
+            LANES=LANES.lanes,
+            BLOCK=BLOCK.tile,
+            num_warps=LANES.num_warps,
+        )
+    return loss, out_sums, out_maxima
+
+
+def _flat(values: Tensor | None) -> Tensor | None:
+    """For kernels that address a tensor as [T]."""
+    if values is None:
+        return None
+    return values.contiguous().view(torch.uint8) if values.dtype == torch.bool else values.contiguous()
+
+
+def _launch(kernel, programs: int, *arguments, device: torch.device, **constants) -> None:
+    if programs:
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            kernel[(programs,)](*arguments, **constants, BLOCK=BLOCK.tile, num_warps=BLOCK.num_warps)
