@@ -226,7 +226,7 @@ def test_registered_op():
     torch.library.opcheck(
         torch.ops.minirl_kernels.fused_linear_policy_loss.default,
         (hidden, weight, bias, token_ids, tokens, 0.0, None, None, batch.old_log_probs, None, None, tokens, tokens,
-         "grpo", True, 0.8, 1.2, 5.0, 0.0, "k3", 0.0, True, False, True, "cpu"),
+         "grpo", True, 0.8, 1.2, 5.0, 0.0, "k3", 0.0, True, False, True, None, "cpu"),
     )  # fmt: skip
 
 

@@ -55,6 +55,7 @@ def fused_linear_policy_loss(
     logit_scale: float = 1.0,
     process_group: torch.distributed.ProcessGroup | None = None,
     kept: SamplingMask | None = None,
+    max_loss_tokens: int | None = None,
     check: bool = False,
     backend: str = "auto",
 ) -> PolicyLossOutput:
@@ -70,6 +71,9 @@ def fused_linear_policy_loss(
         check=True it raises on a GPU too.
     kept: the tokens that the sampler kept, the same as in `linear_token_logprobs`. rollout_log_probs and
         old_log_probs must be over the same sets.
+    max_loss_tokens: the number of tokens in the loss, or more. On a GPU the host then does not wait for this number,
+        if the loss takes one sweep. A number that is too small stops the GPU. All tokens up to this number take part
+        in the matmuls of the gradients. None means that the host waits.
     check: the same as in `policy_loss`. On a GPU it checks token_ids and temperature too.
     backend: "auto", "cpu", "triton" or "reference". "auto" follows the device of hidden.
 
@@ -80,8 +84,9 @@ def fused_linear_policy_loss(
 
     On the CPU, rows with a gradient of 0 are left out of the matmuls of the gradients. On a GPU, rows with advantage 0
     are left out if the loss has no KL and no entropy term; the other rows add exact zeros. On a GPU the host waits
-    once, for the number of rows.
+    once, for the number of rows, unless max_loss_tokens is given.
     """
+    _check_bound(max_loss_tokens)
     head = prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group, kept)
     backend = OP.resolve(backend, hidden.device)
     check = check or always_looks(hidden.device, backend)
@@ -112,17 +117,32 @@ def fused_linear_policy_loss(
     operands = (head.hidden, head.weight, head.bias)
     needs = Needs(*(operand is not None and operand.requires_grad and torch.is_grad_enabled() for operand in operands))
     one_sweep = any(needs) and head.shard is None and takes_one_sweep(inputs)
-    sweep = _one_sweep if one_sweep else _two_phases
     with torch.no_grad():
-        values, grads = sweep(head, token_ids, inputs, needs, backend)
+        if one_sweep:
+            values, grads = _one_sweep(head, token_ids, inputs, needs, max_loss_tokens, backend)
+        else:
+            values, grads = _two_phases(head, token_ids, inputs, needs, backend)
     pairs = [(operand, grad) for operand, grad, needed in zip(operands, grads, needs, strict=True) if needed]
     loss = attach_gradient_once(values.loss, pairs, "fused_linear_policy_loss") if pairs else values.loss
     return values.output(loss)
 
 
-def _one_sweep(head: Head, token_ids: Tensor, inputs: PolicyLossInputs, needs: Needs, backend: str):
+def _check_bound(max_loss_tokens: int | None) -> None:
+    if max_loss_tokens is None:
+        return
+    if isinstance(max_loss_tokens, bool) or not isinstance(max_loss_tokens, int):
+        raise TypeError(f"max_loss_tokens is {max_loss_tokens!r}: it must be an integer, or None")
+    if max_loss_tokens < 0:
+        raise ValueError(f"max_loss_tokens is {max_loss_tokens}: it must be at least 0, or None")
+
+
+def _one_sweep(
+    head: Head, token_ids: Tensor, inputs: PolicyLossInputs, needs: Needs, max_rows: int | None, backend: str
+):
     rows, loss = head.rows(token_ids).detached(), LossRows.of(inputs).flat()
-    *per_token, grad_hidden, grad_weight, grad_bias = fused_linear_policy_loss_forward(*rows, *loss, *needs, backend)
+    *per_token, grad_hidden, grad_weight, grad_bias = fused_linear_policy_loss_forward(
+        *rows, *loss, *needs, max_rows, backend
+    )
     values = assemble(*(results.view(token_ids.shape) for results in per_token), inputs)
     return values, (grad_hidden.view(head.hidden.shape) if needs.needs_hidden else None, grad_weight, grad_bias)
 
@@ -143,17 +163,17 @@ _kernels = OP.kernels
 
 
 def _forward(*arguments):
-    head, loss, needs, backend = unpack(arguments, HeadRows, LossRows, Needs)
-    return tiles.forward_backward(_kernels(backend), head, loss, needs)
+    head, loss, needs, max_rows, backend = unpack(arguments, HeadRows, LossRows, Needs)
+    return tiles.forward_backward(_kernels(backend), head, loss, needs, max_rows)
 
 
 def _forward_fake(hidden, weight, bias, token_ids, *arguments):
     per_token = (hidden.new_empty(token_ids.shape, dtype=torch.float32) for _ in range(4))
-    return *per_token, *gradients_fake(hidden, weight, *arguments[-4:-1])
+    return *per_token, *gradients_fake(hidden, weight, *arguments[-5:-2])
 
 
 fused_linear_policy_loss_forward = register(
-    f"fused_linear_policy_loss({schema(HeadRows, LossRows, Needs)}, str backend)"
+    f"fused_linear_policy_loss({schema(HeadRows, LossRows, Needs)}, SymInt? max_rows, str backend)"
     f" -> ({SWEEP_RESULTS}, {GRADIENT_RESULTS})",
     _forward,
     _forward_fake,

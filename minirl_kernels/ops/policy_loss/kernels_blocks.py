@@ -70,7 +70,7 @@ def tokens_of_block(i_block, offsets, num_responses, L, search_steps, BLOCK: tl.
 def expm1(x):
     """exp(x) - 1 in float64, by its series for small x, where the difference would lose its digits."""
     series = x * 0 + 1
-    for i in tl.static_range(14):
+    for i in tl.static_range(15):
         series = series * (x * (1 / (16 - i))) + 1
     return tl.where(tl.abs(x) < 0.5, series * x, tl.exp(x) - 1)
 

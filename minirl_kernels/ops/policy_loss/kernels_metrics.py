@@ -19,10 +19,11 @@ from .kernels_objective import kl_penalty, token_objective
 # rows of the sums of a block. The first are COUNTS and SUMS, then the sums that only totals_kernel reads
 NUM_SUMS = 19
 LOG_W, W_MINUS_1, LOSS = tl.constexpr(19), tl.constexpr(20), tl.constexpr(21)
-SUM_ROWS = 32  # a power of 2
+NUM_BLOCK_SUMS = 22
 ALL_RESPONSES, ROLLOUT_RESPONSES, FIRST_ORDER_ERROR = tl.constexpr(1), tl.constexpr(5), tl.constexpr(18)
 # rows of the maxima, MAXIMA; the last is over responses
 NUM_MAXIMA = 4
+NUM_BLOCK_MAXIMA = 3
 LARGEST_ERROR = tl.constexpr(3)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...common.autograd import attach_gradient
-from ...common.checks import check_finite, check_like
+from ...common.checks import always_looks, check_finite, check_like
 from ...config import PolicyLossConfig
 from .by_kernels import sums_by_kernels
 from .inputs import PolicyLossInputs, backend_of, prepare_inputs
@@ -91,6 +91,7 @@ def policy_loss(
         raise TypeError(
             f"log_probs is {getattr(log_probs, 'dtype', type(log_probs).__name__)}: it must be a float tensor"
         )
+    backend = backend_of(log_probs.device)
     inputs = prepare_inputs(
         log_probs.shape,
         log_probs.device,
@@ -106,8 +107,8 @@ def policy_loss(
         num_tokens=num_tokens,
         num_groups=num_groups,
         config=config,
-        raises=check or log_probs.device.type == "cpu",
-        backend=backend_of(log_probs.device),
+        raises=check or always_looks(log_probs.device, backend),
+        backend=backend,
     )
     config = inputs.config
     if entropy is not None:

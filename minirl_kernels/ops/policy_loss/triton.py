@@ -11,13 +11,20 @@ from torch import Tensor
 from ...common.triton.launch import LaunchConfig
 from .kernel_arguments import InputValues, LossOptions, TokenResults, TokenValues, WeightOptions
 from .kernels_inputs import count_kernel, group_kernel, inputs_kernel
-from .kernels_metrics import NUM_MAXIMA, NUM_SUMS, SUM_ROWS, token_sums_kernel, totals_kernel
+from .kernels_metrics import (
+    NUM_BLOCK_MAXIMA,
+    NUM_BLOCK_SUMS,
+    NUM_MAXIMA,
+    NUM_SUMS,
+    token_sums_kernel,
+    totals_kernel,
+)
 from .metric_table import COUNTS, MAXIMA, SUMS
 
-# 8 tokens per thread, so that a block takes some microseconds also on a GPU with few float64 units
-BLOCK = LaunchConfig(lanes=1024, vec=1, threads=128)
+# 4 tokens per thread: their float64 numbers fill its registers
+BLOCK = LaunchConfig(lanes=1024, vec=1, threads=256)
 # a lane of totals_kernel is one response with all its sums
-LANES = LaunchConfig(lanes=128, vec=SUM_ROWS, threads=256)
+LANES = LaunchConfig(lanes=128, vec=triton.next_power_of_2(NUM_BLOCK_SUMS), threads=256)
 
 if (len(COUNTS) + len(SUMS), len(MAXIMA)) != (NUM_SUMS, NUM_MAXIMA):
     raise RuntimeError(
@@ -167,8 +174,8 @@ def token_sums(results: TokenResults, values: TokenValues, options: LossOptions)
     out = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(4)]
     if results.entropy is None:
         out[1] = None
-    sums = torch.empty(SUM_ROWS, blocks.number, dtype=torch.float64, device=device)
-    maxima = torch.empty(NUM_MAXIMA, blocks.number, dtype=torch.float64, device=device)
+    sums = torch.empty(NUM_BLOCK_SUMS, blocks.number, dtype=torch.float64, device=device)
+    maxima = torch.empty(NUM_BLOCK_MAXIMA, blocks.number, dtype=torch.float64, device=device)
     _launch(
         token_sums_kernel,
         blocks.number,
@@ -213,7 +220,7 @@ def totals(sums: Tensor, maxima: Tensor, blocks: Blocks, with_rollout: bool) -> 
             blocks.number,
             blocks.length,
             WITH_ROLLOUT=with_rollout,
-            ROWS=SUM_ROWS,
+            ROWS=LANES.vec,
             NUM_SUMS=NUM_SUMS,
             NUM_MAXIMA=NUM_MAXIMA,
             LANES=LANES.lanes,
