@@ -11,7 +11,7 @@ from policy_batches import LENGTHS, PRESETS, TOKEN_LEVEL, batch_at_bounds, every
 from minirl_kernels import Correction, PolicyLossConfig, fused_policy_loss, policy_loss
 from minirl_kernels.ops.policy_loss import op
 from minirl_kernels.ops.policy_loss.inputs import prepare_inputs, prepare_rows
-from minirl_kernels.ops.policy_loss.metric_table import COUNTS, MAXIMA, METRICS, SUMS
+from minirl_kernels.ops.policy_loss.metric_table import COUNTS, MAXIMA, METRICS, SUMS, Count
 from minirl_kernels.ops.policy_loss.op import differentiable_loss
 
 pytestmark = triton_cases.interpreter_only()
@@ -146,7 +146,11 @@ def test_the_sum_over_a_response_does_not_depend_on_its_place():
     out, _ = loss_of(alone, "packed", config, "triton", num_responses=3)
     assert torch.equal(out.loss, together.loss)
     assert out.metrics.maxima.tolist() == together.metrics.maxima.tolist()
-    per_token = [i for i, entry in enumerate((*COUNTS, *SUMS)) if getattr(entry, "count", entry).per == "token"]
+    per_token = [
+        i
+        for i, entry in enumerate((*COUNTS, *SUMS))
+        if (entry if isinstance(entry, Count) else entry.count).per == "token"
+    ]
     assert torch.equal(out.metrics.sums[per_token], together.metrics.sums[per_token])
 
 
@@ -157,11 +161,20 @@ def prepared(batch, layout, config, backend, **changes):
     return prepare_rows(ids.shape, ids.device, token_ids=ids, raises=False, backend=backend, config=config, **arguments)
 
 
-@LAYOUTS
-@pytest.mark.parametrize("lengths", [LENGTHS, LONG], ids=str)
-@pytest.mark.parametrize("count", [None, 12.5, torch.tensor(7), torch.tensor([3.0]), torch.tensor(0)], ids=str)
+@pytest.mark.parametrize(("lengths", "layout"), [(LENGTHS, "padded"), (LENGTHS, "packed"), (LONG, "packed")], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_inputs_have_the_bits_of_torch(mode, count, lengths, layout):
+def test_inputs_have_the_bits_of_torch(mode, lengths, layout):
+    check_inputs(mode, None, lengths, layout)
+
+
+@pytest.mark.parametrize("count", [12.5, torch.tensor(7), torch.tensor([3.0]), torch.tensor(0)], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_count_of_the_caller(mode, count):
+    check_inputs(mode, count, LENGTHS, "packed")
+
+
+def check_inputs(mode, count, lengths, layout):
+    """The kernels make the same mask, weights and values as torch, bit for bit."""
     batch = random_batch(lengths)
     config = PolicyLossConfig(loss_agg_mode=mode, **MODES[mode])
     changes = dict.fromkeys(COUNTS_GIVEN, count)
@@ -196,9 +209,9 @@ def test_arguments_of_any_dtype_and_strides(dtype):
     assert_same(*runs)
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["old_log_probs", "rollout_log_probs", "ref_log_probs", "advantages"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["minirl", "gspo"])
 def test_an_argument_that_is_not_finite_is_nan_in_its_tokens_results(preset, name, wrong):
     batch = random_batch(LENGTHS)
     batch = replace(batch, advantages=batch.token_advantages(), loss_mask=torch.ones_like(batch.loss_mask))
