@@ -123,3 +123,20 @@ def test_compiled_whole(mode):
         grads.append(last)
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_a_bound_of_the_tokens_saves_the_wait(layout):
+    head, batch = head_and_batch(64, 4097)
+    hidden, weight, token_ids, arguments = on_gpu(head, batch, layout)
+    counted = int(batch.loss_mask.sum())
+
+    def run(bound):
+        out = fused_linear_policy_loss(hidden, weight, token_ids, max_loss_tokens=bound, **arguments)
+        return out.loss, *torch.autograd.grad(out.loss, (hidden, weight))
+
+    expected = run(None)
+    for bound in (counted, counted + 3, token_ids.numel()):
+        assert count_waits(lambda bound=bound: run(bound)) == 0
+        for values, right in zip(run(bound), expected, strict=True):
+            torch.testing.assert_close(values, right)

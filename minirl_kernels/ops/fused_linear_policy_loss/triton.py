@@ -16,7 +16,7 @@ from .tiles import ChosenRows, all_rows, gives_every_row_a_gradient
 
 __all__ = ["choose_rows", "head", "rows_with_gradient", "spread", "sweep_of_tile"]
 
-BLOCK = LaunchConfig(lanes=1024, vec=1, threads=256)
+BLOCK = LaunchConfig(lanes=512, vec=1, threads=256)
 
 
 def choose_rows(head: HeadRows, loss: LossRows, max_rows: int | None) -> ChosenRows:
