@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ...config import PolicyLossConfig
 from .objective_kernels import has_kernel, objective_options
-
-if TYPE_CHECKING:
-    from .inputs import PolicyLossInputs
 
 
 class TokenValues(NamedTuple):
@@ -23,11 +20,6 @@ class TokenValues(NamedTuple):
     rollout_log_probs: Tensor | None
     ref_log_probs: Tensor | None
     offsets: Tensor | None
-
-    @classmethod
-    def of(cls, inputs: PolicyLossInputs) -> TokenValues:
-        per_token = (inputs.old_log_probs, inputs.rollout_log_probs, inputs.ref_log_probs)
-        return cls(inputs.mask, inputs.weights, inputs.advantages, *per_token, inputs.layout.cu_seqlens)
 
 
 class InputValues(NamedTuple):

@@ -180,7 +180,9 @@ def assemble(
 
 def _sums_by_kernels(results: TokenResults, inputs: PolicyLossInputs) -> LossValues:
     """The same by the kernels over tokens, which compute the token losses too if results has none."""
-    values, options = TokenValues.of(inputs), LossOptions.of(inputs.config)
+    per_token = (inputs.old_log_probs, inputs.rollout_log_probs, inputs.ref_log_probs)
+    values = TokenValues(inputs.mask, inputs.weights, inputs.advantages, *per_token, inputs.layout.cu_seqlens)
+    options = LossOptions.of(inputs.config)
     loss, sums, maxima, log_probs, entropy, token_loss, token_grad = sums_by_kernels(*results, *values, *options)
     results = TokenResults(log_probs, None if results.entropy is None else entropy, token_loss, token_grad)
     return _checked(loss, PolicyLossMetrics(sums, maxima), results, inputs)
