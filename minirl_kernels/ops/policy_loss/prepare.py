@@ -134,7 +134,7 @@ def _check_per_token(arguments: Arguments) -> None:
     if not isinstance(advantages, Tensor) or not advantages.is_floating_point():
         kind = getattr(advantages, "dtype", type(advantages).__name__)
         raise TypeError(f"advantages is a {kind}: it must be a floating point tensor")
-    if advantages.shape not in ((arguments.num_responses,), shape):
+    if advantages.shape != (arguments.num_responses,) and advantages.shape != shape:
         raise ValueError(
             f"advantages has shape {tuple(advantages.shape)}: it must be [{arguments.num_responses}], one per "
             f"response, or {tuple(shape)}, one per token"
