@@ -82,7 +82,7 @@ def loss_arguments():
             (*heads[1], flat, flat, flat, flat, none, *needs[1], "cpu"),
         ],
         "fused_linear_policy_loss": [
-            (*head, *loss, *which, "cpu") for head, loss, which in zip(heads, of_linear_loss, needs, strict=True)
+            (*head, *loss, *which, None, "cpu") for head, loss, which in zip(heads, of_linear_loss, needs, strict=True)
         ],
         # ops that are registered by the import of the integration with transformers
         "checked_mask": [(torch.tensor([True]), spans, "nothing is wrong")],
