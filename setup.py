@@ -11,12 +11,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 ADVICE = "Set MINIRL_NO_NATIVE=1 to install without it; every op then runs its eager reference, which is slow."
+
+
+# `pip install --no-build-isolation` uses the installed setuptools, whatever pyproject.toml requires.
+if int(setuptools.__version__.partition(".")[0]) < 77:
+    raise SystemExit(f"setuptools is {setuptools.__version__}: it must be 77 or later to read pyproject.toml")
 
 
 def without_native() -> bool:
@@ -30,7 +36,10 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext):
         if shutil.which("cmake") is None:
             raise CompileError(f"minirl_kernels._C is built by CMake, and no cmake is on the PATH. {ADVICE}")
-        import pybind11  # here, because an install without the native module does not need it
+        try:
+            import pybind11  # here, because an install without the native module does not need it
+        except ModuleNotFoundError:
+            raise CompileError(f"minirl_kernels._C needs pybind11, and {sys.executable} has none. {ADVICE}") from None
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         # Plain and editable installs share a folder, so that a second build compiles only changed files.

@@ -53,6 +53,16 @@ RULES = [
         "OP.kernels imports a backend that runs; another file beside it would stay unused",
     ),
     (
+        r"\.py$",
+        r": tl\.constexpr = ([\"'\d(-]|True|False|None)",
+        "write tl.constexpr(value): triton 3.6 does not compile a plain string as a default",
+    ),
+    (
+        r"^minirl_kernels/(common|moe|ops)/",
+        r"\._replace\(",
+        "use with_values of common/records.py: torch.compile of torch 2.11 fails on a result of _replace",
+    ),
+    (
         r"",
         r"\b(TODO|FIXME|XXX)\b",
         "finish the work instead of leaving a note",

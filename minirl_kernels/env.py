@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from minirl_kernels import backends
+from minirl_kernels import backends, versions
 
 DISTRIBUTIONS = ("minirl-kernels", "torch", "triton", "transformers", "accelerate", "peft", "numpy")
 
@@ -18,6 +18,7 @@ def environment() -> dict:
     """Versions, processor, threads, GPUs and `backends.status()`, as values for JSON."""
     return {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in DISTRIBUTIONS}},
+        "torch_with_triton": versions.describe_pair(torch.__version__, _version("triton")),
         "system": platform.platform(),
         "processor": {"name": _processor_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -47,6 +48,7 @@ def render(found: dict) -> str:
     processor, native = found["processor"], found["native"]
     lines = [(name, version or "not installed") for name, version in found["versions"].items()]
     lines += [
+        ("torch with triton", found["torch_with_triton"]),
         ("system", found["system"]),
         ("processor", f"{processor['name']}, {processor['cores']} cores, torch uses {processor['threads']}"),
         ("gpus", ", ".join(found["gpus"]) or "none"),

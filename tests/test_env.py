@@ -28,6 +28,7 @@ def test_text(tmp_path):
     for line_start in ("python ", "torch ", "minirl-kernels ", "processor ", "instruction sets ", "backend triton "):
         assert f"\n{line_start}" in f"\n{text}"
     assert "picked: " in text
+    assert "\ntorch with triton " in text
 
 
 def test_every_missing_backend_has_its_reason():

@@ -29,6 +29,15 @@ def unpack(arguments: tuple, *records: type[Any]) -> tuple[Any, ...]:
     return *values, *arguments
 
 
+def with_values(record: Record, **values: Any) -> Record:
+    """The record with other values of some fields. torch.compile of torch 2.11 fails on a result of `_replace`.
+
+    Raises TypeError for a name that is no field.
+    """
+    kind: Any = type(record)
+    return kind(**{**dict(zip(kind._fields, record, strict=True)), **values})
+
+
 def at_rows(record: Record, index: Tensor | slice) -> Record:
     """The record with every tensor indexed by `index`."""
     kind: Any = type(record)

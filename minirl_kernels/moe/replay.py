@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.records import with_values
 from ..ops.moe_routing import Routing, moe_routing
 from .hooks import hooked
 from .routed_experts import RoutedExperts, compact_dtype
@@ -188,7 +189,7 @@ class RoutingReplay:
         routing = moe_routing(logits, router.top_k, routed_experts=ids, valid=valid, check=self._check, **options)
         if not is_recompute:
             # The other fields would keep the autograd graph alive, and take 16 K bytes per token.
-            self._routings[index] = routing._replace(weights=None, experts=None, natural_experts=None)
+            self._routings[index] = with_values(routing, weights=None, experts=None, natural_experts=None)
         return routing
 
 

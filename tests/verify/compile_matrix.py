@@ -120,9 +120,13 @@ def table_row(case: Case) -> tuple[str, list[str]]:
     """(line of the table, its faults)."""
     found = {name: needs(case, part) for name, part in PARTS.items()}
     wrong = [fault for name in found for fault in faults(case, name, found[name])]
+    return "| " + " | ".join(head_of_row(case) + [str(cell) for cell in found.values()]) + " |", wrong
+
+
+def head_of_row(case: Case) -> list[str]:
+    """The cells of the table that tell the case."""
     dtype = str(case.dtype).removeprefix("torch.")
-    cells = [case.name, dtype, case.size, _on_parts(case, "tile"), _on_parts(case, "threads")]
-    return "| " + " | ".join(cells + [str(cell) for cell in found.values()]) + " |", wrong
+    return [case.name, dtype, case.size, _on_parts(case, "tile"), _on_parts(case, "threads")]
 
 
 def _on_parts(case: Case, setting: str) -> str:

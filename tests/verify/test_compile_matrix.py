@@ -24,13 +24,19 @@ COMMAND = str(Path(__file__).resolve().parent)
 TABLE = Path(COMMAND, "compile_matrix.md")
 COMPILED = """
 import json
+import sys
 import torch
 from verify import cases, compile_matrix
+part = sys.argv[1]
 first = {}
 for case in cases.compile_cases():
     if case.dtype == torch.bfloat16:
         first.setdefault(case.name.partition(",")[0].partition(":")[0], case)
-print(json.dumps([compile_matrix.table_row(case) for case in first.values()]))
+found = []
+for case in first.values():
+    needs = compile_matrix.needs(case, compile_matrix.PARTS[part])
+    found.append([compile_matrix.head_of_row(case), str(needs), compile_matrix.faults(case, part, needs)])
+print(json.dumps(found))
 """
 FAULTY = """
 import json
@@ -76,14 +82,21 @@ def test_the_table_lists_every_configuration():
     assert rows == expected
 
 
-def test_the_table_is_what_the_compiler_says():
-    """One row of every kernel, on all parts, is compiled again; the command compiles everything."""
-    result = compiling(["-c", COMPILED], check=True)
+@pytest.mark.parametrize("part", compile_matrix.PARTS)
+def test_the_table_is_what_the_compiler_says(part):
+    """One configuration of every kernel is compiled again; the command compiles everything.
+
+    Continuous integration runs this with other releases of triton too, whose table may differ.
+    """
+    found = json.loads(compiling(["-c", COMPILED, part], check=True).stdout)
+    assert found
     committed = TABLE.read_text()
-    for line, faults in json.loads(result.stdout):
+    column = list(compile_matrix.PARTS).index(part)
+    for head, needs, faults in found:
         assert faults == []
         if f"by triton {triton.__version__}, " in committed:
-            assert line in committed
+            (row,) = [line for line in committed.splitlines() if line.startswith("| " + " | ".join(head) + " |")]
+            assert row.strip("| ").split(" | ")[len(head) + column] == needs
 
 
 @pytest.mark.parametrize(

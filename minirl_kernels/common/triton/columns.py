@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .sizes import cdiv
+
 # fewer lanes of 128 bits than this leave processors without a program, so each lane has one column instead
 LEAST_WIDE_LANES = 2**15
 SHORTEST_BLOCK = 128
@@ -41,7 +43,7 @@ def column_tile(outer, V, LANES: tl.constexpr, VEC: tl.constexpr):
 def column_programs(outer: int, size: int, config: ColumnConfig) -> int:
     """Number of programs of column_tile."""
     lanes = size // config.vec
-    return triton.cdiv(outer, max(config.threads // lanes, 1)) * triton.cdiv(lanes, config.threads)
+    return cdiv(outer, max(config.threads // lanes, 1)) * cdiv(lanes, config.threads)
 
 
 def rows_per_block(rows: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .launch import LaunchConfig, launch, make_config, row_strides
 from .row_tiles import SIZES, load_tile, row_offset, store_tile
+from .sizes import cdiv
 
 # about eight on each processor of today's GPUs: each program reads the factor, and most have nothing else to do
 PROGRAMS = 1024
@@ -40,7 +41,7 @@ def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
     length, *strides = row_strides(tensor)
     size = tensor.shape[-1]
     config = launch_config(size, tensor.dtype)
-    tiles = tensor.shape[:-1].numel() * triton.cdiv(size, config.tile)
+    tiles = tensor.shape[:-1].numel() * cdiv(size, config.tile)
     launch(
         scale_kernel,
         (min(tiles, PROGRAMS),),

@@ -23,6 +23,7 @@ from torch import Tensor
 from ...common.triton import architecture
 from ...common.triton.launch import is_whole
 from ...common.triton.numbers import LOG2E, dot
+from ...common.triton.sizes import next_power_of_2
 
 # not specialised, so that there is one binary per dtype, D, DV, group and ALIGN
 STRIDES = [f"stride_{name}{axis}" for name in "qkv" for axis in "bhl"]
@@ -290,8 +291,8 @@ def launch(
             DV=v.shape[3],
             BLOCK_M=config.rows,
             BLOCK_N=config.keys,
-            BLOCK_D=max(triton.next_power_of_2(q.shape[3]), 16),
-            BLOCK_DV=max(triton.next_power_of_2(v.shape[3]), 16),
+            BLOCK_D=max(next_power_of_2(q.shape[3]), 16),
+            BLOCK_DV=max(next_power_of_2(v.shape[3]), 16),
             DEPTH=config.depth,
             ALIGN=access(q, v),
             num_warps=config.num_warps,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
+from ...common.records import with_values
 from ...common.triton.launch import LaunchConfig
+from ...common.triton.sizes import cdiv
 from ..fused_policy_loss.loss_rows import LossRows
 from ..fused_policy_loss.triton import forward_backward as sweep_of_tile
 from ..linear_token_logprobs import triton as head
@@ -37,7 +38,7 @@ def choose_rows(head: HeadRows, loss: LossRows, max_rows: int | None) -> ChosenR
     index, place, is_valid, chosen_head, chosen_loss = select_rows(head, loss, counts, num_chosen)
     if max_rows is not None:
         _require(is_valid.view(torch.bool), max_rows)
-    chosen_head = chosen_head._replace(hidden=head.hidden[index])
+    chosen_head = with_values(chosen_head, hidden=head.hidden[index])
     return ChosenRows(index, num_with_gradient, chosen_head, chosen_loss, place)
 
 
@@ -52,7 +53,7 @@ def _require(is_valid: Tensor, max_rows: int) -> None:
 def count_rows(head: HeadRows, loss: LossRows) -> Tensor:
     """[blocks, 2], int64: of each block the rows that can have a gradient, and the other rows of the loss."""
     num_rows = len(head.token_ids)
-    num_blocks = triton.cdiv(num_rows, BLOCK.tile)
+    num_blocks = cdiv(num_rows, BLOCK.tile)
     counts = torch.empty(num_blocks, 2, dtype=torch.int64, device=head.token_ids.device)
     arguments = (head.token_ids, loss.advantages, counts, num_rows, head.weight.shape[0])
     _launch(count_rows_kernel, num_blocks, *arguments, loss=loss)
@@ -70,7 +71,7 @@ def select_rows(
     is_valid = torch.empty((), dtype=torch.uint8, device=device)
     sizes = (num_rows, num_chosen, head.weight.shape[0])
     _launch(select_rows_kernel, len(counts), *per_row, counts, *out, index, place, is_valid, *sizes, loss=loss)
-    chosen_head = head._replace(token_ids=out[0], temperature=out[1])
+    chosen_head = with_values(head, token_ids=out[0], temperature=out[1])
     return index, place, is_valid, chosen_head, LossRows(*out[2:], *loss[5:])
 
 
@@ -80,7 +81,7 @@ def spread(results: list[Tensor], chosen: ChosenRows, num_rows: int) -> list[Ten
         return results
     out = [result.new_empty(num_rows) for result in results]
     with torch.cuda.device_of(chosen.place):
-        spread_rows_kernel[(triton.cdiv(num_rows, BLOCK.tile),)](
+        spread_rows_kernel[(cdiv(num_rows, BLOCK.tile),)](
             chosen.place, *results, *out, num_rows, BLOCK=BLOCK.tile, num_warps=BLOCK.num_warps
         )
     return out

@@ -7,7 +7,6 @@ with the tile that is still in registers. Its next tiles are the ones most likel
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 

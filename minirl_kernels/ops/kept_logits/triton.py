@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
 from ...common.triton.row_tiles import row_offset, row_pointer, store_tile, tile_offsets, unspecialized
+from ...common.triton.sizes import cdiv
 from .op import KeptRows
 
 
@@ -70,7 +71,7 @@ def keep_(logits: Tensor, kept: KeptRows, fill: float = -math.inf) -> None:
     length, *strides = row_strides(logits)
     launch(
         kept_logits_kernel,
-        (logits.shape[:-1].numel(), triton.cdiv(vocab_size, config.tile)),
+        (logits.shape[:-1].numel(), cdiv(vocab_size, config.tile)),
         logits,
         kept.ids,
         kept.begin,

@@ -16,6 +16,7 @@ from ...common.checks import (
     check_token_ids,
     per_token_temperature,
 )
+from ...common.records import with_values
 from ...sampling_mask import SamplingMask
 from ..kept_logits.op import KeptRows, check_kept
 from ..token_logprobs.rows import Epilogue
@@ -46,12 +47,12 @@ class HeadRows(NamedTuple):
     def detached(self) -> HeadRows:
         """The same rows for the kernels: detached, with the bias in float32."""
         bias = None if self.bias is None else self.bias.detach().float()
-        return self._replace(hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
+        return with_values(self, hidden=self.hidden.detach(), weight=self.weight.detach(), bias=bias)
 
     def at(self, index: Tensor | slice) -> HeadRows:
         """Some of the rows. The kept sets stay the sets of all rows."""
         values = {name: getattr(self, name)[index] for name in ("hidden", "token_ids", "temperature")}
-        return self._replace(**values)
+        return with_values(self, **values)
 
 
 class Needs(NamedTuple):
@@ -89,10 +90,6 @@ class Head(NamedTuple):
             *sets,
         )
 
-    @property
-    def vocab_size(self) -> int | Tensor:
-        return self.shard.vocab_size if self.shard else self.weight.shape[0]
-
     def logits(self) -> Tensor:
         return linear_logits(self.hidden, self.weight, self.bias, self.softcap)
 
@@ -102,9 +99,11 @@ class Head(NamedTuple):
             raise ValueError(
                 "process_group is given with backend='reference': it must be None, or the backend 'cpu' or 'triton'"
             )
+        # no property of this NamedTuple: torch 2.10 cannot trace it
+        vocab_size = self.shard.vocab_size if self.shard else self.weight.shape[0]
         if check or always_looks(self.hidden.device, backend):
-            token_ids = check_contents(token_ids, self.vocab_size, self.temperature)
-        return check_kept(self.kept, token_ids, self.vocab_size, check, backend)[0]
+            token_ids = check_contents(token_ids, vocab_size, self.temperature)
+        return check_kept(self.kept, token_ids, vocab_size, check, backend)[0]
 
 
 def prepare_head(hidden, weight, token_ids, bias, temperature, logit_softcap, logit_scale, process_group, kept) -> Head:

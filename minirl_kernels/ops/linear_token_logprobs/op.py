@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...common.library import Op, register
 from ...common.memory import rounded
-from ...common.records import schema, unpack
+from ...common.records import schema, unpack, with_values
 from ...sampling_mask import SamplingMask
 from ..token_logprobs.op import token_logprobs
 from ..token_logprobs.rows import RowGradients
@@ -133,7 +133,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     def forward(ctx, *arguments):
         head, with_entropy, shard, backend = unpack(arguments, HeadRows)
         log_probs, entropy, shift, log_sum = linear_stats(head, with_entropy, shard, backend)
-        ctx.save_for_backward(*head._replace(softcap=None), shift, log_sum, entropy)
+        ctx.save_for_backward(*with_values(head, softcap=None), shift, log_sum, entropy)
         ctx.softcap, ctx.shard, ctx.backend = head.softcap, shard, backend
         ctx.set_materialize_grads(False)
         return log_probs, entropy
@@ -148,7 +148,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             grad_log_probs = torch.zeros_like(log_sum)
         needs = Needs(*ctx.needs_input_grad[:3])
         gradients = RowGradients(shift, log_sum, entropy, grad_log_probs, grad_entropy)
-        grads = linear_gradients(head._replace(softcap=ctx.softcap), gradients, needs, ctx.shard, ctx.backend)
+        grads = linear_gradients(with_values(head, softcap=ctx.softcap), gradients, needs, ctx.shard, ctx.backend)
         grads = (
             rounded(grad, operand.dtype) if needed else None
             for grad, operand, needed in zip(grads, head[:3], needs, strict=True)
@@ -165,7 +165,7 @@ def linear_stats(
         return linear_token_logprobs_forward(*head, with_entropy, backend)
     if shard.size:
         _, local_ids = shard.local_ids(head.token_ids)
-        local = head._replace(token_ids=local_ids, kept_ids=shard.local_kept(head.kept_ids))
+        local = with_values(head, token_ids=local_ids, kept_ids=shard.local_kept(head.kept_ids))
         stats = linear_token_logprobs_forward(*local, with_entropy, backend)
     else:
         zeros, minus_inf = torch.zeros_like(head.temperature), torch.full_like(head.temperature, -torch.inf)
@@ -183,10 +183,10 @@ def linear_gradients(
     head = head.detached()
     if shard is not None:
         local_ids = shard.ids_or_elsewhere(head.token_ids)
-        head = head._replace(token_ids=local_ids, kept_ids=shard.local_kept(head.kept_ids))
+        head = with_values(head, token_ids=local_ids, kept_ids=shard.local_kept(head.kept_ids))
     incoming = (gradients.grad_log_probs, gradients.grad_entropy)
     grad_log_probs, grad_entropy = (None if grad is None else grad.contiguous() for grad in incoming)
-    gradients = gradients._replace(grad_log_probs=grad_log_probs, grad_entropy=grad_entropy)
+    gradients = with_values(gradients, grad_log_probs=grad_log_probs, grad_entropy=grad_entropy)
     grad_hidden, *others = linear_token_logprobs_backward(*head, *gradients, *needs, backend)
     if shard is not None and needs.needs_hidden:
         grad_hidden = shard.sum(grad_hidden)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...common.checks import IGNORE_INDEX
-from ...common.records import at_rows
+from ...common.records import at_rows, with_values
 from ..kept_logits.op import KeptRows
 from ..token_logprobs.rows import LogitRows, RowGradients
 from .head import HeadRows, Needs
@@ -132,7 +132,7 @@ def backward(
     num_rows = head.hidden.shape[0]
     has_gradient = gradients.grad_log_probs != 0
     if gradients.grad_entropy is None:
-        gradients = gradients._replace(entropy=None)
+        gradients = with_values(gradients, entropy=None)
     else:
         has_gradient |= gradients.grad_entropy != 0
     index = rows_that_count(has_gradient & (head.token_ids != IGNORE_INDEX))

@@ -23,6 +23,7 @@ from ...common.triton.products import (
     tile_of_program,
 )
 from ...common.triton.row_tiles import multiple
+from ...common.triton.sizes import cdiv, next_power_of_2
 
 # not specialised, so that there is one binary per dtype, layout and ALIGN
 SIZES = ["M", "N", "D", "G", "tiles_m", "stride_ab", "stride_a", "stride_bb", "stride_b", "stride_cb", "stride_c"]
@@ -181,9 +182,9 @@ def _launch(out, a, b, batch, *, addend=None, alpha=1.0, beta=1.0, ends=None, gr
     gpu = architecture.of(out.device)
     config = tile_config(Products(gpu, a.dtype, count, mean_rows, columns, a_turned, is_wide))
     # with groups of rows: an upper bound, known without waiting for the device
-    tiles_m = rows // config.rows + groups + 1 if grouped == "rows" else triton.cdiv(rows, config.rows)
+    tiles_m = rows // config.rows + groups + 1 if grouped == "rows" else cdiv(rows, config.rows)
     with torch.cuda.device_of(out):
-        matmul_kernel[(batch * tiles_m * triton.cdiv(columns, config.columns),)](
+        matmul_kernel[(batch * tiles_m * cdiv(columns, config.columns),)](
             a,
             b,
             addend,
@@ -200,7 +201,7 @@ def _launch(out, a, b, batch, *, addend=None, alpha=1.0, beta=1.0, ends=None, gr
             GROUPED=grouped,
             A_TURNED=a_turned,
             B_TURNED=b_turned,
-            G_BLOCK=triton.next_power_of_2(groups + 1),
+            G_BLOCK=next_power_of_2(groups + 1),
             BAND=8,
             BLOCK_M=config.rows,
             BLOCK_N=config.columns,
@@ -278,7 +279,7 @@ def _tile_by_rows(products: Products) -> TileConfig:
         return TILE_OF_16_ROWS
     if products.rows > 128:
         for tile in LARGE_TILES:
-            down, across = triton.cdiv(products.rows, tile.rows), triton.cdiv(products.columns, tile.columns)
+            down, across = cdiv(products.rows, tile.rows), cdiv(products.columns, tile.columns)
             if products.count * down * across >= ENOUGH_PROGRAMS:
                 return tile
     return TILE_OF_64_ROWS

@@ -15,6 +15,7 @@ from ...common.triton.columns import column_tile, launch_columns, rows_per_block
 from ...common.triton.launch import LaunchConfig, aligned, is_whole, launch, make_config
 from ...common.triton.numbers import round_to
 from ...common.triton.row_tiles import load_terms, multiple, row_offset, row_pointer, unspecialized
+from ...common.triton.sizes import cdiv
 from .layout import layout_of, reduced_dims, reduced_shape
 
 # elements of a row per program: a whole number of tiles; the row of a vocabulary takes about ten programs
@@ -117,7 +118,7 @@ def reduce_rows(x: Tensor, out: Tensor, divisor: int) -> None:
     """Write the sums of x [B, L, R, 1] over R, divided by `divisor`, into `out` of B L elements."""
     x = x.squeeze(3)
     while x.shape[2] > BLOCK:
-        partials = x.new_empty((1, x.shape[0] * x.shape[1], triton.cdiv(x.shape[2], BLOCK)), dtype=torch.float32)
+        partials = x.new_empty((1, x.shape[0] * x.shape[1], cdiv(x.shape[2], BLOCK)), dtype=torch.float32)
         reduce_row_blocks(x, partials, 1)
         x = partials
     reduce_row_blocks(x, out, divisor)
@@ -149,7 +150,7 @@ def reduce_columns(x: Tensor, out: Tensor, divisor: int) -> None:
     """Write the sums of x [B, L, R, I] over R, divided by `divisor`, into `out` of B L I elements."""
     block = rows_per_block(x.shape[2])
     if x.shape[2] > block:
-        sizes = (1, x.shape[0] * x.shape[1], triton.cdiv(x.shape[2], block), x.shape[3])
+        sizes = (1, x.shape[0] * x.shape[1], cdiv(x.shape[2], block), x.shape[3])
         partials = x.new_empty(sizes, dtype=torch.float32)
         reduce_column_blocks(x, partials, block, 1)
         x = partials

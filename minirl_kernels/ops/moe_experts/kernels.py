@@ -23,6 +23,7 @@ from ...common.triton.launch import TileConfig
 from ...common.triton.numbers import LOG2E, round_to
 from ...common.triton.products import add_products, sum_of_blocks, tile_of_program
 from ...common.triton.row_tiles import multiple
+from ...common.triton.sizes import cdiv, next_power_of_2
 from .kernels_tiles import aligned, are_whole, tiles
 
 # not specialised, so that there is one binary per dtype, K, E_BLOCK and ALIGN
@@ -403,7 +404,7 @@ def weight_grad(left: Tensor, right: Tensor, rows: Rows, out: Tensor, *, left_by
     config = of_shape.down_grad if left_by_token else of_shape.gate_up_grad
     _launch(
         experts_weight_grad_kernel,
-        num_experts * triton.cdiv(sizes[0], config.rows) * triton.cdiv(sizes[1], config.columns),
+        num_experts * cdiv(sizes[0], config.rows) * cdiv(sizes[1], config.columns),
         (left, right, rows.pairs, rows.begins, out),
         sizes,
         (left.stride(0), right.stride(0)),
@@ -419,8 +420,8 @@ def _laid_out(sizes, *operands: Tensor) -> tuple[Tensor, ...]:
 
 
 def _launch_over_rows(kernel, rows: Rows, tensors, sizes, strides, config: TileConfig, **constants) -> None:
-    programs = rows.blocks(config) * triton.cdiv(sizes[1], config.columns)
-    e_block = triton.next_power_of_2(rows.num_experts + 1)
+    programs = rows.blocks(config) * cdiv(sizes[1], config.columns)
+    e_block = next_power_of_2(rows.num_experts + 1)
     _launch(kernel, programs, (*tensors, rows.num_experts), sizes, strides, config, E_BLOCK=e_block, **constants)
 
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ...common.triton import architecture
 from ...common.triton.launch import TileConfig
 from ...common.triton.products import SAME_BITS_IN_ALL_TILES
+from ...common.triton.sizes import cdiv
 
 
 class Tiles(NamedTuple):
@@ -38,6 +38,7 @@ AMD_TILES = Tiles(*(replace(tile, stages=2) for tile in NARROW_TILES))
 LARGE_TILES = Tiles(
     replace(_LARGE, columns=64), replace(_LARGE, columns=256), replace(_LARGE, columns=64), _LARGE, _LARGE
 )
+FEW_ROWS_TILES = Tiles(NARROW_TILES.up, NARROW_TILES.product, *LARGE_TILES[2:])
 # with fewer rows for each expert, most rows of a large tile would be empty
 FEWEST_ROWS = 64
 
@@ -55,7 +56,7 @@ def tiles(x: Tensor, sizes: tuple[int, ...], mean_rows: int) -> Tiles:
     if gpu not in SAME_BITS_IN_ALL_TILES or not are_whole(sizes, x.dtype):
         return AMD_TILES if gpu.startswith("gfx") else NARROW_TILES
     if mean_rows < FEWEST_ROWS:
-        return LARGE_TILES._replace(up=NARROW_TILES.up, product=NARROW_TILES.product)
+        return FEW_ROWS_TILES
     return LARGE_TILES
 
 
@@ -77,4 +78,4 @@ def aligned(x: Tensor | None) -> Tensor | None:
 def weight_parts(down_proj: Tensor) -> int:
     """Number of parts of I. d weight is summed within each part, then over the parts. down_proj: [E, H, I]."""
     _, hidden_size, width = down_proj.shape
-    return triton.cdiv(width, tiles(down_proj, (hidden_size, width), 0).activation_grad.columns)
+    return cdiv(width, tiles(down_proj, (hidden_size, width), 0).activation_grad.columns)

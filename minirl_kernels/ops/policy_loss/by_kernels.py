@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...common.library import register
-from ...common.records import schema, unpack
+from ...common.records import schema, unpack, with_values
 from .kernel_arguments import InputValues, LossOptions, TokenResults, TokenValues, WeightOptions
 from .layout import require_offsets
 from .metric_table import COUNTS, MAXIMA, SUMS
@@ -24,7 +24,7 @@ def _inputs(cu_seqlens, group_ids, shape, *arguments):
         counts = kernels.Counts(of_blocks)
         if cu_seqlens is not None:
             require_offsets(is_valid.view(torch.bool), cu_seqlens, blocks.num_tokens)
-            offsets, blocks = new_offsets, blocks._replace(offsets=new_offsets)
+            offsets, blocks = new_offsets, with_values(blocks, offsets=new_offsets)
         if group_ids is not None:
             counts = kernels.count_groups(group_ids.contiguous(), of_blocks, block_groups)
     results = kernels.write_inputs(values, blocks, counts, options, device=device)

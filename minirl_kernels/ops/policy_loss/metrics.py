@@ -83,7 +83,7 @@ def collect_metrics(
     sums = dict(zip(per_token, ordered_sum(layout.response_sum(table)).unbind(), strict=True))
     for count in COUNTS:
         if count.per == "response":
-            sums[count] = ones.new_full((), layout.num_responses * given[count.over])
+            sums[count] = ones.new_full((), layout.num_responses if given[count.over] else 0)
     sums |= {entry: ordered_sum(entry.value(seen)) for entry in SUMS if entry.count.per == "response"}
     return PolicyLossMetrics(
         torch.stack([sums[key] for key in (*COUNTS, *SUMS)]), torch.stack([_maximum(value(seen)) for value in MAXIMA])

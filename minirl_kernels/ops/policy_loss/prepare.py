@@ -31,7 +31,6 @@ class Arguments(NamedTuple):
     ref_log_probs: Tensor | None
     advantages: Tensor
 
-    @property
     def num_responses(self) -> int:
         return self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.shape[0] - 1
 
@@ -83,7 +82,7 @@ def prepare_by_kernels(arguments: Arguments, counts: dict[str, Any], config: Pol
     _check_loss_mask(arguments)
     by_group = config.loss_agg_mode == "group-token-mean"
     if by_group:
-        check_groups(arguments.group_ids, arguments.num_responses, arguments.device)
+        check_groups(arguments.group_ids, arguments.num_responses(), arguments.device)
     name = COUNT_OF_MODE[config.loss_agg_mode]
     count = counts[name]
     if count is not None:
@@ -134,9 +133,9 @@ def _check_per_token(arguments: Arguments) -> None:
     if not isinstance(advantages, Tensor) or not advantages.is_floating_point():
         kind = getattr(advantages, "dtype", type(advantages).__name__)
         raise TypeError(f"advantages is a {kind}: it must be a floating point tensor")
-    if advantages.shape != (arguments.num_responses,) and advantages.shape != shape:
+    if advantages.shape != (arguments.num_responses(),) and advantages.shape != shape:
         raise ValueError(
-            f"advantages has shape {tuple(advantages.shape)}: it must be [{arguments.num_responses}], one per "
+            f"advantages has shape {tuple(advantages.shape)}: it must be [{arguments.num_responses()}], one per "
             f"response, or {tuple(shape)}, one per token"
         )
     check_device("advantages", advantages, device)

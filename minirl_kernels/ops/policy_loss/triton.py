@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ...common.triton.launch import LaunchConfig
+from ...common.triton.sizes import cdiv, next_power_of_2
 from .kernel_arguments import InputValues, LossOptions, TokenResults, TokenValues, WeightOptions
 from .kernels_inputs import count_kernel, group_kernel, inputs_kernel
 from .kernels_metrics import (
@@ -24,7 +24,7 @@ from .metric_table import COUNTS, MAXIMA, SUMS
 # 4 tokens per thread: their float64 numbers fill its registers
 BLOCK = LaunchConfig(lanes=1024, vec=1, threads=256)
 # a lane of totals_kernel is one response with all its sums
-LANES = LaunchConfig(lanes=128, vec=triton.next_power_of_2(NUM_BLOCK_SUMS), threads=256)
+LANES = LaunchConfig(lanes=128, vec=next_power_of_2(NUM_BLOCK_SUMS), threads=256)
 
 if (len(COUNTS) + len(SUMS), len(MAXIMA)) != (NUM_SUMS, NUM_MAXIMA):
     raise RuntimeError(
@@ -50,7 +50,7 @@ class Blocks(NamedTuple):
     @property
     def number(self) -> int:
         if self.offsets is None:
-            return self.num_responses * triton.cdiv(self.length, BLOCK.tile)
+            return self.num_responses * cdiv(self.length, BLOCK.tile)
         return self.num_tokens // BLOCK.tile + self.num_responses if self.num_tokens else 0
 
     @property

@@ -11,6 +11,7 @@ from ...common.rows import matrices_of
 from ...common.triton.columns import column_tile, launch_columns, rows_per_block
 from ...common.triton.launch import LaunchConfig, aligned, aligned_vector, is_whole, launch, make_config, row_strides
 from ...common.triton.row_tiles import load_terms, multiple, row_offset, row_pointer, store_tile, unspecialized
+from ...common.triton.sizes import cdiv
 from ..mean.triton import reduce_column_blocks
 
 
@@ -252,7 +253,7 @@ def _input_grad(x: Tensor, grad: Tensor, weight: Tensor | None, rstd: Tensor, ou
 def weight_partials(x: Tensor, grad: Tensor, rstd: Tensor, block: int) -> Tensor:
     """The sums of d out y over each `block` rows, [blocks, H] float32. x, grad: [L, H] or [B, L, H]."""
     size = x.shape[-1]
-    partials = rstd.new_empty(triton.cdiv(rstd.numel(), block), size)
+    partials = rstd.new_empty(cdiv(rstd.numel(), block), size)
     length, *strides = row_strides(x)
     strides += row_strides(grad)[1:]
     launch_columns(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ...backends import native
 from ...common.checks import token_id_message
+from ...common.records import with_values
 from .rows import LogitRows, RowGradients
 
 
@@ -28,7 +29,7 @@ def backward(rows: LogitRows, gradients: RowGradients, out: Tensor, softcap: flo
     softcap: the logits are softcap * tanh(u / softcap), and the gradient is by u. 0 means that the logits are u.
     """
     if gradients.grad_entropy is None:
-        gradients = gradients._replace(entropy=None)
+        gradients = with_values(gradients, entropy=None)
     native().token_logprobs_backward(*rows, *gradients, out, softcap)
 
 

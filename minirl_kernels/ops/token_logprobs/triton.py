@@ -7,7 +7,6 @@ tile would otherwise write to memory that another program still reads.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -32,6 +31,7 @@ from ...common.triton.row_softmax import (
     store_gradient_row,
 )
 from ...common.triton.row_tiles import fill_row, load_tile, row_offset, row_pointer, store_tile, unspecialized
+from ...common.triton.sizes import cdiv
 from .rows import NO_EPILOGUE, Epilogue, LogitRows, RowGradients
 
 
@@ -174,7 +174,7 @@ def backward(rows: LogitRows, gradients: RowGradients, out: Tensor, epilogue: Ep
     """
     vocab_size = rows.logits.shape[-1]
     config = backward_config(vocab_size, rows.logits.dtype, out.dtype)
-    tiles = 1 if out.dtype != rows.logits.dtype else triton.cdiv(vocab_size, config.tile)
+    tiles = 1 if out.dtype != rows.logits.dtype else cdiv(vocab_size, config.tile)
     logits, grad = aligned(rows.logits, config), memory_for(out, config)
     length, *strides = row_strides(logits)
     _, *grad_strides = row_strides(grad)
