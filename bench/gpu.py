@@ -28,12 +28,9 @@ NO_COMPILING = "a rehearsal compiles nothing"
 
 
 def build() -> None:
-    """Build the native module in place, with its CUDA kernels if there is a compiler for them."""
-    environment = dict(os.environ)
-    if any(Path(folder, "nvcc").exists() for folder in (*os.get_exec_path(), "/usr/local/cuda/bin")):
-        environment.setdefault("MINIRL_CUDA", "ON")
+    """Build the native module in place."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(command, cwd=ROOT, check=True, env=environment)
+    subprocess.run(command, cwd=ROOT, check=True)
 
 
 def run_tests(rehearse: bool) -> dict[str, int | list[str]]:
