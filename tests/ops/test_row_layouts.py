@@ -9,7 +9,8 @@ import triton_cases
 from row_layouts import CALLS, check_layouts_of
 from triton_cases import random_logits
 
-from minirl_kernels.common.triton.launch import aligned, make_config, memory_for
+from minirl_kernels.common.triton.alignment import aligned, memory_for
+from minirl_kernels.common.triton.launch import make_config
 
 pytestmark = triton_cases.interpreter_only()
 
@@ -29,9 +30,9 @@ def test_rows_that_allow_wide_accesses_are_not_copied():
     buffer = torch.zeros(2, 3, 72)
     config = make_config(64, torch.float32, threads=64, per_thread=4)
     for x in (buffer[..., :64], buffer[:, 1:, 4:68], buffer[:1, :, :64], buffer[..., :61]):
-        assert aligned(x, config) is x
-        assert memory_for(x, config) is x
+        assert aligned(x, config.vec) is x
+        assert memory_for(x, config.vec) is x
     for x in (buffer[..., 1:65], torch.zeros(3 * 67).view(3, 67)[:, :64]):
-        assert aligned(x, config).data_ptr() % 16 == 0
-        assert torch.equal(aligned(x, config), x)
-        assert memory_for(x, config).is_contiguous()
+        assert aligned(x, config.vec).data_ptr() % 16 == 0
+        assert torch.equal(aligned(x, config.vec), x)
+        assert memory_for(x, config.vec).is_contiguous()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .alignment import is_aligned
 from .sizes import next_power_of_2
 
 
@@ -77,43 +78,6 @@ def is_whole(vocab_size: int, dtype: torch.dtype) -> bool:
 def row_strides(x: Tensor) -> tuple[int, int, int]:
     """(L, stride of B, stride of L) of x [B, L, V], or of x [T, V] as one batch entry."""
     return x.shape[-2], x.stride(0) if x.dim() == 3 else 0, x.stride(-2)
-
-
-def is_aligned(x: Tensor, vec: int) -> bool:
-    """Whether every row of x [..., V] begins and ends at a multiple of 128 bits, which are `vec` elements or fewer."""
-    if x.data_ptr() % 16 or x.shape[-1] % vec:
-        return False
-    if x.is_contiguous():
-        return True
-    return all(stride % vec == 0 for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
-
-
-def aligned(x: Tensor, config: LaunchConfig) -> Tensor:
-    """x, or its copy in aligned memory if the size of its rows allows 128-bit accesses and their addresses do not.
-
-    The compiler chooses the order of a sum over a row by the alignment of the row. With this copy the order is a
-    function of V and the dtype alone.
-    """
-    if x.shape[-1] % config.vec or is_aligned(x, config.vec):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def memory_for(out: Tensor, config: LaunchConfig) -> Tensor:
-    """Memory for a kernel that writes `out`: `out` itself, or aligned memory where `aligned` would copy.
-
-    The caller copies such memory to `out` after the launch.
-    """
-    if out.shape[-1] % config.vec or is_aligned(out, config.vec):
-        return out
-    return torch.empty_like(out, memory_format=torch.contiguous_format)
-
-
-def aligned_vector(x: Tensor | None) -> Tensor | None:
-    """x [V] as contiguous memory at an aligned address, because a kernel is specialised to this alignment."""
-    if x is None or (x.is_contiguous() and x.data_ptr() % 16 == 0):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def launch(kernel, grid: tuple[int, ...], *args, config: LaunchConfig, rows: tuple[Tensor, ...], **constants) -> None:

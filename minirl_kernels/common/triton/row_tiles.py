@@ -24,7 +24,7 @@ NO_EVICTION_HINT = tl.constexpr("")
 def unspecialized(*, aligned: Iterable[str] = ()) -> Callable:
     """triton.jit with one binary for each choice of dtypes and constants, whatever the values and addresses are.
 
-    aligned: the pointers that launch.aligned_vector made. The binary may rely on their alignment.
+    aligned: the pointers that alignment.aligned_vector made. The binary may rely on their alignment.
     """
 
     def jit(function: Callable):

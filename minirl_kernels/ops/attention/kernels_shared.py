@@ -241,16 +241,6 @@ class Operands(NamedTuple):
         return self.scale * LOG2E.value
 
 
-def aligned(x: Tensor, vec: int) -> Tensor:
-    """x, or a contiguous copy where its rows do not begin at multiples of vec elements and its memory at 16 bytes.
-
-    All layouts then run one binary, with one order of summation.
-    """
-    if x.data_ptr() % 16 == 0 and all(stride % vec == 0 for stride in x.stride()[:-1]):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
-
-
 def access(*rows: Tensor) -> int:
     """The elements of one access of 128 bits, if the rows [..., size] are a whole number of them; else 1."""
     vec = 16 // rows[0].element_size()

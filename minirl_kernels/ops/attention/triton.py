@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...common.triton.alignment import aligned
 from .kernels_backward import backward_kv, backward_q
 from .kernels_forward import attend
-from .kernels_shared import Operands, access, aligned
+from .kernels_shared import Operands, access
 
 
 def forward(

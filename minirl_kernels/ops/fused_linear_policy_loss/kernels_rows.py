@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ...common.triton.row_softmax import IGNORE_INDEX
-from ..policy_loss.kernels_blocks import unspecialised
+from ...common.triton.row_tiles import unspecialized
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def sum_of_counts(counts, number, BLOCK: tl.constexpr):
     return with_gradient, others
 
 
-@unspecialised
+@unspecialized()
 def count_rows_kernel(token_ids, advantages, counts, num_rows, V, WITH_BONUS: tl.constexpr, BLOCK: tl.constexpr):
     i_block = tl.program_id(0).to(tl.int64)
     o = i_block * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +54,7 @@ def move(values, out, o, o_out, m, m_out):
         tl.store(out + o_out, tl.load(values + o, mask=m), mask=m_out)
 
 
-@unspecialised
+@unspecialized()
 def select_rows_kernel(
     token_ids,
     temperature,
@@ -116,7 +116,7 @@ def spread(results, out, b_place, o, m):
     tl.store(out + o, tl.load(results + b_place, mask=m & (b_place >= 0), other=0.0), mask=m)
 
 
-@unspecialised
+@unspecialized()
 def spread_rows_kernel(
     place,
     log_probs,

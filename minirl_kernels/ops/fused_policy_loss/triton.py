@@ -10,16 +10,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.launch import (
-    LaunchConfig,
-    aligned,
-    aligned_vector,
-    is_whole,
-    launch,
-    make_config,
-    memory_for,
-    row_strides,
-)
+from ...common.triton.alignment import aligned, aligned_vector, memory_for
+from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
 from ...common.triton.numbers import LOG2E
 from ...common.triton.row_softmax import (
     IGNORE_INDEX,
@@ -143,7 +135,7 @@ def forward_backward(
     results = tuple(torch.empty_like(rows.temperature) for _ in range(4))
     vocab_size = rows.logits.shape[-1]
     config = launch_config(vocab_size, rows.logits.dtype, out.dtype)
-    logits, grad = aligned(rows.logits, config), memory_for(out, config)
+    logits, grad = aligned(rows.logits, config.vec), memory_for(out, config.vec)
     length, *strides = row_strides(logits)
     _, *grad_strides = row_strides(grad)
     launch(

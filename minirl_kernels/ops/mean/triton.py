@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common.triton.alignment import aligned
 from ...common.triton.columns import column_tile, launch_columns, rows_per_block
-from ...common.triton.launch import LaunchConfig, aligned, is_whole, launch, make_config
+from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config
 from ...common.triton.numbers import round_to
 from ...common.triton.row_tiles import load_terms, multiple, row_offset, row_pointer, unspecialized
 from ...common.triton.sizes import cdiv
@@ -128,7 +129,7 @@ def reduce_row_blocks(x: Tensor, out: Tensor, divisor: int) -> None:
     """Write the sum of each block of R of x [B, L, R], divided by `divisor`, into `out`."""
     batch, length, reduced = x.shape
     config = rows_config(reduced, x.dtype)
-    x = aligned(x, config)
+    x = aligned(x, config.vec)
     launch(
         mean_rows_kernel,
         (out.numel(),),

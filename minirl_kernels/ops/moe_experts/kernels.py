@@ -19,12 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...common.triton.alignment import aligned
 from ...common.triton.launch import TileConfig
 from ...common.triton.numbers import LOG2E, round_to
 from ...common.triton.products import add_products, sum_of_blocks, tile_of_program
 from ...common.triton.row_tiles import multiple
 from ...common.triton.sizes import cdiv, next_power_of_2
-from .kernels_tiles import aligned, are_whole, tiles
+from .kernels_tiles import are_whole, tiles
 
 # not specialised, so that there is one binary per dtype, K, E_BLOCK and ALIGN
 SIZES = ["E", "H", "I", "M", "N", "D", "stride_t", "stride_e", "stride_o", "stride_left", "stride_right"]
@@ -416,7 +417,9 @@ def weight_grad(left: Tensor, right: Tensor, rows: Rows, out: Tensor, *, left_by
 
 def _laid_out(sizes, *operands: Tensor) -> tuple[Tensor, ...]:
     """The operands, each aligned if its rows can be."""
-    return tuple(map(aligned, operands)) if are_whole(sizes, operands[0].dtype) else operands
+    if not are_whole(sizes, operands[0].dtype):
+        return operands
+    return tuple(aligned(x, 16 // x.element_size()) for x in operands)
 
 
 def _launch_over_rows(kernel, rows: Rows, tensors, sizes, strides, config: TileConfig, **constants) -> None:

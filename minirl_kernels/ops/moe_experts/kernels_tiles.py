@@ -65,16 +65,6 @@ def are_whole(sizes: tuple[int, ...], dtype: torch.dtype) -> bool:
     return all(size * dtype.itemsize % 16 == 0 for size in sizes)
 
 
-def aligned(x: Tensor | None) -> Tensor | None:
-    """x, or a copy if a row of x does not begin at a multiple of 128 bits. The rows are whole numbers of accesses.
-
-    So the sizes alone choose the binary, and the order in which it adds does not depend on strides or addresses.
-    """
-    if x is None or (x.data_ptr() % 16 == 0 and are_whole(x.stride()[:-1], x.dtype)):
-        return x
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
-
-
 def weight_parts(down_proj: Tensor) -> int:
     """Number of parts of I. d weight is summed within each part, then over the parts. down_proj: [E, H, I]."""
     _, hidden_size, width = down_proj.shape

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.launch import LaunchConfig, aligned, aligned_vector, launch, memory_for
+from ...common.triton.alignment import aligned, aligned_vector, memory_for
+from ...common.triton.launch import LaunchConfig, launch
 from ...common.triton.row_tiles import load_tile, multiple, row_pointer, store_tile, tile_offsets, unspecialized
 from ...common.triton.sizes import next_power_of_2
 
@@ -251,7 +252,7 @@ def forward(
     """The fields of Routing. natural_experts is empty without routed_experts: experts are the natural ones then."""
     tokens, num_experts = router_logits.shape
     config = launch_config(num_experts, router_logits.dtype)
-    router_logits = aligned(router_logits, config)
+    router_logits = aligned(router_logits, config.vec)
     weights = router_logits.new_empty((tokens, top_k), dtype=torch.float32)
     experts = torch.empty_like(weights, dtype=torch.int64)
     natural = experts if routed_experts is None else torch.empty_like(experts)
@@ -321,7 +322,7 @@ def backward(
     """Writes d router_logits into `out`."""
     top_k, num_experts = experts.shape[1], router_logits.shape[1]
     config = launch_config(num_experts, router_logits.dtype)
-    router_logits, grad = aligned(router_logits, config), memory_for(out, config)
+    router_logits, grad = aligned(router_logits, config.vec), memory_for(out, config.vec)
     launch(
         moe_routing_bwd_kernel,
         (experts.shape[0],),

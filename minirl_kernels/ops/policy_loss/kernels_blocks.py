@@ -10,17 +10,8 @@ Names: i_ index, o_ offsets, m_ mask, b_ block of values.
 
 from __future__ import annotations
 
-import inspect
-
 import triton
 import triton.language as tl
-
-
-def unspecialised(function):
-    """triton.jit that compiles one binary for all sizes, strides and addresses: the order of a sum is the binary's."""
-    parameters = inspect.signature(function).parameters.items()
-    names = [name for name, parameter in parameters if "constexpr" not in str(parameter.annotation)]
-    return triton.jit(do_not_specialize=names)(function)
 
 
 @triton.jit

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from ...common.triton.row_softmax import IGNORE_INDEX
-from .kernels_blocks import first_block, tokens_of_block, unspecialised
+from ...common.triton.row_tiles import unspecialized
+from .kernels_blocks import first_block, tokens_of_block
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def copy_offsets(cu_seqlens, offsets, is_valid, num_responses, num_tokens, BLOCK
     tl.store(is_valid, (faults == 0).to(tl.uint8))
 
 
-@unspecialised
+@unspecialized()
 def count_kernel(
     token_ids,
     loss_mask,
@@ -79,7 +80,7 @@ def count_kernel(
         tl.store(block_groups + i_block, tl.load(group_ids + i_response).to(tl.int64))
 
 
-@unspecialised
+@unspecialized()
 def group_kernel(
     group_ids, counts, block_groups, group_tokens, is_first, num_responses, num_blocks, BLOCK: tl.constexpr
 ):
@@ -161,7 +162,7 @@ def copy_float(values, out, o_in, o, m_token, m_loss, m_finite):
     return m_finite
 
 
-@unspecialised
+@unspecialized()
 def inputs_kernel(
     token_ids,
     loss_mask,

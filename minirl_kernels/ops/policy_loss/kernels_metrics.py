@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels_blocks import expm1, first_block, largest, span_of_response, tokens_of_block, unspecialised
+from ...common.triton.row_tiles import unspecialized
+from .kernels_blocks import expm1, first_block, largest, span_of_response, tokens_of_block
 from .kernels_objective import kl_penalty, token_objective
 
 # rows of the sums of a block. The first are COUNTS and SUMS, then the sums that only totals_kernel reads
@@ -39,7 +40,7 @@ def load_float64(values, o, m_loss):
     return tl.load(values + o, mask=m_loss, other=0.0).to(tl.float32).to(tl.float64)
 
 
-@unspecialised
+@unspecialized()
 def token_sums_kernel(
     log_probs,
     entropy,
@@ -197,7 +198,7 @@ def row_of(b_sums, row, ROWS: tl.constexpr):
     return tl.sum(tl.where((tl.arange(0, ROWS) == row)[:, None], b_sums, 0.0), 0)
 
 
-@unspecialised
+@unspecialized()
 def totals_kernel(
     sums,
     maxima,

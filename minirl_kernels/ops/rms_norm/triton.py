@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.rows import matrices_of
+from ...common.triton.alignment import aligned, aligned_vector
 from ...common.triton.columns import column_tile, launch_columns, rows_per_block
-from ...common.triton.launch import LaunchConfig, aligned, aligned_vector, is_whole, launch, make_config, row_strides
+from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
 from ...common.triton.row_tiles import load_terms, multiple, row_offset, row_pointer, store_tile, unspecialized
 from ...common.triton.sizes import cdiv
 from ..mean.triton import reduce_column_blocks
@@ -184,7 +185,7 @@ def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tenso
         size = x.shape[-1]
         rows, out_rows = matrices_of(x, out)
         config = forward_config(size, x.dtype)
-        rows = aligned(rows, config)
+        rows = aligned(rows, config.vec)
         length, *strides = row_strides(rows)
         launch(
             rms_norm_fwd_kernel,
@@ -229,7 +230,7 @@ def _input_grad(x: Tensor, grad: Tensor, weight: Tensor | None, rstd: Tensor, ou
     """Writes d x into `out`. x, grad and out are [L, H] or [B, L, H]."""
     size = x.shape[-1]
     config = backward_config(size, x.dtype)
-    x, grad = aligned(x, config), aligned(grad, config)
+    x, grad = aligned(x, config.vec), aligned(grad, config.vec)
     length, *strides = row_strides(x)
     launch(
         rms_norm_bwd_kernel,

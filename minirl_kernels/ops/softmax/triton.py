@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.rows import matrices_of, moved_back, moved_last
-from ...common.triton.launch import LaunchConfig, aligned, is_whole, launch, make_config, row_strides
+from ...common.triton.alignment import aligned
+from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
 from ...common.triton.numbers import LOG2E, exponent
 from ...common.triton.row_softmax import sums_of_row
 from ...common.triton.row_tiles import load_terms, load_tile, row_offset, row_pointer, store_tile, unspecialized
@@ -114,7 +115,7 @@ def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
         size = x.shape[-1]
         rows, out_rows = matrices_of(x, out)
         config = forward_config(size, x.dtype)
-        rows = aligned(rows, config)
+        rows = aligned(rows, config.vec)
         length, *strides = row_strides(rows)
         launch(
             softmax_fwd_kernel,
@@ -145,7 +146,7 @@ def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dty
         size = grad.shape[-1]
         grad_rows, output_rows, out_rows = matrices_of(grad, output, out)
         config = backward_config(size, dtype)
-        grad_rows, output_rows = aligned(grad_rows, config), aligned(output_rows, config)
+        grad_rows, output_rows = aligned(grad_rows, config.vec), aligned(output_rows, config.vec)
         length, *strides = row_strides(grad_rows)
         launch(
             softmax_bwd_kernel,

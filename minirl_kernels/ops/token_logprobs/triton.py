@@ -10,16 +10,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.launch import (
-    LaunchConfig,
-    aligned,
-    aligned_vector,
-    is_whole,
-    launch,
-    make_config,
-    memory_for,
-    row_strides,
-)
+from ...common.triton.alignment import aligned, aligned_vector, memory_for
+from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
 from ...common.triton.numbers import LOG2E
 from ...common.triton.row_softmax import (
     ELSEWHERE,
@@ -142,7 +134,7 @@ def forward(rows: LogitRows, with_entropy: bool, epilogue: Epilogue = NO_EPILOGU
     entropy = torch.empty_like(rows.temperature) if with_entropy else rows.temperature.new_empty(0)
     vocab_size = rows.logits.shape[-1]
     config = forward_config(vocab_size, rows.logits.dtype)
-    logits = aligned(rows.logits, config)
+    logits = aligned(rows.logits, config.vec)
     length, *strides = row_strides(logits)
     launch(
         token_logprobs_fwd_kernel,
@@ -175,7 +167,7 @@ def backward(rows: LogitRows, gradients: RowGradients, out: Tensor, epilogue: Ep
     vocab_size = rows.logits.shape[-1]
     config = backward_config(vocab_size, rows.logits.dtype, out.dtype)
     tiles = 1 if out.dtype != rows.logits.dtype else cdiv(vocab_size, config.tile)
-    logits, grad = aligned(rows.logits, config), memory_for(out, config)
+    logits, grad = aligned(rows.logits, config.vec), memory_for(out, config.vec)
     length, *strides = row_strides(logits)
     _, *grad_strides = row_strides(grad)
     launch(
