@@ -13,7 +13,12 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-COMPILED = """
+PRODUCTS = ("matmul", "moe_experts up", "moe_experts d gate_up_proj")
+# the products of each kernel that are summed over keys or queries; the others are summed over a head, in one chain
+ATTENTION = {"attention": 2, "attention backward q": 2, "attention backward k, v": 4}
+COMPILED = (
+    f"KERNELS = {[*PRODUCTS, *ATTENTION]}\n"
+    + """
 import json, re
 from verify import compile_matrix
 from verify.cases import compile_cases
@@ -21,7 +26,7 @@ from verify.launches import captured, on_gpu
 found = {}
 for case in compile_cases():
     kernel, dtype = case.name, str(case.dtype)
-    if kernel not in ("matmul", "moe_experts up", "moe_experts d gate_up_proj") or (kernel, dtype) in found:
+    if kernel not in KERNELS or (kernel, dtype) in found:
         continue
     found[kernel, dtype] = []
     for name in ("sm_90", "gfx942"):
@@ -33,6 +38,7 @@ for case in compile_cases():
         found[kernel, dtype] += [start in zeros for start in dots]
 print(json.dumps([[*key, value] for key, value in found.items()]))
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +51,15 @@ def starts():
     return {(kernel, dtype): values for kernel, dtype, values in json.loads(result.stdout)}
 
 
-@pytest.mark.parametrize("kernel", ["matmul", "moe_experts up", "moe_experts d gate_up_proj"])
+@pytest.mark.parametrize("kernel", PRODUCTS)
 def test_a_chain_in_float32_ends_with_its_step(starts, kernel):
     assert starts[kernel, "torch.float32"]
     assert all(starts[kernel, "torch.float32"])
     assert not any(starts[kernel, "torch.bfloat16"])
     assert starts[kernel, "torch.bfloat16"]
+
+
+@pytest.mark.parametrize("kernel", ATTENTION)
+def test_a_chain_in_float32_ends_with_its_block_of_keys_or_queries(starts, kernel):
+    of_two_gpus = starts[kernel, "torch.float32"]
+    assert sum(of_two_gpus) == 2 * ATTENTION[kernel]

@@ -119,7 +119,7 @@ def attention_bwd_q_kernel(
                     b_s = tl.where(o_key[None, :] < b_seen, b_s, -float("inf"))
                 b_p = tl.exp2((b_s - b_shift) * c) * b_scale
                 b_dp = row_products(b_do, b_v, p_do, p_v, m_r, m_n, BLOCK_M, BLOCK_N, DV, BLOCK_DV, DEPTH)
-                b_dq = add_products(round_to(b_p * (b_dp - b_delta), k.dtype.element_ty), b_k, b_dq)
+                b_dq = add_products(round_to(b_p * (b_dp - b_delta), k.dtype.element_ty), b_k, b_dq, None)
         o_d = tl.arange(0, BLOCK_D)[None, :]
         b_dq = tl.where(m_r, b_dq * scale, 0.0)  # a row outside the span may have met a NaN
         tl.store(grad_q + o_row * D + o_d, round_to(b_dq, grad_q.dtype.element_ty), mask=(o_r < rows) & (o_d < D))
@@ -214,10 +214,10 @@ def attention_bwd_kv_kernel(
             # rows after the last have loaded 0 in b_q and b_do, so they add 0
             b_p = tl.exp2((b_s - b_shift[None, :]) * c) * (1.0 / tl.where(b_sum == 0, 1.0, b_sum))[None, :]
             if grad_v is not None:
-                b_dv = add_products(round_to(b_p, v.dtype.element_ty), b_do, b_dv)
+                b_dv = add_products(round_to(b_p, v.dtype.element_ty), b_do, b_dv, None)
             if grad_k is not None:
                 b_dp = row_products(b_v, b_do, p_v, p_do, m_n, m_r, BLOCK_N, BLOCK_M, DV, BLOCK_DV, DEPTH)
-                b_dk = add_products(round_to(b_p * (b_dp - b_delta[None, :]), q.dtype.element_ty), b_q, b_dk)
+                b_dk = add_products(round_to(b_p * (b_dp - b_delta[None, :]), q.dtype.element_ty), b_q, b_dk, None)
     o_row = (batch * keys_of_batch + first_key + o_key) * tl.num_programs(1) + head
     m_stored = o_key < keys_of_slot
     o_d = tl.arange(0, BLOCK_D)[None, :]
@@ -256,9 +256,13 @@ def backward_kv(
 
 
 def backward_q_config(size: int, dtype: torch.dtype, arch: str) -> TileConfig:
-    """The registers hold two tiles of scores and one of sums: a wide head takes half as many keys."""
+    """The registers hold two tiles of scores and one of sums: a wide head takes half as many keys.
+
+    So does a float32 head of an odd size, whose elements each take an address.
+    """
     if dtype == torch.float32:
-        return TileConfig(rows=16, keys=64 if size <= 128 else 32, depth=32, threads=256, stages=1)
+        keys = 64 if size <= 128 and is_whole(size, dtype) else 32
+        return TileConfig(rows=16, keys=keys, depth=32, threads=256, stages=1)
     if fits(size, dtype) and multiplies_from_shared_memory(arch):
         return TileConfig(rows=64, keys=64, depth=128, threads=128, stages=stages())
     if is_whole(size, dtype) and multiplies_from_shared_memory(arch):
@@ -271,7 +275,8 @@ def backward_q_config(size: int, dtype: torch.dtype, arch: str) -> TileConfig:
 def backward_kv_config(size: int, dtype: torch.dtype, arch: str) -> TileConfig:
     """The registers hold two tiles of scores and two of sums, a row per key: a wide head takes half as many rows."""
     if dtype == torch.float32:
-        return TileConfig(rows=16, keys=16, depth=32, threads=256, stages=1)
+        threads = 256 if is_whole(size, dtype) else 128  # an odd size takes more registers
+        return TileConfig(rows=16, keys=16, depth=32, threads=threads, stages=1)
     if fits(size, dtype):
         keys = 128 if multiplies_from_shared_memory(arch) else 64
         return TileConfig(rows=64 if size <= 64 else 32, keys=keys, depth=128, threads=256, stages=stages())

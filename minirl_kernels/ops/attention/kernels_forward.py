@@ -115,7 +115,7 @@ def attention_fwd_kernel(
             b_keep = tl.exp2((b_shift - b_max) * c)
             b_sum = tl.fma(b_sum, b_keep, tl.sum(b_e, 1)[:, None])
             b_v = load_rows(p_values + o_key[:, None] * stride_vl, m_n, DV, BLOCK_DV)
-            b_out = add_products(round_to(b_e, v.dtype.element_ty), b_v, b_out * b_keep)
+            b_out = add_products(round_to(b_e, v.dtype.element_ty), b_v, b_out, b_keep)
             b_shift = b_max
     o_v = tl.arange(0, BLOCK_DV)[None, :]
     # a row that sees no key gives 0 / 1; a row outside the span may have met a NaN

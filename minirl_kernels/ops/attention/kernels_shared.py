@@ -189,12 +189,22 @@ def row_products(
 
 
 @triton.jit
-def add_products(b_a, b_b, b_sum):
-    """b_sum + b_a b_b. In float32 the products are summed apart, so that a long sum is no chain of all its terms."""
+def add_products(b_a, b_b, b_sum, b_keep):
+    """b_sum b_keep + b_a b_b; a b_keep of None counts as 1.
+
+    In float32 the products are summed apart, so that a long sum is no chain of all its terms.
+    """
     if b_a.dtype == tl.float32:
-        b_sum += dot(b_a, b_b, tl.zeros_like(b_sum))
-    else:
+        b_chain = dot(b_a, b_b, tl.zeros_like(b_sum))
+        # without fma the compiler would continue the chain of b_sum
+        if b_keep is None:
+            b_sum = tl.fma(b_chain, 1.0, b_sum)
+        else:
+            b_sum = tl.fma(b_sum, tl.broadcast_to(b_keep, b_sum.shape), b_chain)
+    elif b_keep is None:
         b_sum = dot(b_a, b_b, b_sum)
+    else:
+        b_sum = dot(b_a, b_b, b_sum * b_keep)
     return b_sum
 
 
