@@ -80,7 +80,7 @@ def column_config(outer: int, size: int, strides: tuple[int, ...], inputs: tuple
     vec = 16 // inputs[0].element_size()
     fits = all(n % vec == 0 for n in (size, *strides)) and all(x.data_ptr() % 16 == 0 for x in inputs)
     if fits and outer * size >= LEAST_WIDE_LANES * vec:
-        return ColumnConfig(vec, rows=8 // len(inputs))
+        return ColumnConfig(vec, rows=min(8 // len(inputs), 32 // vec))
     return ColumnConfig(1, rows=16 // len(inputs))
 
 

@@ -258,26 +258,27 @@ def backward_kv(
 def backward_q_config(size: int, dtype: torch.dtype, arch: str) -> TileConfig:
     """The registers hold two tiles of scores and one of sums: a wide head takes half as many keys.
 
-    So does a float32 head of an odd size, whose elements each take an address.
+    So does a float32 head of an odd size, whose elements each take an address. With the threads given here no float32
+    tile spills.
     """
     if dtype == torch.float32:
         keys = 64 if size <= 128 and is_whole(size, dtype) else 32
-        return TileConfig(rows=16, keys=keys, depth=32, threads=256, stages=1)
+        return TileConfig(rows=16, keys=keys, depth=32, threads=256 if 64 < size <= 128 else 128, stages=1)
     if fits(size, dtype) and multiplies_from_shared_memory(arch):
         return TileConfig(rows=64, keys=64, depth=128, threads=128, stages=stages())
     if is_whole(size, dtype) and multiplies_from_shared_memory(arch):
         return TileConfig(rows=64, keys=32, depth=256, threads=256, stages=2)
     if fits(size, dtype):
         return TileConfig(rows=64, keys=64 if size <= 64 else 32, depth=128, threads=256, stages=stages())
-    return TileConfig(rows=64, keys=32, depth=128, threads=256, stages=1)
+    rows = 32 if torch.version.hip and size > 128 else 64
+    return TileConfig(rows=rows, keys=32, depth=128, threads=256, stages=1)
 
 
 def backward_kv_config(size: int, dtype: torch.dtype, arch: str) -> TileConfig:
     """The registers hold two tiles of scores and two of sums, a row per key: a wide head takes half as many rows."""
     if dtype == torch.float32:
-        threads = 256 if is_whole(size, dtype) else 128  # an odd size takes more registers
-        return TileConfig(rows=16, keys=16, depth=32, threads=threads, stages=1)
+        return TileConfig(rows=16, keys=16, depth=16, threads=256, stages=1)
     if fits(size, dtype):
-        keys = 128 if multiplies_from_shared_memory(arch) else 64
+        keys = 128 if arch in ("sm_90", "") else 64  # 128 were measured on sm_90, and spill on sm_100
         return TileConfig(rows=64 if size <= 64 else 32, keys=keys, depth=128, threads=256, stages=stages())
     return TileConfig(rows=32, keys=32, depth=128, threads=256, stages=1)

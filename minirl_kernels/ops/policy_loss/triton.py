@@ -21,8 +21,8 @@ from .kernels_metrics import (
 )
 from .metric_table import COUNTS, MAXIMA, SUMS
 
-# 4 tokens per thread: their float64 numbers fill its registers
-BLOCK = LaunchConfig(lanes=1024, vec=1, threads=256)
+# 2 tokens per thread: the float64 numbers of more tokens spill
+BLOCK = LaunchConfig(lanes=512, vec=1, threads=256)
 # a lane of totals_kernel is one response with all its sums
 LANES = LaunchConfig(lanes=128, vec=next_power_of_2(NUM_BLOCK_SUMS), threads=256)
 
