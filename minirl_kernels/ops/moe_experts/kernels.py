@@ -401,7 +401,7 @@ def weight_grad(left: Tensor, right: Tensor, rows: Rows, out: Tensor, *, left_by
     """Writes out [E, M, N]. left_by_token: left [T, M] and right [T K, N]; else left [T K, M] and right [T, N]."""
     num_experts, *sizes = out.shape
     left, right = _laid_out(sizes, left, right)
-    of_shape = tiles(out, sizes, rows.mean)
+    of_shape = tiles(out, tuple(sizes), rows.mean)
     config = of_shape.down_grad if left_by_token else of_shape.gate_up_grad
     _launch(
         experts_weight_grad_kernel,

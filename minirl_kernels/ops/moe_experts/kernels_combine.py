@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -66,8 +68,9 @@ def combine(
 
     parts: float32, of activation_grad; None leaves weights_grad. y and out may be None too. All are contiguous.
     """
-    tokens, top_k, num_parts = parts.shape if parts is not None else (*y.shape[:2], 0)
-    rows = weights_grad if out is None else out
+    summed: Any = y if parts is None else parts
+    rows: Any = weights_grad if out is None else out
+    tokens, top_k = summed.shape[:2]
     columns = 1 if out is None else out.shape[1]
     config = combine_config(columns, rows.dtype)
     launch(
@@ -79,7 +82,7 @@ def combine(
         parts,
         None if parts is None else weights_grad,
         columns,
-        num_parts,
+        0 if parts is None else parts.shape[2],
         K=top_k,
         K_BLOCK=next_power_of_2(top_k),
         config=config,

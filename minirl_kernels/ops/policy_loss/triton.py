@@ -21,8 +21,8 @@ from .kernels_metrics import (
 )
 from .metric_table import COUNTS, MAXIMA, SUMS
 
-# 2 tokens per thread: the float64 numbers of more tokens spill
-BLOCK = LaunchConfig(lanes=512, vec=1, threads=256)
+# a token per thread: its numbers in float64 take many registers
+BLOCK = LaunchConfig(lanes=512, vec=1, threads=512)
 # a lane of totals_kernel is one response with all its sums
 LANES = LaunchConfig(lanes=128, vec=next_power_of_2(NUM_BLOCK_SUMS), threads=256)
 
