@@ -182,8 +182,8 @@ class _MoEExperts(torch.autograd.Function):
     def backward(ctx, grad_out):
         hidden, weights, _, gate_up, down, *_ = ctx.needs_input_grad
         needs = (hidden, weights, gate_up, down)
-        operands, kept = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        grads = moe_experts_backward(*operands, kept, grad_out.contiguous(), *needs, ctx.backend)
+        saved = ctx.saved_tensors  # once: gradient checkpointing refuses a second reading
+        grads = moe_experts_backward(*saved[:5], saved[5:], grad_out.contiguous(), *needs, ctx.backend)
         grads = [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
         return *grads[:2], None, *grads[2:], None
 
