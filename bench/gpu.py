@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "python")]  # this checkout, whether it is installed or not
 
 LIMIT = 300.0  # seconds of a whole run
 LONGEST_CASE = 20.0  # a case begins only if so many seconds are left
@@ -28,9 +27,11 @@ NO_COMPILING = "a rehearsal compiles nothing"
 
 
 def build() -> None:
-    """Build the native module in place."""
+    """Build the native module in place, for this process and its tests, whether the checkout is installed or not."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     subprocess.run(command, cwd=ROOT, check=True)
+    sys.path[:0] = packages = [str(ROOT), str(ROOT / "python")]
+    os.environ["PYTHONPATH"] = os.pathsep.join([*packages, os.environ.get("PYTHONPATH", "")])
 
 
 def run_tests(rehearse: bool) -> dict[str, int | list[str]]:
@@ -38,7 +39,7 @@ def run_tests(rehearse: bool) -> dict[str, int | list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "tests.xml")
         tests = "tests/gpu/test_softmax.py" if rehearse else "tests/gpu"
-        command = [sys.executable, "-m", "pytest", "-q", tests, f"--junitxml={report}", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-P", "-m", "pytest", "-q", tests, f"--junitxml={report}", "-p", "no:cacheprovider"]
         if importlib.util.find_spec("xdist") and not rehearse:
             command += ["-n", str(min(os.cpu_count() or 1, 15))]
         subprocess.run(command, cwd=ROOT)
