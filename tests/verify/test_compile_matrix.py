@@ -86,15 +86,17 @@ def test_the_table_lists_every_configuration():
 def test_the_table_is_what_the_compiler_says(part):
     """One configuration of every kernel is compiled again; the command compiles everything.
 
-    Continuous integration runs this with other releases of triton too, whose table may differ.
+    Continuous integration runs this with other releases of triton too. Their table may differ, and tiles may spill that
+    were chosen with the pinned release.
     """
     found = json.loads(compiling(["-c", COMPILED, part], check=True).stdout)
     assert found
     committed = TABLE.read_text()
     column = list(compile_matrix.PARTS).index(part)
+    is_pinned = f"by triton {triton.__version__}, " in committed
     for head, needs, faults in found:
-        assert faults == []
-        if f"by triton {triton.__version__}, " in committed:
+        assert [fault for fault in faults if is_pinned or "spills" not in fault] == []
+        if is_pinned:
             (row,) = [line for line in committed.splitlines() if line.startswith("| " + " | ".join(head) + " |")]
             assert row.strip("| ").split(" | ")[len(head) + column] == needs
 
