@@ -18,6 +18,7 @@ from attention_cases import (
     ours,
     random_case,
 )
+from cuda_graphs import captured
 from dtypes import DTYPES
 from gpu_waits import count_waits
 from policy_batches import assert_same_bits
@@ -130,19 +131,6 @@ def test_offsets_of_both_widths_and_spans(dtype):
     assert torch.equal(attention_over_spans(*by_head, spans, scale=case.scale)[0], expected)
 
 
-def replayed(run):
-    """The results of `run` as a CUDA graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-    return graph, results
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_cuda_graph_reads_the_offsets_of_each_replay(dtype):
     """Forward and backward. The host waits for nothing, and no offset of an earlier call is kept."""
@@ -155,7 +143,7 @@ def test_a_cuda_graph_reads_the_offsets_of_each_replay(dtype):
         return (out, *torch.autograd.grad(out, leaves, case.upstream))
 
     assert count_waits(run) == 0
-    graph, results = replayed(run)
+    graph, results = captured(run)
     for lengths in ([50, 14], [1, 63], [64, 0]):
         offsets.copy_(case.offsets(lengths))
         graph.replay()

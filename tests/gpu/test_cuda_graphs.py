@@ -2,23 +2,10 @@
 
 import pytest
 import torch
+from cuda_graphs import captured
 from graph_cases import graph_cases
 
 from minirl_kernels import batch_invariant_mode
-
-
-def captured(run, warm_ups=2):
-    """(graph, the results of `run`, which a replay writes again). Warm-ups compile, outside of the graph."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warm_ups):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-    return graph, results
 
 
 @pytest.mark.parametrize("enabled", [False, True], ids=["stock", "in the mode"])
@@ -27,7 +14,7 @@ def test_replays_with_new_data(name, enabled):
     case = graph_cases("cuda")[name]
     with batch_invariant_mode(enabled):
         inputs = case.make(0)
-        graph, results = captured(lambda: case.run(inputs))
+        graph, results = captured(lambda: case.run(inputs), warm_ups=2)
         for seed in (1, 2):
             fresh = case.make(seed)
             expected = case.run({name: x.clone() for name, x in fresh.items()})
@@ -67,7 +54,7 @@ def test_a_decode_step_in_the_mode():
         cache = prefilled()
         ids, position = steps[0].clone(), torch.full((3, 1), 7, device="cuda")
         # a step advances the cache, and a replay advances it too: the warm-ups and the capture repeat the first steps
-        graph, logits = captured(lambda: decoded(cache, ids, position), warm_ups=1)
+        graph, logits = captured(lambda: decoded(cache, ids, position))
         cache.reset()
         model(prompt, past_key_values=cache)
         for i, step in enumerate(steps):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cuda_graphs import captured
 from dtypes import DTYPES
 from experts_cases import (
     TINY_SIZES,
@@ -102,14 +103,7 @@ def test_in_a_cuda_graph():
     (hidden, weights, experts, gate_up, down), upstream = random_case(50, 2, 4, 64, 48, torch.bfloat16, DEVICE)
     other = (hidden.flip(0).contiguous(), weights.flip(0).contiguous(), experts.flip(0).contiguous(), gate_up, down)
     held = tuple(values.clone() for values in first)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        ours(held, upstream, "triton")  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = ours(held, upstream, "triton")
+    graph, results = captured(lambda: ours(held, upstream, "triton"))
     for values in (first, other):
         for place, value in zip(held, values, strict=True):
             place.copy_(value)

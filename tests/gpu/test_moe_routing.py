@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from cuda_graphs import captured
 from dtypes import DTYPES
 from routing_cases import KINDS, check_moe_routing, forward_backward, random_experts
 from triton_cases import random_logits
@@ -74,14 +75,7 @@ def test_in_a_cuda_graph():
     logits, experts = random_logits(300, 60).to(DEVICE), random_experts(300, 60, 4).to(DEVICE).to(torch.uint8)
     others = (logits.flip(0).contiguous(), experts.flip(0).contiguous())
     held = (logits.clone(), experts.clone())
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        forward_backward(held[0], 4, routed_experts=held[1])  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        routing, grad = forward_backward(held[0], 4, routed_experts=held[1])
+    graph, (routing, grad) = captured(lambda: forward_backward(held[0], 4, routed_experts=held[1]))
     for values in ((logits, experts), others):
         for place, value in zip(held, values, strict=True):
             place.copy_(value)

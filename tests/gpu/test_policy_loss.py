@@ -1,7 +1,10 @@
 """policy_loss by the kernels over tokens on a GPU, and the losses in a CUDA graph."""
 
+from functools import partial
+
 import pytest
 import torch
+from cuda_graphs import captured
 from dtypes import DTYPES
 from gpu_waits import count_waits
 from policy_batches import LENGTHS, PRESETS, random_batch
@@ -78,14 +81,7 @@ def calls_on_gpu(layout, config):
 def test_captured_in_a_cuda_graph(preset, layout):
     for call, values in calls_on_gpu(layout, PolicyLossConfig.preset(preset)):
         static = values.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call(static)  # compiles
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = call(static)
+        graph, results = captured(partial(call, static))
         for factor in (0.5, 1.5):
             static.copy_(values * factor)
             graph.replay()
