@@ -27,6 +27,7 @@ import torch
 import triton
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from units import markdown_table
@@ -36,6 +37,7 @@ from minirl_kernels import backends
 from minirl_kernels.batch_invariant import overrides
 from minirl_kernels.batch_invariant.operations import operations
 from minirl_kernels.common.library import OPS
+from minirl_kernels.common.triton.launch import prepared
 from minirl_kernels.ops.attention import attention_over_spans
 
 LAYERS = ("checks", "autograd", "backend", "launch")
@@ -107,7 +109,7 @@ def _seconds(call) -> float:
 
 
 def _without_launches():
-    return mock.patch.object(JITFunction, "run", _nothing)
+    return mock.patch.object(prepared, "__call__", _nothing)
 
 
 def _nothing(*_, **__) -> None:
@@ -163,7 +165,7 @@ def _replaced_gpu() -> Iterator[None]:
     """The kernels launch on CPU tensors: nothing is compiled, and the driver does nothing."""
 
     def compiled(self, key, signature, device, *_):
-        kernel = SimpleNamespace(function=0, packed_metadata=(), launch_metadata=_nothing, run=_nothing)
+        kernel = _Compiled()
         self.device_caches[device][0][key] = kernel
         return kernel
 
@@ -182,6 +184,14 @@ def _replaced_gpu() -> Iterator[None]:
     ):
         driver.set_active(idle)
         yield
+
+
+class _Compiled(CompiledKernel):
+    """A kernel that launches as far as the driver."""
+
+    def __init__(self):
+        self.name, self.src, self.function, self.packed_metadata = "", None, 0, ()
+        self.module, self._run = self, _nothing
 
 
 def _operations_of_both(key: str) -> Iterator[tuple[str, Callable]]:

@@ -11,7 +11,7 @@ from verify.case import Case
 from verify.logits import LogitOperands
 from verify.rows import RowKernel
 
-from minirl_kernels.common.triton.launch import LaunchConfig
+from minirl_kernels.common.triton.config import LaunchConfig
 
 
 @triton.jit

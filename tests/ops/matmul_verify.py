@@ -12,7 +12,7 @@ from torch import Tensor
 from verify.case import Case, allow_wide_accesses, blocks, gap
 from verify.launches import captured, on_gpu, tile_of
 
-from minirl_kernels.common.triton.launch import TileConfig
+from minirl_kernels.common.triton.config import TileConfig
 from minirl_kernels.ops.matmul import triton
 
 

@@ -13,7 +13,7 @@ from verify.logits import LogitOperands
 from verify.rows import RowKernel
 
 from minirl_kernels.common.checks import IGNORE_INDEX
-from minirl_kernels.common.triton.launch import LaunchConfig
+from minirl_kernels.common.triton.config import LaunchConfig
 from minirl_kernels.ops.moe_routing import triton
 
 

@@ -14,7 +14,7 @@ from triton_cases import random_ids, random_logits
 from verify.launches import captured
 
 from minirl_kernels import linear_token_logprobs
-from minirl_kernels.common.triton.launch import row_strides
+from minirl_kernels.common.triton.config import row_strides
 from minirl_kernels.ops.linear_token_logprobs import op as linear_op
 from minirl_kernels.ops.linear_token_logprobs import triton as head
 from minirl_kernels.ops.linear_token_logprobs.tiles import gradient_in_place

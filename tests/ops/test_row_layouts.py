@@ -10,7 +10,7 @@ from row_layouts import CALLS, check_layouts_of
 from triton_cases import random_logits
 
 from minirl_kernels.common.triton.alignment import aligned, memory_for
-from minirl_kernels.common.triton.launch import make_config
+from minirl_kernels.common.triton.config import make_config
 
 pytestmark = triton_cases.interpreter_only()
 

@@ -12,7 +12,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 from minirl_kernels.common.triton import architecture
-from minirl_kernels.common.triton.launch import TileConfig
+from minirl_kernels.common.triton.config import TileConfig
 
 
 class CapturedLaunch(NamedTuple):

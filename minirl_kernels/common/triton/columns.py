@@ -9,12 +9,14 @@ or the tile change them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import Threads
+from .launch import Launch
 from .sizes import cdiv
 
 # fewer lanes of 128 bits than this leave processors without a program, so each lane has one column instead
@@ -55,7 +57,7 @@ def rows_per_block(rows: int) -> int:
 
 
 @dataclass(frozen=True)
-class ColumnConfig:
+class ColumnConfig(Threads):
     """The tile of a program.
 
     vec: neighbouring columns of a thread; 1, or one 128-bit access.
@@ -70,10 +72,6 @@ class ColumnConfig:
     def tile(self) -> int:
         return self.threads * self.vec
 
-    @property
-    def num_warps(self) -> int:
-        return self.threads // (64 if torch.version.hip else 32)
-
 
 def column_config(outer: int, size: int, strides: tuple[int, ...], inputs: tuple[Tensor, ...]) -> ColumnConfig:
     """The tile for `outer` times `size` columns of `inputs`, which have one dtype and these strides."""
@@ -84,10 +82,10 @@ def column_config(outer: int, size: int, strides: tuple[int, ...], inputs: tuple
     return ColumnConfig(1, rows=16 // len(inputs))
 
 
-def launch_columns(kernel, outer: int, *args, size: int, strides: tuple[int, ...], inputs: tuple[Tensor, ...]) -> None:
-    """Run `kernel` over `outer` times `size` columns; the other arguments are those of column_config."""
+def over_columns(
+    kernel: Any, outer: int, *values, size: int, strides: tuple[int, ...], inputs: tuple[Tensor, ...]
+) -> Launch:
+    """The launch of a kernel over `outer` times `size` columns. `column_config` describes the other arguments."""
     config = column_config(outer, size, strides, inputs)
-    with torch.cuda.device_of(inputs[0]):
-        kernel[(column_programs(outer, size, config),)](
-            *args, LANES=config.threads, VEC=config.vec, ROWS=config.rows, num_warps=config.num_warps
-        )
+    tile = {"LANES": config.threads, "VEC": config.vec, "ROWS": config.rows, "num_warps": config.num_warps}
+    return Launch(kernel, (column_programs(outer, size, config),), values, tile)

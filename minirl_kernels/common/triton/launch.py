@@ -1,99 +1,89 @@
-"""Tile sizes and launches of kernels, as functions of sizes and dtypes alone."""
+"""Launches of kernels, prepared once for each layout of their tensors."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .alignment import is_aligned
-from .sizes import next_power_of_2
+from .config import LaunchConfig
+
+LIMIT = 4096
+"""Number of launches that are kept per kernel. Packed batches have other sizes in each step."""
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
-    """The tile of a row, a function of V and the dtype alone, so that a token does not depend on other tokens.
+class Launch(NamedTuple):
+    """kernel[grid](*tensors, *values, **constants), without the tensors.
 
-    lanes, vec: a tile has lanes * vec elements; vec elements make one 128-bit access.
-    threads: of a program.
+    constants: the kernel's last parameters in their order, and the options of Triton.
     """
 
-    lanes: int
-    vec: int
-    threads: int
-
-    @property
-    def tile(self) -> int:
-        return self.lanes * self.vec
-
-    @property
-    def num_warps(self) -> int:
-        return max(self.threads // (64 if torch.version.hip else 32), 1)
+    kernel: Any
+    grid: tuple[int, ...]
+    values: tuple[float | int | None, ...]
+    constants: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class TileConfig:
-    """The tile of a matrix product. The order of a sum does not depend on it, or it does not depend on other rows.
+class prepared:
+    """Makes prepare(*tensors, **options) -> Launch a function that launches.
 
-    rows, columns: of the tile of a program.
-    depth: number of terms of a sum in one step.
-    threads: of a program.
-    stages: number of steps whose loads are in flight.
+    `prepare` runs once for each layout of the tensors and each choice of the options, because its arithmetic and
+    Triton's choice of the binary take longer than the launch. So the Launch must be a function of layouts and options.
+
+    tensors: the first parameters of the kernel, in their order; None for a tensor that is left out.
+    options: any that are hashable.
     """
 
-    rows: int
-    columns: int
-    depth: int
-    threads: int
-    stages: int
+    def __init__(self, prepare: Callable[..., Launch]):
+        functools.update_wrapper(self, prepare)
+        self.prepare = prepare
+        self._known: dict[tuple, tuple[Callable, tuple, int]] = {}
 
-    @property
-    def tile(self) -> int:
-        return self.rows * self.columns
+    def __call__(self, *tensors: Tensor | None, **options) -> None:
+        key = (*map(_layout, tensors), *options.items())
+        known = self._known.get(key)
+        if known is None:
+            self._launch_first(key, tensors, options)
+            return
+        run, rest, first = known
+        with torch.cuda.device_of(tensors[first]):
+            run(*tensors, *rest)
 
-    @property
-    def num_warps(self) -> int:
-        return self.threads // (64 if torch.version.hip else 32)
-
-
-@functools.cache  # its arithmetic takes as long as a launch
-def make_config(vocab_size: int, dtype: torch.dtype, *, threads: int, per_thread: int) -> LaunchConfig:
-    """A tile with `per_thread` logits for each of `threads` threads. A short row has fewer threads, 64 at least.
-
-    dtype: the narrowest dtype of the tensors that are loaded and stored.
-    """
-    wanted = next_power_of_2(vocab_size) // per_thread
-    threads = min(max(wanted, 64), threads)
-    vec = 16 // dtype.itemsize
-    return LaunchConfig(lanes=threads * per_thread // vec, vec=vec, threads=threads)
-
-
-def is_whole(vocab_size: int, dtype: torch.dtype) -> bool:
-    """Whether a row is a whole number of 128-bit accesses."""
-    return vocab_size * dtype.itemsize % 16 == 0
-
-
-def row_strides(x: Tensor) -> tuple[int, int, int]:
-    """(L, stride of B, stride of L) of x [B, L, V], or of x [T, V] as one batch entry."""
-    return x.shape[-2], x.stride(0) if x.dim() == 3 else 0, x.stride(-2)
+    def _launch_first(self, key: tuple, tensors: tuple, options: dict) -> None:
+        launch = self.prepare(*tensors, **options)
+        if 0 in launch.grid:
+            return
+        first = next(i for i, x in enumerate(tensors) if x is not None)
+        with torch.cuda.device_of(tensors[first]):
+            compiled = launch.kernel[launch.grid](*tensors, *launch.values, **launch.constants)
+        if compiled is None:  # the interpreter compiles nothing
+            return
+        if len(self._known) == LIMIT:
+            self._known.clear()
+        grid = (*launch.grid, 1, 1)[:3]
+        names = launch.kernel.arg_names[len(tensors) + len(launch.values) :]
+        rest = (*launch.values, *(launch.constants[name] for name in names))
+        self._known[key] = compiled[grid], rest, first
 
 
-def launch(kernel, grid: tuple[int, ...], *args, config: LaunchConfig, rows: tuple[Tensor, ...], **constants) -> None:
-    """Run `kernel` over tiles of `rows` (tensors of one shape [..., V]) on their device.
+def _layout(x: Tensor | None) -> tuple | None:
+    """All that a launch may depend on. The address counts for its alignment alone."""
+    if x is None:
+        return None
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15
+
+
+def over_rows(
+    kernel: Any, grid: tuple[int, ...], *values, config: LaunchConfig, rows: tuple[Tensor, ...], **constants
+) -> Launch:
+    """The launch of a kernel over tiles of `rows`, which are tensors of one shape [..., V].
 
     It uses 128-bit accesses if all of the rows are aligned. A kernel with sums gets rows that went through `aligned`.
     """
-    if 0 in grid:
-        return
     wide = all(is_aligned(x, config.vec) for x in rows)
-    with torch.cuda.device_of(rows[0]):
-        kernel[grid](
-            *args,
-            **constants,
-            LANES=config.lanes,
-            VEC=config.vec,
-            ALIGN=config.vec if wide else 1,
-            num_warps=config.num_warps,
-        )
+    tile = {"LANES": config.lanes, "VEC": config.vec, "ALIGN": config.vec if wide else 1}
+    return Launch(kernel, grid, values, {**constants, **tile, "num_warps": config.num_warps})

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import LaunchConfig, launch, make_config, row_strides
+from .config import LaunchConfig, make_config, row_strides
+from .launch import Launch, over_rows, prepared
 from .row_tiles import SIZES, load_tile, row_offset, store_tile
 from .sizes import cdiv
 
@@ -37,23 +38,17 @@ def scale_in_place(tensor: Tensor, factor: Tensor) -> None:
     tensor: [B, L, V] or [T, V] with any outer strides, or [V].
     factor: one float, on the device of tensor.
     """
-    tensor = torch.atleast_2d(tensor)
+    _scale(torch.atleast_2d(tensor), factor)
+
+
+@prepared
+def _scale(tensor: Tensor, factor: Tensor) -> Launch:
     length, *strides = row_strides(tensor)
     size = tensor.shape[-1]
     config = launch_config(size, tensor.dtype)
     tiles = tensor.shape[:-1].numel() * cdiv(size, config.tile)
-    launch(
-        scale_kernel,
-        (min(tiles, PROGRAMS),),
-        tensor,
-        factor,
-        tiles,
-        length,
-        size,
-        *strides,
-        config=config,
-        rows=(tensor,),
-    )
+    grid = (min(tiles, PROGRAMS),)
+    return over_rows(scale_kernel, grid, tiles, length, size, *strides, config=config, rows=(tensor,))
 
 
 def launch_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:

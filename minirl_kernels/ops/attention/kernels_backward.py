@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.launch import is_whole
+from ...common.triton.config import is_whole
 from ...common.triton.numbers import round_to
 from ...common.triton.row_tiles import multiple
 from .kernels_shared import (

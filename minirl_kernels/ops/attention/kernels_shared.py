@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.triton import architecture
-from ...common.triton.launch import is_whole
+from ...common.triton.config import is_whole
 from ...common.triton.numbers import LOG2E, dot
 from ...common.triton.sizes import next_power_of_2
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...common.records import with_values
-from ...common.triton.launch import LaunchConfig
+from ...common.triton.config import LaunchConfig
 from ...common.triton.sizes import cdiv
 from ..fused_policy_loss.loss_rows import LossRows
 from ..fused_policy_loss.triton import forward_backward as sweep_of_tile

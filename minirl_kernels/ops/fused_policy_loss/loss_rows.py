@@ -49,6 +49,15 @@ class LossRows(NamedTuple):
             entropy_coef=config.entropy_coef,
         )
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:5]
+
+    @property
+    def options(self) -> tuple:
+        """The fields after the tensors, from objective on."""
+        return self[5:]
+
     def flat(self) -> LossRows:
         """The same record with tensors [T] in place of [B, L]."""
         return type(self)(*(value.flatten() if isinstance(value, Tensor) else value for value in self))

@@ -6,12 +6,15 @@ with the tile that is still in registers. Its next tiles are the ones most likel
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from ...common.triton.alignment import aligned, aligned_vector, memory_for
-from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
+from ...common.triton.config import LaunchConfig, is_whole, make_config, sizes_of
+from ...common.triton.launch import Launch, over_rows, prepared
 from ...common.triton.numbers import LOG2E
 from ...common.triton.row_softmax import (
     IGNORE_INDEX,
@@ -31,7 +34,6 @@ from .loss_rows import LossRows
 def fused_policy_loss_kernel(
     logits,
     bias,
-    softcap,
     token_ids,
     temperature,
     old_log_probs,
@@ -44,6 +46,7 @@ def fused_policy_loss_kernel(
     token_loss,
     token_grad,
     out,
+    softcap,
     ratio_low,
     ratio_high,
     threshold,
@@ -133,45 +136,42 @@ def forward_backward(
     The loss is computed from the output of the epilogue. The gradient is by the input of the epilogue, rows.logits.
     """
     results = tuple(torch.empty_like(rows.temperature) for _ in range(4))
-    vocab_size = rows.logits.shape[-1]
-    config = launch_config(vocab_size, rows.logits.dtype, out.dtype)
+    config = launch_config(rows.logits.shape[-1], rows.logits.dtype, out.dtype)
     logits, grad = aligned(rows.logits, config.vec), memory_for(out, config.vec)
-    length, *strides = row_strides(logits)
-    _, *grad_strides = row_strides(grad)
-    launch(
-        fused_policy_loss_kernel,
-        (rows.token_ids.numel(),),
+    _forward_backward(
         logits,
         aligned_vector(epilogue.bias),
-        epilogue.softcap or None,
         rows.token_ids,
         rows.temperature,
-        loss.old_log_probs,
-        loss.behaviour_log_probs,
-        loss.ref_log_probs,
-        loss.advantages,
-        loss.weights,
+        *loss.tensors,
         *results,
         grad,
-        loss.ratio_low,
-        loss.ratio_high,
-        loss.threshold,
-        loss.kl_coef,
-        loss.entropy_coef,
-        length,
-        vocab_size,
-        *strides,
-        *grad_strides,
-        OBJECTIVE=loss.objective,
-        CLIP=loss.clip,
-        KL_ESTIMATOR=loss.kl_estimator,
-        ONE_TILE=vocab_size <= config.tile,
-        config=config,
-        rows=(logits, grad),
+        softcap=epilogue.softcap or None,
+        options=loss.options,
     )
     if grad is not out:
         out.copy_(grad)
     return results
+
+
+@prepared
+def _forward_backward(logits: Tensor, *tensors: Tensor | None, softcap: float | None, options: tuple) -> Launch:
+    grad: Any = tensors[-1]
+    objective, clip, ratio_low, ratio_high, threshold, kl_coef, kl_estimator, entropy_coef = options
+    config = launch_config(logits.shape[-1], logits.dtype, grad.dtype)
+    numbers = softcap, ratio_low, ratio_high, threshold, kl_coef, entropy_coef
+    return over_rows(
+        fused_policy_loss_kernel,
+        (logits.shape[:-1].numel(),),
+        *numbers,
+        *sizes_of(logits, grad),
+        OBJECTIVE=objective,
+        CLIP=clip,
+        KL_ESTIMATOR=kl_estimator,
+        ONE_TILE=logits.shape[-1] <= config.tile,
+        config=config,
+        rows=(logits, grad),
+    )
 
 
 def launch_config(vocab_size: int, dtype: torch.dtype, out_dtype: torch.dtype | None = None) -> LaunchConfig:

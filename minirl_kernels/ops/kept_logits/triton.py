@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
+from ...common.triton.config import LaunchConfig, is_whole, make_config, sizes_of
+from ...common.triton.launch import Launch, over_rows, prepared
 from ...common.triton.row_tiles import row_offset, row_pointer, store_tile, tile_offsets, unspecialized
 from ...common.triton.sizes import cdiv
 from .op import KeptRows
@@ -66,23 +67,14 @@ def kept_logits_kernel(
 
 def keep_(logits: Tensor, kept: KeptRows, fill: float = -math.inf) -> None:
     """Write `fill` where a token is not in the set of its row. logits: [B, L, V] or [T, V], any dtype."""
-    vocab_size = logits.shape[-1]
-    config = launch_config(vocab_size, logits.dtype)
-    length, *strides = row_strides(logits)
-    launch(
-        kept_logits_kernel,
-        (logits.shape[:-1].numel(), cdiv(vocab_size, config.tile)),
-        logits,
-        kept.ids,
-        kept.begin,
-        kept.end,
-        fill,
-        length,
-        vocab_size,
-        *strides,
-        config=config,
-        rows=(logits,),
-    )
+    _keep(logits, kept.ids, kept.begin, kept.end, fill=fill)
+
+
+@prepared
+def _keep(logits: Tensor, ids: Tensor, begin: Tensor, end: Tensor, *, fill: float) -> Launch:
+    config = launch_config(logits.shape[-1], logits.dtype)
+    grid = logits.shape[:-1].numel(), cdiv(logits.shape[-1], config.tile)
+    return over_rows(kept_logits_kernel, grid, fill, *sizes_of(logits), config=config, rows=(logits,))
 
 
 def launch_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.triton import architecture
-from ...common.triton.launch import TileConfig
+from ...common.triton.config import TileConfig
 from ...common.triton.numbers import round_to
 from ...common.triton.products import (
     SAME_BITS_IN_ALL_TILES,

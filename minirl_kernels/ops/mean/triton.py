@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.triton.alignment import aligned
-from ...common.triton.columns import column_tile, launch_columns, rows_per_block
-from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config
+from ...common.triton.columns import column_tile, over_columns, rows_per_block
+from ...common.triton.config import LaunchConfig, is_whole, make_config, sizes_of
+from ...common.triton.launch import Launch, over_rows, prepared
 from ...common.triton.numbers import round_to
 from ...common.triton.row_tiles import load_terms, multiple, row_offset, row_pointer, unspecialized
 from ...common.triton.sizes import cdiv
@@ -127,24 +128,15 @@ def reduce_rows(x: Tensor, out: Tensor, divisor: int) -> None:
 
 def reduce_row_blocks(x: Tensor, out: Tensor, divisor: int) -> None:
     """Write the sum of each block of R of x [B, L, R], divided by `divisor`, into `out`."""
-    batch, length, reduced = x.shape
-    config = rows_config(reduced, x.dtype)
-    x = aligned(x, config.vec)
-    launch(
-        mean_rows_kernel,
-        (out.numel(),),
-        x,
-        out,
-        float(divisor),
-        out.numel() // (batch * length),
-        length,
-        reduced,
-        x.stride(0),
-        x.stride(1),
-        BLOCK=BLOCK,
-        config=config,
-        rows=(x,),
-    )
+    _row_blocks(aligned(x, rows_config(x.shape[2], x.dtype).vec), out, divisor=divisor)
+
+
+@prepared
+def _row_blocks(x: Tensor, out: Tensor, *, divisor: int) -> Launch:
+    blocks = out.numel() // x.shape[:2].numel()
+    config = rows_config(x.shape[2], x.dtype)
+    values = float(divisor), blocks, *sizes_of(x)
+    return over_rows(mean_rows_kernel, (out.numel(),), *values, BLOCK=BLOCK, config=config, rows=(x,))
 
 
 def reduce_columns(x: Tensor, out: Tensor, divisor: int) -> None:
@@ -153,21 +145,20 @@ def reduce_columns(x: Tensor, out: Tensor, divisor: int) -> None:
     if x.shape[2] > block:
         sizes = (1, x.shape[0] * x.shape[1], cdiv(x.shape[2], block), x.shape[3])
         partials = x.new_empty(sizes, dtype=torch.float32)
-        reduce_column_blocks(x, partials, block, 1)
+        reduce_column_blocks(x, partials, block=block, divisor=1)
         x = partials
-    reduce_column_blocks(x, out, block, divisor)
+    reduce_column_blocks(x, out, block=block, divisor=divisor)
 
 
-def reduce_column_blocks(x: Tensor, out: Tensor, block: int, divisor: int) -> None:
+@prepared
+def reduce_column_blocks(x: Tensor, out: Tensor, *, block: int, divisor: int) -> Launch:
     """Write the sum of each `block` rows of R of x [B, L, R, I], divided by `divisor`, into `out`."""
     batch, length, reduced, inner = x.shape
     strides = x.stride()[:3]
     outer = out.numel() // inner
-    launch_columns(
+    return over_columns(
         mean_columns_kernel,
         outer,
-        x,
-        out,
         float(divisor),
         outer,
         outer // (batch * length),

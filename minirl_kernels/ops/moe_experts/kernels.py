@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.triton.alignment import aligned
-from ...common.triton.launch import TileConfig
+from ...common.triton.config import TileConfig
 from ...common.triton.numbers import LOG2E, round_to
 from ...common.triton.products import add_products, sum_of_blocks, tile_of_program
 from ...common.triton.row_tiles import multiple

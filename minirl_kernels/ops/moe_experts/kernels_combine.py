@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.launch import LaunchConfig, launch, make_config
+from ...common.triton.config import LaunchConfig, make_config
+from ...common.triton.launch import Launch, over_rows, prepared
 from ...common.triton.numbers import round_to
 from ...common.triton.row_tiles import multiple, tile_offsets
 from ...common.triton.sizes import cdiv, next_power_of_2
@@ -68,19 +69,21 @@ def combine(
 
     parts: float32, of activation_grad; None leaves weights_grad. y and out may be None too. All are contiguous.
     """
+    _combine(y, weights, out, parts, None if parts is None else weights_grad)
+
+
+@prepared
+def _combine(
+    y: Tensor | None, weights: Tensor | None, out: Tensor | None, parts: Tensor | None, weights_grad: Tensor | None
+) -> Launch:
     summed: Any = y if parts is None else parts
     rows: Any = weights_grad if out is None else out
     tokens, top_k = summed.shape[:2]
     columns = 1 if out is None else out.shape[1]
     config = combine_config(columns, rows.dtype)
-    launch(
+    return over_rows(
         experts_combine_kernel,
         (tokens, cdiv(columns, config.tile)),
-        y,
-        weights,
-        out,
-        parts,
-        None if parts is None else weights_grad,
         columns,
         0 if parts is None else parts.shape[2],
         K=top_k,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...common.triton.launch import LaunchConfig
+from ...common.triton.config import LaunchConfig
 from ...common.triton.sizes import cdiv
 from .kernels import Rows
 

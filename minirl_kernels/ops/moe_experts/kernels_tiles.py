@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...common.triton import architecture
-from ...common.triton.launch import TileConfig
+from ...common.triton.config import TileConfig
 from ...common.triton.products import SAME_BITS_IN_ALL_TILES
 from ...common.triton.sizes import cdiv
 

@@ -5,7 +5,7 @@ Natural and replayed calls run the same binary, so that equal experts give equal
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.triton.alignment import aligned, aligned_vector, memory_for
-from ...common.triton.launch import LaunchConfig, launch
+from ...common.triton.config import LaunchConfig
+from ...common.triton.launch import Launch, over_rows, prepared
 from ...common.triton.row_tiles import load_tile, multiple, row_pointer, store_tile, tile_offsets, unspecialized
 from ...common.triton.sizes import next_power_of_2
 
@@ -258,9 +259,7 @@ def forward(
     natural = experts if routed_experts is None else torch.empty_like(experts)
     agreement, mass, margin = (weights.new_empty(tokens) for _ in range(3))
     replayed = _replayed(routed_experts, valid, nothing=experts)
-    launch(
-        moe_routing_fwd_kernel,
-        (tokens,),
+    _forward(
         router_logits,
         aligned_vector(correction_bias),
         replayed.ids,
@@ -271,10 +270,36 @@ def forward(
         agreement,
         mass,
         margin,
+        sizes=replayed.sizes,
+        groups=(num_groups, top_k_groups),
+        norm_topk_prob=norm_topk_prob,
+        scoring=scoring,
+        scale=scale,
+    )
+    return weights, experts, experts.new_empty(0) if routed_experts is None else natural, agreement, mass, margin
+
+
+@prepared
+def _forward(
+    logits: Tensor,
+    *tensors: Tensor | None,
+    sizes: tuple[int, ...],
+    groups: tuple[int, int],
+    norm_topk_prob: bool,
+    scoring: str,
+    scale: float,
+) -> Launch:
+    """sizes: of _Replayed. groups: their number, and the number of groups that a token keeps."""
+    weights: Any = tensors[3]
+    tokens, top_k = weights.shape
+    num_groups, top_k_groups = groups
+    return over_rows(
+        moe_routing_fwd_kernel,
+        (tokens,),
         scale,
-        num_experts,
-        router_logits.stride(0),
-        *replayed.sizes,
+        logits.shape[1],
+        logits.stride(0),
+        *sizes,
         K=top_k,
         K_BLOCK=next_power_of_2(top_k),
         NUM_GROUPS=num_groups,
@@ -282,10 +307,9 @@ def forward(
         G_BLOCK=next_power_of_2(num_groups),
         NORMALIZE=norm_topk_prob,
         SIGMOID=scoring == "sigmoid",
-        config=config,
-        rows=(router_logits,),
+        config=launch_config(logits.shape[1], logits.dtype),
+        rows=(logits,),
     )
-    return weights, experts, experts.new_empty(0) if routed_experts is None else natural, agreement, mass, margin
 
 
 class _Replayed(NamedTuple):
@@ -320,30 +344,41 @@ def backward(
     out: Tensor,
 ) -> None:
     """Writes d router_logits into `out`."""
-    top_k, num_experts = experts.shape[1], router_logits.shape[1]
-    config = launch_config(num_experts, router_logits.dtype)
+    config = launch_config(router_logits.shape[1], router_logits.dtype)
     router_logits, grad = aligned(router_logits, config.vec), memory_for(out, config.vec)
-    launch(
+    options = {"norm_topk_prob": norm_topk_prob, "scoring": scoring, "scale": scale}
+    _backward(router_logits, weights, experts, grad_weights, grad, **options)
+    if grad is not out:
+        out.copy_(grad)
+
+
+@prepared
+def _backward(
+    logits: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    grad_weights: Tensor,
+    grad: Tensor,
+    *,
+    norm_topk_prob: bool,
+    scoring: str,
+    scale: float,
+) -> Launch:
+    tokens, top_k = experts.shape
+    return over_rows(
         moe_routing_bwd_kernel,
-        (experts.shape[0],),
-        router_logits,
-        weights,
-        experts,
-        grad_weights,
-        grad,
+        (tokens,),
         scale,
-        num_experts,
-        router_logits.stride(0),
+        logits.shape[1],
+        logits.stride(0),
         grad.stride(0),
         K=top_k,
         K_BLOCK=next_power_of_2(top_k),
         NORMALIZE=norm_topk_prob,
         SIGMOID=scoring == "sigmoid",
-        config=config,
-        rows=(router_logits, grad),
+        config=launch_config(logits.shape[1], logits.dtype),
+        rows=(logits, grad),
     )
-    if grad is not out:
-        out.copy_(grad)
 
 
 def launch_config(num_experts: int, dtype: torch.dtype) -> LaunchConfig:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...common.triton.launch import LaunchConfig
+from ...common.triton.config import LaunchConfig
 from ...common.triton.sizes import cdiv, next_power_of_2
 from .kernel_arguments import InputValues, LossOptions, TokenResults, TokenValues, WeightOptions
 from .kernels_inputs import count_kernel, group_kernel, inputs_kernel

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ...common.rows import matrices_of
 from ...common.triton.alignment import aligned, aligned_vector
-from ...common.triton.columns import column_tile, launch_columns, rows_per_block
-from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
+from ...common.triton.columns import column_tile, over_columns, rows_per_block
+from ...common.triton.config import LaunchConfig, is_whole, make_config, sizes_of
+from ...common.triton.launch import Launch, over_rows, prepared
 from ...common.triton.row_tiles import load_terms, multiple, row_offset, row_pointer, store_tile, unspecialized
 from ...common.triton.sizes import cdiv
 from ..mean.triton import reduce_column_blocks
@@ -182,28 +183,24 @@ def forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tenso
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rstd = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
     if x.numel():
-        size = x.shape[-1]
         rows, out_rows = matrices_of(x, out)
-        config = forward_config(size, x.dtype)
-        rows = aligned(rows, config.vec)
-        length, *strides = row_strides(rows)
-        launch(
-            rms_norm_fwd_kernel,
-            (rstd.numel(),),
-            rows,
-            aligned_vector(weight),
-            out_rows,
-            rstd,
-            eps,
-            length,
-            size,
-            *strides,
-            *row_strides(out_rows)[1:],
-            ONE_TILE=size <= config.tile,
-            config=config,
-            rows=(rows, out_rows),
-        )
+        rows = aligned(rows, forward_config(x.shape[-1], x.dtype).vec)
+        _forward(rows, aligned_vector(weight), out_rows, rstd, eps=eps)
     return out, rstd
+
+
+@prepared
+def _forward(x: Tensor, weight: Tensor | None, out: Tensor, rstd: Tensor, *, eps: float) -> Launch:
+    config = forward_config(x.shape[-1], x.dtype)
+    return over_rows(
+        rms_norm_fwd_kernel,
+        (rstd.numel(),),
+        eps,
+        *sizes_of(x, out),
+        ONE_TILE=x.shape[-1] <= config.tile,
+        config=config,
+        rows=(x, out),
+    )
 
 
 def backward(
@@ -219,33 +216,24 @@ def backward(
         return out, out_weight.zero_()
     x, grad = matrices_of(x, grad)
     if input_grad:
-        _input_grad(x, grad, weight, rstd, out.view(x.shape))
+        vec = backward_config(x.shape[-1], x.dtype).vec
+        _input_grad(aligned(x, vec), aligned(grad, vec), aligned_vector(weight), rstd, out.view(x.shape))
     if weight_grad:
         block = rows_per_block(rstd.numel())
-        reduce_column_blocks(weight_partials(x, grad, rstd, block)[None, None], out_weight, block, 1)
+        partials = weight_partials(x, grad, rstd, block)
+        reduce_column_blocks(partials[None, None], out_weight, block=block, divisor=1)
     return out, out_weight
 
 
-def _input_grad(x: Tensor, grad: Tensor, weight: Tensor | None, rstd: Tensor, out: Tensor) -> None:
+@prepared
+def _input_grad(x: Tensor, grad: Tensor, weight: Tensor | None, rstd: Tensor, out: Tensor) -> Launch:
     """Writes d x into `out`. x, grad and out are [L, H] or [B, L, H]."""
-    size = x.shape[-1]
-    config = backward_config(size, x.dtype)
-    x, grad = aligned(x, config.vec), aligned(grad, config.vec)
-    length, *strides = row_strides(x)
-    launch(
+    config = backward_config(x.shape[-1], x.dtype)
+    return over_rows(
         rms_norm_bwd_kernel,
         (rstd.numel(),),
-        x,
-        grad,
-        aligned_vector(weight),
-        rstd,
-        out,
-        length,
-        size,
-        *strides,
-        *row_strides(grad)[1:],
-        *row_strides(out)[1:],
-        ONE_TILE=size <= config.tile,
+        *sizes_of(x, grad, out),
+        ONE_TILE=x.shape[-1] <= config.tile,
         config=config,
         rows=(x, grad, out),
     )
@@ -253,28 +241,17 @@ def _input_grad(x: Tensor, grad: Tensor, weight: Tensor | None, rstd: Tensor, ou
 
 def weight_partials(x: Tensor, grad: Tensor, rstd: Tensor, block: int) -> Tensor:
     """The sums of d out y over each `block` rows, [blocks, H] float32. x, grad: [L, H] or [B, L, H]."""
-    size = x.shape[-1]
-    partials = rstd.new_empty(cdiv(rstd.numel(), block), size)
-    length, *strides = row_strides(x)
-    strides += row_strides(grad)[1:]
-    launch_columns(
-        rms_norm_weight_kernel,
-        len(partials),
-        x,
-        grad,
-        rstd,
-        partials,
-        len(partials),
-        block,
-        length,
-        rstd.numel(),
-        size,
-        *strides,
-        size=size,
-        strides=strides,
-        inputs=(x, grad),
-    )
+    partials = rstd.new_empty(cdiv(rstd.numel(), block), x.shape[-1])
+    _weight_partials(x, grad, rstd, partials, block=block)
     return partials
+
+
+@prepared
+def _weight_partials(x: Tensor, grad: Tensor, rstd: Tensor, partials: Tensor, *, block: int) -> Launch:
+    blocks, size = partials.shape
+    length, _, *strides = sizes_of(x, grad)
+    values = blocks, block, length, rstd.numel(), size, *strides
+    return over_columns(rms_norm_weight_kernel, blocks, *values, size=size, strides=strides, inputs=(x, grad))
 
 
 def forward_config(size: int, dtype: torch.dtype) -> LaunchConfig:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ...common.rows import matrices_of, moved_back, moved_last
 from ...common.triton.alignment import aligned
-from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
+from ...common.triton.config import LaunchConfig, is_whole, make_config, sizes_of
+from ...common.triton.launch import Launch, over_rows, prepared
 from ...common.triton.numbers import LOG2E, exponent
 from ...common.triton.row_softmax import sums_of_row
 from ...common.triton.row_tiles import load_terms, load_tile, row_offset, row_pointer, store_tile, unspecialized
@@ -112,26 +113,24 @@ def forward(x: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
     x = moved_last(x, dim)
     out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     if x.numel():
-        size = x.shape[-1]
         rows, out_rows = matrices_of(x, out)
-        config = forward_config(size, x.dtype)
-        rows = aligned(rows, config.vec)
-        length, *strides = row_strides(rows)
-        launch(
-            softmax_fwd_kernel,
-            (rows.shape[:-1].numel(),),
-            rows,
-            out_rows,
-            length,
-            size,
-            *strides,
-            *row_strides(out_rows)[1:],
-            LOG=log,
-            ONE_TILE=size <= config.tile,
-            config=config,
-            rows=(rows, out_rows),
-        )
+        _forward(aligned(rows, forward_config(x.shape[-1], x.dtype).vec), out_rows, log=log)
     return moved_back(out, dim)
+
+
+@prepared
+def _forward(x: Tensor, out: Tensor, *, log: bool) -> Launch:
+    size = x.shape[-1]
+    config = forward_config(size, x.dtype)
+    return over_rows(
+        softmax_fwd_kernel,
+        (x.shape[:-1].numel(),),
+        *sizes_of(x, out),
+        LOG=log,
+        ONE_TILE=size <= config.tile,
+        config=config,
+        rows=(x, out),
+    )
 
 
 def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
@@ -143,28 +142,25 @@ def backward(grad: Tensor, output: Tensor, dim: int, log: bool, dtype: torch.dty
     grad, output = moved_last(grad, dim), moved_last(output, dim)
     out = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
     if grad.numel():
-        size = grad.shape[-1]
         grad_rows, output_rows, out_rows = matrices_of(grad, output, out)
-        config = backward_config(size, dtype)
-        grad_rows, output_rows = aligned(grad_rows, config.vec), aligned(output_rows, config.vec)
-        length, *strides = row_strides(grad_rows)
-        launch(
-            softmax_bwd_kernel,
-            (grad_rows.shape[:-1].numel(),),
-            grad_rows,
-            output_rows,
-            out_rows,
-            length,
-            size,
-            *strides,
-            *row_strides(output_rows)[1:],
-            *row_strides(out_rows)[1:],
-            LOG=log,
-            ONE_TILE=size <= config.tile,
-            config=config,
-            rows=(grad_rows, output_rows, out_rows),
-        )
+        vec = backward_config(grad.shape[-1], dtype).vec
+        _backward(aligned(grad_rows, vec), aligned(output_rows, vec), out_rows, log=log)
     return out.movedim(-1, dim)
+
+
+@prepared
+def _backward(grad: Tensor, output: Tensor, out: Tensor, *, log: bool) -> Launch:
+    size = grad.shape[-1]
+    config = backward_config(size, out.dtype)
+    return over_rows(
+        softmax_bwd_kernel,
+        (grad.shape[:-1].numel(),),
+        *sizes_of(grad, output, out),
+        LOG=log,
+        ONE_TILE=size <= config.tile,
+        config=config,
+        rows=(grad, output, out),
+    )
 
 
 def forward_config(size: int, dtype: torch.dtype) -> LaunchConfig:

@@ -6,12 +6,15 @@ tile would otherwise write to memory that another program still reads.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from ...common.triton.alignment import aligned, aligned_vector, memory_for
-from ...common.triton.launch import LaunchConfig, is_whole, launch, make_config, row_strides
+from ...common.triton.config import LaunchConfig, is_whole, make_config, sizes_of
+from ...common.triton.launch import Launch, over_rows, prepared
 from ...common.triton.numbers import LOG2E
 from ...common.triton.row_softmax import (
     ELSEWHERE,
@@ -31,13 +34,13 @@ from .rows import NO_EPILOGUE, Epilogue, LogitRows, RowGradients
 def token_logprobs_fwd_kernel(
     logits,
     bias,
-    softcap,
     token_ids,
     temperature,
     log_probs,
     entropy,
     shift,
     log_sum,
+    softcap,
     L,
     V,
     stride_b,
@@ -74,7 +77,6 @@ def token_logprobs_fwd_kernel(
 def token_logprobs_bwd_kernel(
     logits,
     bias,
-    softcap,
     token_ids,
     temperature,
     shift,
@@ -83,6 +85,7 @@ def token_logprobs_bwd_kernel(
     grad_log_probs,
     grad_entropy,
     out,
+    softcap,
     L,
     V,
     stride_b,
@@ -133,30 +136,27 @@ def forward(rows: LogitRows, with_entropy: bool, epilogue: Epilogue = NO_EPILOGU
     log_probs, shift, log_sum = (torch.empty_like(rows.temperature) for _ in range(3))
     entropy = torch.empty_like(rows.temperature) if with_entropy else rows.temperature.new_empty(0)
     vocab_size = rows.logits.shape[-1]
-    config = forward_config(vocab_size, rows.logits.dtype)
-    logits = aligned(rows.logits, config.vec)
-    length, *strides = row_strides(logits)
-    launch(
+    logits = aligned(rows.logits, forward_config(vocab_size, rows.logits.dtype).vec)
+    results = log_probs, entropy, shift, log_sum
+    softcap = epilogue.softcap or None
+    _forward(logits, aligned_vector(epilogue.bias), rows.token_ids, rows.temperature, *results, softcap=softcap)
+    return results
+
+
+@prepared
+def _forward(logits: Tensor, *tensors: Tensor | None, softcap: float | None) -> Launch:
+    entropy: Any = tensors[4]
+    config = forward_config(logits.shape[-1], logits.dtype)
+    return over_rows(
         token_logprobs_fwd_kernel,
-        (rows.token_ids.numel(),),
-        logits,
-        aligned_vector(epilogue.bias),
-        epilogue.softcap or None,
-        rows.token_ids,
-        rows.temperature,
-        log_probs,
-        entropy,
-        shift,
-        log_sum,
-        length,
-        vocab_size,
-        *strides,
-        WITH_ENTROPY=with_entropy,
-        ONE_TILE=vocab_size <= config.tile,
+        (logits.shape[:-1].numel(),),
+        softcap,
+        *sizes_of(logits),
+        WITH_ENTROPY=entropy.numel() > 0,
+        ONE_TILE=logits.shape[-1] <= config.tile,
         config=config,
         rows=(logits,),
     )
-    return log_probs, entropy, shift, log_sum
 
 
 def backward(rows: LogitRows, gradients: RowGradients, out: Tensor, epilogue: Epilogue = NO_EPILOGUE) -> None:
@@ -166,30 +166,28 @@ def backward(rows: LogitRows, gradients: RowGradients, out: Tensor, epilogue: Ep
     """
     vocab_size = rows.logits.shape[-1]
     config = backward_config(vocab_size, rows.logits.dtype, out.dtype)
-    tiles = 1 if out.dtype != rows.logits.dtype else cdiv(vocab_size, config.tile)
     logits, grad = aligned(rows.logits, config.vec), memory_for(out, config.vec)
-    length, *strides = row_strides(logits)
-    _, *grad_strides = row_strides(grad)
-    launch(
+    tensors = logits, aligned_vector(epilogue.bias), rows.token_ids, rows.temperature, *gradients, grad
+    _backward(*tensors, softcap=epilogue.softcap or None)
+    if grad is not out:
+        out.copy_(grad)
+
+
+@prepared
+def _backward(logits: Tensor, *tensors: Tensor | None, softcap: float | None) -> Launch:
+    grad: Any = tensors[-1]
+    vocab_size = logits.shape[-1]
+    config = backward_config(vocab_size, logits.dtype, grad.dtype)
+    tiles = 1 if grad.dtype != logits.dtype else cdiv(vocab_size, config.tile)
+    return over_rows(
         token_logprobs_bwd_kernel,
-        (rows.token_ids.numel(), tiles),
-        logits,
-        aligned_vector(epilogue.bias),
-        epilogue.softcap or None,
-        rows.token_ids,
-        rows.temperature,
-        *gradients,
-        grad,
-        length,
-        vocab_size,
-        *strides,
-        *grad_strides,
+        (logits.shape[:-1].numel(), tiles),
+        softcap,
+        *sizes_of(logits, grad),
         ONE_TILE=vocab_size <= config.tile,
         config=config,
         rows=(logits, grad),
     )
-    if grad is not out:
-        out.copy_(grad)
 
 
 def forward_config(vocab_size: int, dtype: torch.dtype) -> LaunchConfig:
