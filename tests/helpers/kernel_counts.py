@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+from unprepared import unprepared
 
 # operations that return memory, or another view of it, without a kernel; the schema tells about the other views
 _NO_KERNEL = frozenset(
@@ -76,6 +77,7 @@ def waits(run: Callable[[], object]) -> list[str]:
 def _recorded(run) -> _Recorder:
     recorder = _Recorder()
     with ExitStack() as stack:
+        stack.enter_context(unprepared())
         for kind in (JITFunction, InterpretedFunction):
             stack.enter_context(mock.patch.object(kind, "run", recorder.launching(kind.run)))
         for name in _COPIES_TO_HOST:

@@ -27,7 +27,7 @@ def _of_columns(rows: Rows) -> tuple[Tensor, ...]:
     count, size = rows.x.shape
     block = rows_per_block(count)
     out = torch.empty(-(-count // block), size)
-    triton.reduce_column_blocks(rows.x[None, None], out, block, count)
+    triton.reduce_column_blocks(rows.x[None, None], out, block=block, divisor=count)
     return (out,)
 
 

@@ -100,5 +100,5 @@ def _interpret(name: str) -> list[str]:
 
 if __name__ == "__main__":
     # the modules here are in the package verify, the cases of an op in ops; both are in the folder tests
-    sys.path[0] = str(FOLDER.parent)
+    sys.path[:1] = [str(FOLDER.parent), str(FOLDER.parent / "helpers")]
     sys.exit(main())

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+from unprepared import unprepared
 
 from minirl_kernels.common.triton import architecture
 from minirl_kernels.common.triton.config import TileConfig
@@ -30,7 +31,8 @@ def captured() -> Iterator[list[CapturedLaunch]]:
     def run(self, *args, grid, warmup, **kwargs):
         launches.append(CapturedLaunch(self, tuple(grid), args, kwargs))
 
-    with mock.patch.object(JITFunction, "run", run), mock.patch.object(InterpretedFunction, "run", run):
+    by_triton = (mock.patch.object(kind, "run", run) for kind in (JITFunction, InterpretedFunction))
+    with unprepared(), next(by_triton), next(by_triton):
         yield launches
 
 

@@ -42,7 +42,7 @@ def check(case: Case) -> list[str]:
 def specializations(case: Case) -> dict[str, tuple[str, CapturedLaunch]]:
     """The distinct specialisations of the case and of the cases like it: (name of the operands, launch) by key."""
     found: dict[str, tuple[str, CapturedLaunch]] = {}
-    for name, operands, launch_operands in _variants(case):
+    for name, operands, launch_operands in variants(case):
         with captured() as launches:
             launch_operands(operands)
         (launch,) = launches
@@ -86,7 +86,7 @@ def _compiled_reductions(launch: CapturedLaunch) -> list[str]:
     return reductions(triton.compile(source, target=PARTS[PART].target, options=options).asm["ttgir"])
 
 
-def _variants(case: Case) -> Iterator[tuple[str, Any, Callable[[Any], Any]]]:
+def variants(case: Case) -> Iterator[tuple[str, Any, Callable[[Any], Any]]]:
     """(name, operands, launch) of the case, of the cases like it, and with bases that are off by one element."""
     cases = [case, *case.alike()]
     for like in cases:

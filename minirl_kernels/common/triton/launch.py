@@ -47,27 +47,33 @@ class prepared:
         key = (*map(_layout, tensors), *options.items())
         known = self._known.get(key)
         if known is None:
-            self._launch_first(key, tensors, options)
+            launch, compiled = self.launch(tensors, options)
+            if compiled is not None:
+                self._keep(key, tensors, launch, compiled)
             return
         run, rest, first = known
         with torch.cuda.device_of(tensors[first]):
             run(*tensors, *rest)
 
-    def _launch_first(self, key: tuple, tensors: tuple, options: dict) -> None:
+    def launch(self, tensors: tuple[Tensor | None, ...], options: dict) -> tuple[Launch, Any]:
+        """Prepare, and launch by Triton. Returns (launch, the compiled kernel). Triton's interpreter compiles none."""
         launch = self.prepare(*tensors, **options)
         if 0 in launch.grid:
-            return
-        first = next(i for i, x in enumerate(tensors) if x is not None)
-        with torch.cuda.device_of(tensors[first]):
-            compiled = launch.kernel[launch.grid](*tensors, *launch.values, **launch.constants)
-        if compiled is None:  # the interpreter compiles nothing
-            return
+            return launch, None
+        with torch.cuda.device_of(tensors[_first(tensors)]):
+            return launch, launch.kernel[launch.grid](*tensors, *launch.values, **launch.constants)
+
+    def _keep(self, key: tuple, tensors: tuple, launch: Launch, compiled: Any) -> None:
         if len(self._known) == LIMIT:
             self._known.clear()
-        grid = (*launch.grid, 1, 1)[:3]
         names = launch.kernel.arg_names[len(tensors) + len(launch.values) :]
         rest = (*launch.values, *(launch.constants[name] for name in names))
-        self._known[key] = compiled[grid], rest, first
+        self._known[key] = compiled[(*launch.grid, 1, 1)[:3]], rest, _first(tensors)
+
+
+def _first(tensors: tuple[Tensor | None, ...]) -> int:
+    """The index of the first tensor that is not None."""
+    return next(i for i, x in enumerate(tensors) if x is not None)
 
 
 def _layout(x: Tensor | None) -> tuple | None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...backends import native
-from .layout import layout_of, reduced_dims, reduced_shape
+from .layout import layout_of, reduced
 
 
 def forward(
@@ -16,8 +16,8 @@ def forward(
     if dtype not in (None, x.dtype, torch.float32):
         return forward(x, dim, keepdim, torch.float32, divide).to(dtype)
     dtype = dtype or x.dtype
-    dims = reduced_dims(x, dim)
-    out = torch.empty(reduced_shape(x, dims, keepdim), dtype=dtype)
+    dims, shape = reduced(x, dim, keepdim)
+    out = torch.empty(shape, dtype=dtype)
     if out.numel():
         layout = layout_of(x, dims, transposes=True)
         native().mean(layout, layout.reduced if divide else 1, out)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -40,6 +43,18 @@ def reduced_shape(x: Tensor, dims: tuple[int, ...], keepdim: bool) -> list[int]:
     if keepdim:
         return [1 if d in dims else size for d, size in enumerate(x.shape)]
     return [size for d, size in enumerate(x.shape) if d not in dims]
+
+
+def reduced(x: Tensor, dim: int | Sequence[int] | None, keepdim: bool) -> tuple[tuple[int, ...], list[int]]:
+    """(the reduced dimensions, the shape of the result), for a backend. They are kept, because they take long."""
+    return _reduced(x.shape, dim if dim is None or isinstance(dim, int) else tuple(dim), keepdim)
+
+
+@functools.lru_cache(1024)
+def _reduced(shape: torch.Size, dim: int | tuple[int, ...] | None, keepdim: bool) -> tuple[tuple[int, ...], list[int]]:
+    x = torch.empty(shape, device="meta")
+    dims = reduced_dims(x, dim)
+    return dims, reduced_shape(x, dims, keepdim)
 
 
 def reduced_size(x: Tensor, dims: tuple[int, ...]) -> int:

@@ -18,7 +18,7 @@ from ...common.triton.launch import Launch, over_rows, prepared
 from ...common.triton.numbers import round_to
 from ...common.triton.row_tiles import load_terms, multiple, row_offset, row_pointer, unspecialized
 from ...common.triton.sizes import cdiv
-from .layout import layout_of, reduced_dims, reduced_shape
+from .layout import layout_of, reduced
 
 # elements of a row per program: a whole number of tiles; the row of a vocabulary takes about ten programs
 BLOCK = 16_384
@@ -104,21 +104,23 @@ def forward(
     x: Tensor, dim: int | tuple[int, ...] | None, keepdim: bool, dtype: torch.dtype | None, divide: bool
 ) -> Tensor:
     """The mean of x over `dim` if `divide`, else the sum. dtype: of the result; None means the dtype of x."""
-    dims = reduced_dims(x, dim)
-    out = torch.empty(reduced_shape(x, dims, keepdim), dtype=dtype or x.dtype, device=x.device)
+    dims, shape = reduced(x, dim, keepdim)
+    out = x.new_empty(shape, dtype=dtype)
     if out.numel():
         layout = layout_of(x, dims, transposes=False)
-        sizes = (layout.batch, layout.length, layout.reduced, layout.inner)
-        x = layout.x.as_strided(sizes, (layout.batch_stride, layout.length_stride, layout.reduced_stride, 1))
+        sizes = (layout.batch, layout.length, layout.reduced)
+        strides = (layout.batch_stride, layout.length_stride, layout.reduced_stride)
+        divisor = layout.reduced if divide else 1
         # the two functions give different bits, so the choice must not depend on sizes
-        reduce = reduce_rows if layout.trailing else reduce_columns
-        reduce(x, out, layout.reduced if divide else 1)
+        if layout.trailing:
+            reduce_rows(layout.x.as_strided(sizes, strides), out, divisor)
+        else:
+            reduce_columns(layout.x.as_strided((*sizes, layout.inner), (*strides, 1)), out, divisor)
     return out
 
 
 def reduce_rows(x: Tensor, out: Tensor, divisor: int) -> None:
-    """Write the sums of x [B, L, R, 1] over R, divided by `divisor`, into `out` of B L elements."""
-    x = x.squeeze(3)
+    """Write the sums of x [B, L, R] over R, divided by `divisor`, into `out` of B L elements."""
     while x.shape[2] > BLOCK:
         partials = x.new_empty((1, x.shape[0] * x.shape[1], cdiv(x.shape[2], BLOCK)), dtype=torch.float32)
         reduce_row_blocks(x, partials, 1)
