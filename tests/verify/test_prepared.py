@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 from unprepared import unprepared
+
 from verify import cases, layout
 
 
