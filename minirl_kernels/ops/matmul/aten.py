@@ -8,7 +8,7 @@ Every element is summed in float32 and rounded once. Its bits are a function of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from types import ModuleType
 
 import torch
@@ -72,7 +72,8 @@ def grouped_product(
         raise ValueError(f"self and mat2 have {dims[0]} and {dims[1]} dimensions: they must have two or three each")
     if offs is None or offs.dim() != 1 or offs.dtype != torch.int32:
         raise ValueError("offs must be the end of each group, [G] int32, where self or mat2 has two dimensions")
-    _check_operands(a, b)
+    _check_dtypes(a, b)
+    _check_depth(a.shape, b.shape)
     batch = {len(x) for x in (a, b) if x.dim() == 3}
     if batch - {len(offs)}:
         raise ValueError(f"offs has {len(offs)} groups: it must have {batch.pop()}, the batch size of self or mat2")
@@ -174,15 +175,10 @@ def _as_one_row(kernels, out, a, x, addend=None, alpha=1.0, beta=1.0) -> Tensor:
 
 
 def _multiply(kernels, out, a, b, addend=None, alpha=1.0, beta=1.0) -> Tensor:
-    _check_operands(a, b)
-    outer, columns = a.shape[:-1], b.shape[-1]
-    if b.dim() != a.dim() or (b.dim() == 3 and len(a) != len(b)):
-        raise ValueError(
-            f"mat2 has shape {tuple(b.shape)}: it must have the outer dimensions of self, {tuple(a.shape)}"
-        )
-    shape = (*outer, columns)
+    _check_dtypes(a, b)
+    shape = _shape_of_product(a.shape, b.shape)
     if out is None:
-        out = torch.empty(shape, dtype=a.dtype, device=a.device)
+        out = a.new_empty(shape)
     elif out.shape != shape or out.dtype != a.dtype:
         raise ValueError(f"out has shape {tuple(out.shape)} and dtype {out.dtype}: it must be {shape}, {a.dtype}")
     if not out.numel():
@@ -191,6 +187,7 @@ def _multiply(kernels, out, a, b, addend=None, alpha=1.0, beta=1.0) -> Tensor:
         if addend.dtype != a.dtype:
             raise TypeError(f"self has dtype {addend.dtype}: it must be the dtype of mat1, {a.dtype}")
         addend = _lay_out(addend, out)
+    columns = shape[-1]
     row, column = out.stride()[-2:]
     if row == 1 and (column != 1 or columns == 1):
         # out^T = b^T a^T has the same bits: each sum has the same terms in the same order
@@ -205,11 +202,23 @@ def _multiply(kernels, out, a, b, addend=None, alpha=1.0, beta=1.0) -> Tensor:
     return out
 
 
-def _check_operands(a, b) -> None:
+@lru_cache(maxsize=4096)  # packed batches have other sizes in each step
+def _shape_of_product(a: torch.Size, b: torch.Size) -> tuple[int, ...]:
+    """The shape of the product of tensors of the shapes a and b. Raises ValueError if they do not fit."""
+    _check_depth(a, b)
+    if a[:-2] != b[:-2]:
+        raise ValueError(f"mat2 has shape {tuple(b)}: it must have the outer dimensions of self, {tuple(a)}")
+    return (*a[:-1], b[-1])
+
+
+def _check_dtypes(a: Tensor, b: Tensor) -> None:
     if b.dtype != a.dtype:
         raise TypeError(f"mat2 has dtype {b.dtype}: it must be the dtype of self, {a.dtype}")
-    if b.shape[-2] != a.shape[-1]:
-        raise ValueError(f"mat2 has shape {tuple(b.shape)}: it must be [{a.shape[-1]}, N] for self {tuple(a.shape)}")
+
+
+def _check_depth(a: torch.Size, b: torch.Size) -> None:
+    if b[-2] != a[-1]:
+        raise ValueError(f"mat2 has shape {tuple(b)}: it must be [{a[-1]}, N] for self {tuple(a)}")
 
 
 def _lay_out(addend, out) -> Tensor:

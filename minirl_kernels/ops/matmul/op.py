@@ -166,15 +166,17 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(kernels, x, weight, bias):
-    columns, outer = weight.T, x.shape[:-1]
     if x.dim() == 3:
-        batch, length = outer
+        batch, length, _ = x.shape
         if batch > 1 and length > 1 and x.stride(0) != length * x.stride(1):
-            columns = columns.expand(batch, *columns.shape)  # a batched product reads these strides without a copy
-        else:
-            x = x.flatten(0, 1)
-    out = aten.product(kernels, x, columns) if bias is None else aten.added_product(kernels, bias, x, columns)
-    return out.view(*outer, weight.shape[0])
+            # a batched product reads these strides without a copy
+            return _of_columns(kernels, x, weight.T.expand(batch, *weight.shape[::-1]), bias)
+        return _of_columns(kernels, x.flatten(0, 1), weight.T, bias).view(batch, length, weight.shape[0])
+    return _of_columns(kernels, x, weight.T, bias)
+
+
+def _of_columns(kernels, x, columns, bias):
+    return aten.product(kernels, x, columns) if bias is None else aten.added_product(kernels, bias, x, columns)
 
 
 matmul_forward = OP.define(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...common.triton import architecture
 from ...common.triton.config import TileConfig
+from ...common.triton.launch import Launch, prepared
 from ...common.triton.numbers import round_to
 from ...common.triton.products import (
     SAME_BITS_IN_ALL_TILES,
@@ -139,7 +140,8 @@ def matmul_into(
     out: Tensor, a: Tensor, b: Tensor, *, addend: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
 ) -> Tensor:
     """out = alpha (a @ b) + beta addend. Arguments as in common/native_matmul.py."""
-    _launch(out, a, b, out.shape[0] if out.dim() == 3 else 1, addend=addend, alpha=alpha, beta=beta)
+    # + 0.0 makes 0.0 of -0.0, because both are one key of a launch
+    _launch(_readable(a), _readable(b), addend, out, None, alpha=alpha + 0.0, beta=beta, grouped="")
     return out
 
 
@@ -151,15 +153,28 @@ def grouped_into(out: Tensor, a: Tensor, b: Tensor, ends: Tensor, grouped: str) 
     """
     if grouped == "columns":
         turned = out.new_empty(out.shape[::-1])
-        _launch(turned, b.mT, a.mT, 1, ends=ends, grouped="rows")
+        grouped_into(turned, b.mT, a.mT, ends, "rows")
         out.copy_(turned.T)
     else:
-        _launch(out, a, b, len(ends) if grouped == "terms" else 1, ends=ends, grouped=grouped)
+        _launch(_readable(a), _readable(b), None, out, ends, alpha=1.0, beta=1.0, grouped=grouped)
 
 
-def _launch(out, a, b, batch, *, addend=None, alpha=1.0, beta=1.0, ends=None, grouped="") -> None:
-    a, (stride_ab, a_row, a_column) = _matrix_strides(a)
-    b, (stride_bb, b_row, b_column) = _matrix_strides(b)
+@prepared
+def _launch(
+    a: Tensor,
+    b: Tensor,
+    addend: Tensor | None,
+    out: Tensor,
+    ends: Tensor | None,
+    *,
+    alpha: float,
+    beta: float,
+    grouped: str,
+) -> Launch:
+    """grouped: as in matmul_kernel. a and b are readable."""
+    stride_ab, a_row, a_column = _matrix_strides(a)
+    stride_bb, b_row, b_column = _matrix_strides(b)
+    batch = out.shape[0] if out.dim() == 3 else 1
     rows, columns, depth = out.shape[-2], out.shape[-1], a.shape[-1]
     groups = len(ends) if ends is not None else 0
     a_turned, b_turned = a_column != 1, b_row == 1 and b_column != 1
@@ -183,47 +198,41 @@ def _launch(out, a, b, batch, *, addend=None, alpha=1.0, beta=1.0, ends=None, gr
     config = tile_config(Products(gpu, a.dtype, count, mean_rows, columns, a_turned, is_wide))
     # with groups of rows: an upper bound, known without waiting for the device
     tiles_m = rows // config.rows + groups + 1 if grouped == "rows" else cdiv(rows, config.rows)
-    with torch.cuda.device_of(out):
-        matmul_kernel[(batch * tiles_m * cdiv(columns, config.columns),)](
-            a,
-            b,
-            addend,
-            out,
-            ends,
-            alpha,
-            beta,
-            rows,
-            columns,
-            depth,
-            groups,
-            tiles_m,
-            *strides,
-            GROUPED=grouped,
-            A_TURNED=a_turned,
-            B_TURNED=b_turned,
-            G_BLOCK=next_power_of_2(groups + 1),
-            BAND=8,
-            BLOCK_M=config.rows,
-            BLOCK_N=config.columns,
-            BLOCK_D=config.depth,
-            ALIGN=vec if is_wide else 1,
-            num_warps=config.num_warps,
-            num_stages=config.stages,
-        )
+    constants = {
+        "GROUPED": grouped,
+        "A_TURNED": a_turned,
+        "B_TURNED": b_turned,
+        "G_BLOCK": next_power_of_2(groups + 1),
+        "BAND": 8,
+        "BLOCK_M": config.rows,
+        "BLOCK_N": config.columns,
+        "BLOCK_D": config.depth,
+        "ALIGN": vec if is_wide else 1,
+        "num_warps": config.num_warps,
+        "num_stages": config.stages,
+    }
+    values = alpha, beta, rows, columns, depth, groups, tiles_m, *strides
+    return Launch(matmul_kernel, (batch * tiles_m * cdiv(columns, config.columns),), values, constants)
 
 
-def _matrix_strides(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """(x, (stride of the batch, of a row, of a column)), one of the last two 1. x is a copy if neither was 1.
+def _readable(x: Tensor) -> Tensor:
+    """x, or its copy if neither its rows nor its columns are contiguous.
 
     A dimension of one element may have any stride, and so may every dimension of an empty tensor.
     """
-    strides, (rows, columns) = x.stride(), x.shape[-2:]
-    row, column = strides[-2], 1 if columns == 1 else strides[-1]
-    if column != 1 and row != 1:
-        if rows != 1 and x.numel():
-            return _matrix_strides(x.contiguous())
+    if 1 in x.stride()[-2:] or 1 in x.shape[-2:] or not x.numel():
+        return x
+    return x.contiguous()
+
+
+def _matrix_strides(x: Tensor) -> tuple[int, int, int]:
+    """(stride of the batch, of a row, of a column) of a readable x; one of the last two is 1."""
+    *outer, row, column = x.stride()
+    if x.shape[-1] == 1:
+        column = 1
+    elif column != 1:
         row = 1
-    return x, (strides[0] if len(strides) == 3 else 0, row, column)
+    return outer[0] if outer else 0, row, column
 
 
 class Products(NamedTuple):
