@@ -160,7 +160,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
-        grad_x = _Linear.apply(grad, weight.T, None, ctx.backend) if needs_x else None
+        grad_x = _Product.apply(rows, weight, ctx.backend).view(x.shape) if needs_x else None
         grad_weight = _Product.apply(rows.T, x.flatten(0, -2), ctx.backend) if needs_weight else None
         return grad_x, grad_weight, rows.sum(0) if needs_bias else None, None
 
