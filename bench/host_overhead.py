@@ -60,8 +60,17 @@ def calls(device: torch.device) -> dict[str, Callable[[], object]]:
     gate_up, down = normal(8, 32, 64), normal(8, 64, 16)
     q, k, v = normal(1, 4, 8, 16), normal(1, 2, 8, 16), normal(1, 2, 8, 16)
     spans = torch.tensor([[0, 0, 8, 0, 8]], device=device)
+    rows = normal(2, 4, 64)
+    per_token = torch.zeros(2, 4, device=device)
+    batch = {
+        "old_log_probs": per_token,
+        "rollout_log_probs": per_token,
+        "advantages": torch.ones(2, device=device),
+        "loss_mask": per_token == 0,
+    }
     ours = {"backend": "triton"}
     return {
+        "fused_policy_loss": lambda: mk.fused_policy_loss(rows, ids.view(2, 4), **batch, **ours),
         "rms_norm": lambda: mk.rms_norm(x, weight, 1e-6, **ours),
         "softmax": lambda: mk.softmax(x, **ours),
         "log_softmax": lambda: mk.log_softmax(x, **ours),

@@ -46,6 +46,7 @@ _ALWAYS_ON = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect) | torch
     torch._C.DispatchKey.ADInplaceOrView
 )
 _OTHER_KEYS = ~_ALWAYS_ON.raw_repr()
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _only_computes(arguments: tuple) -> bool:
@@ -63,11 +64,7 @@ def _only_computes(arguments: tuple) -> bool:
         return False
     records = torch.is_grad_enabled()
     for argument in arguments:
-        kind = type(argument)
-        if kind is Tensor or kind is torch.nn.Parameter:
-            if records and argument.requires_grad:
-                return False
-        elif isinstance(argument, Tensor):
+        if isinstance(argument, Tensor) and (type(argument) not in _PLAIN or (records and argument.requires_grad)):
             return False
     return True
 
