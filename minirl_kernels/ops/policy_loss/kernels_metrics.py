@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from ...common.triton.row_tiles import unspecialized
-from .kernels_blocks import expm1, first_block, largest, span_of_response, tokens_of_block
-from .kernels_objective import kl_penalty, token_objective
+from .kernels_blocks import expm1, first_block, largest, load_float64, put, span_of_response, tokens_of_block
+from .kernels_objective import at_least, at_most, bounds_met, kl_penalty, times, token_objective
+from .kernels_responses import TOKENS, ratios_of_loss, sum_of_response
 
 # rows of the sums of a block. The first are COUNTS and SUMS, then the sums that only totals_kernel reads
 NUM_SUMS = 19
@@ -28,18 +29,6 @@ NUM_BLOCK_MAXIMA = 3
 LARGEST_ERROR = tl.constexpr(3)
 
 
-@triton.jit
-def put(sums, row, num_blocks, m_loss, b_x):
-    """Write the sum of a block to a row of `sums`."""
-    b_x = tl.where(m_loss, b_x.to(tl.float64), 0.0)
-    tl.store(sums + row * tl.full([], num_blocks, tl.int64), tl.sum(b_x, 0))
-
-
-@triton.jit
-def load_float64(values, o, m_loss):
-    return tl.load(values + o, mask=m_loss, other=0.0).to(tl.float32).to(tl.float64)
-
-
 @unspecialized()
 def token_sums_kernel(
     log_probs,
@@ -48,7 +37,6 @@ def token_sums_kernel(
     token_grad,
     clip_high,
     clip_low,
-    truncated,
     mask,
     weights,
     advantages,
@@ -56,14 +44,21 @@ def token_sums_kernel(
     rollout_log_probs,
     ref_log_probs,
     offsets,
+    response_sums,
+    log_mean,
     out_log_probs,
     out_entropy,
     out_loss,
     out_grad,
+    out_entropy_grad,
     sums,
     maxima,
-    ratio_low,
-    ratio_high,
+    low,
+    high,
+    most,
+    log_most,
+    lower,
+    upper,
     threshold,
     kl_coef,
     entropy_coef,
@@ -72,21 +67,24 @@ def token_sums_kernel(
     L,
     search_steps,
     OBJECTIVE: tl.constexpr,
+    LEVEL: tl.constexpr,
     CLIP: tl.constexpr,
-    CORRECTS: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    BEYOND: tl.constexpr,
+    WEIGHS: tl.constexpr,
+    WEIGHTING: tl.constexpr,
     WITH_KL: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
-    WITH_ENTROPY_TERM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The sums and maxima of each block. It writes log_probs, entropy and token_loss, 0 where masked, and c_t.
 
-    token_loss, token_grad: None if they are computed here.
-    OBJECTIVE: None if clip_high, clip_low and truncated are given.
-    CORRECTS: whether the objective weighs by d; WITH_KL: whether ref_log_probs is in the loss.
+    token_loss, token_grad, clip_high, clip_low: see TokenResults.
+    out_entropy_grad: None if the loss has no entropy term. WITH_KL: whether ref_log_probs is in the loss.
+    The other constants are fields of ObjectiveOptions, CorrectionOptions and LossOptions; OBJECTIVE may be None.
     """
     i_block = tl.program_id(0).to(tl.int64)
-    _, _, end, o = tokens_of_block(i_block, offsets, num_responses, L, search_steps, BLOCK)
+    i_response, start, end, o = tokens_of_block(i_block, offsets, num_responses, L, search_steps, BLOCK)
     m = o < end
     m_loss = tl.load(mask + o, mask=m, other=0) != 0
     b_x = load_float64(log_probs, o, m_loss)
@@ -94,7 +92,7 @@ def token_sums_kernel(
     if old_log_probs is not None:
         b_old = load_float64(old_log_probs, o, m_loss)
     b_zero = tl.zeros([BLOCK], tl.float64)
-    b_entropy, b_rollout, b_ref, b_high, b_low, b_truncated = b_zero, b_zero, b_zero, b_zero, b_zero, b_zero
+    b_entropy, b_rollout, b_ref = b_zero, b_zero, b_zero
     log_r, log_d, log_w, log_k, w = b_x - b_old, b_zero, b_zero, b_zero, b_zero
     m_entropy, m_rollout, m_ref = m_loss & False, m_loss & False, m_loss & False
     if entropy is not None:
@@ -113,47 +111,72 @@ def token_sums_kernel(
 
     b_weight = tl.load(weights + o, mask=m_loss, other=0.0)
     b_advantage = tl.load(advantages + o, mask=m_loss, other=0.0)
+    # the log-ratios of the objective
+    i_first, number = first_block(i_response, start, L, offsets is not None, BLOCK), tl.cdiv(end - start, BLOCK)
+    level_r, level_d, level_w, b_changed = ratios_of_loss(
+        log_r,
+        log_d,
+        log_w,
+        response_sums,
+        log_mean,
+        i_first,
+        number,
+        num_blocks,
+        lower,
+        upper,
+        LEVEL,
+        CORRECTION,
+        BEYOND,
+        WEIGHS,
+        BLOCK,
+    )
+    b_truncated = b_changed | (tl.exp(level_w if WEIGHTING == "w in loss" else level_d) > threshold)
     if OBJECTIVE is None:
         b_high = tl.load(clip_high + o, mask=m_loss, other=0)
         b_low = tl.load(clip_low + o, mask=m_loss, other=0)
-        b_truncated = tl.load(truncated + o, mask=m_loss, other=0)
     else:
-        b_behaviour = b_rollout if CORRECTS else b_old
-        r = tl.exp(log_r)
-        if CLIP:
-            above, below = r > ratio_high, r < ratio_low
-            if OBJECTIVE != "cispo":
-                above, below = above & (b_advantage > 0), below & (b_advantage < 0)
-            b_high, b_low = above, below
-        weighs_by_w: tl.constexpr = OBJECTIVE == "minirl" or OBJECTIVE == "reinforce"
-        b_truncated = tl.exp((b_x if weighs_by_w else b_old) - b_behaviour) > threshold
-    if token_loss is None:
-        b_loss, b_grad = token_objective(
-            b_x,
-            log_r,
-            b_x - b_behaviour,
-            b_old - b_behaviour,
-            b_weight.to(tl.float64) * b_advantage,
-            ratio_low,
-            ratio_high,
-            threshold,
-            OBJECTIVE,
-            CLIP,
-        )
+        b_high, b_low = bounds_met(b_x, level_r, level_w, b_advantage, low, high, most, log_most, OBJECTIVE, CLIP)
+    if token_loss is not None and OBJECTIVE is not None:
+        b_loss = tl.load(token_loss + o, mask=m_loss, other=0.0)
+        b_grad = tl.load(token_grad + o, mask=m_loss, other=0.0)
+    else:
+        b_share = b_weight.to(tl.float64)
+        if OBJECTIVE is None:
+            b_loss = b_share * tl.load(token_loss + o, mask=m_loss, other=0.0)
+            b_grad = b_share * tl.load(token_grad + o, mask=m_loss, other=0.0)
+        else:
+            b_loss, b_grad = token_objective(
+                b_x,
+                level_r,
+                level_w,
+                level_d,
+                b_share * b_advantage,
+                low,
+                high,
+                most,
+                log_most,
+                threshold,
+                OBJECTIVE,
+                CLIP,
+            )
+        if WEIGHTING == "d":
+            b_d = at_most(tl.exp(level_d), threshold)
+            b_loss, b_grad = times(b_d, b_loss), times(b_d, b_grad)
+        if LEVEL == "sequence":  # the loss of the response in equal shares
+            b_loss /= at_least(sum_of_response(response_sums, TOKENS, i_first, number, num_blocks, BLOCK), 1.0)
         if WITH_KL:
-            b_kl, b_kl_grad = kl_penalty(b_weight.to(tl.float64) * kl_coef, b_x, b_ref, KL_ESTIMATOR)
+            b_kl, b_kl_grad = kl_penalty(b_share * kl_coef, b_x, b_ref, KL_ESTIMATOR)
             b_loss += b_kl
             b_grad += b_kl_grad
         b_loss, b_grad = b_loss.to(tl.float32), b_grad.to(tl.float32)
         # an overflow gives NaN in both, as in the reference
         m_fits = (tl.abs(b_loss) < float("inf")) & (tl.abs(b_grad) < float("inf"))
         b_loss, b_grad = tl.where(m_fits, b_loss, float("nan")), tl.where(m_fits, b_grad, float("nan"))
-    else:
-        b_loss = tl.load(token_loss + o, mask=m_loss, other=0.0)
-        b_grad = tl.load(token_grad + o, mask=m_loss, other=0.0)
     m_overflows = (b_loss != b_loss) | (b_grad != b_grad)
-    if WITH_ENTROPY_TERM:
-        b_loss -= entropy_coef * b_weight * b_entropy.to(tl.float32)
+    if out_entropy_grad is not None:
+        b_entropy_grad = -entropy_coef * b_weight
+        b_loss += b_entropy_grad * b_entropy.to(tl.float32)
+        tl.store(out_entropy_grad + o, tl.where(m_loss, b_entropy_grad, 0.0), mask=m)
     b_loss = tl.where(m_loss, b_loss, 0.0)
     tl.store(out_log_probs + o, b_x.to(tl.float32), mask=m)
     tl.store(out_loss + o, b_loss, mask=m)

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from ...common.triton.launch import LaunchConfig
 from ...common.triton.sizes import cdiv, next_power_of_2
-from .kernel_arguments import InputValues, LossOptions, TokenResults, TokenValues, WeightOptions
+from .kernel_arguments import (
+    CorrectionOptions,
+    InputValues,
+    LossOptions,
+    ResponseSums,
+    TokenResults,
+    TokenValues,
+    WeightOptions,
+)
 from .kernels_inputs import count_kernel, group_kernel, inputs_kernel
 from .kernels_metrics import (
     NUM_BLOCK_MAXIMA,
@@ -19,12 +27,22 @@ from .kernels_metrics import (
     token_sums_kernel,
     totals_kernel,
 )
+from .kernels_responses import (
+    NUM_RESPONSE_SUMS,
+    behaviour_kernel,
+    mean_weight_kernel,
+    ratios_kernel,
+    response_sums_kernel,
+)
 from .metric_table import COUNTS, MAXIMA, SUMS
+from .objective_kernels import ObjectiveOptions
 
 # a token per thread: its numbers in float64 take many registers
 BLOCK = LaunchConfig(lanes=512, vec=1, threads=512)
 # a lane of totals_kernel is one response with all its sums
 LANES = LaunchConfig(lanes=128, vec=next_power_of_2(NUM_BLOCK_SUMS), threads=256)
+# a lane of mean_weight_kernel is one response
+MEAN_LANES = LaunchConfig(lanes=128, vec=1, threads=128)
 
 if (len(COUNTS) + len(SUMS), len(MAXIMA)) != (NUM_SUMS, NUM_MAXIMA):
     raise RuntimeError(
@@ -167,41 +185,155 @@ def write_inputs(
     return ids, mask.view(torch.bool), out_weights, *copies
 
 
-def token_sums(results: TokenResults, values: TokenValues, options: LossOptions) -> tuple[TokenResults, Tensor, Tensor]:
-    """(log_probs, entropy, token_loss, token_grad with 0 where masked; sums and maxima of each block, float64)."""
+def response_sums(log_probs: Tensor | None, values: TokenValues, options: CorrectionOptions) -> ResponseSums:
+    """log_probs: None if no sum of log r is needed; values then have old_log_probs."""
+    blocks, device = Blocks.of(values.mask.shape, values.offsets), values.mask.device
+    sums = torch.empty(NUM_RESPONSE_SUMS, blocks.number, dtype=torch.float64, device=device)
+    per_token = (log_probs, values.mask, values.old_log_probs, values.rollout_log_probs)
+    bounds = options.lower, options.upper
+    _launch(
+        response_sums_kernel,
+        blocks.number,
+        *map(_flat, per_token),
+        values.offsets,
+        sums,
+        *bounds,
+        *_sizes(blocks),
+        BEYOND=options.beyond,
+        WEIGHS=options.weighs,
+        device=device,
+    )
+    if not options.normalise:
+        return ResponseSums(sums)
+    log_mean = torch.empty((), dtype=torch.float64, device=device)
+    with torch.cuda.device_of(sums):
+        mean_weight_kernel[(1,)](
+            sums,
+            values.offsets,
+            log_mean,
+            *bounds,
+            *_sizes(blocks)[:3],
+            CORRECTION=options.correction,
+            BEYOND=options.beyond,
+            WEIGHS=options.weighs,
+            LANES=MEAN_LANES.lanes,
+            BLOCK=BLOCK.tile,
+            num_warps=MEAN_LANES.num_warps,
+        )
+    return ResponseSums(sums, log_mean)
+
+
+def behaviour(values: TokenValues, sums: ResponseSums, options: CorrectionOptions) -> Tensor:
+    """log mu of each token after the correction, float32, where values have old_log_probs."""
+    out = torch.empty(values.mask.shape, dtype=torch.float32, device=values.mask.device)
+    blocks = Blocks.of(values.mask.shape, values.offsets)
+    _launch(
+        behaviour_kernel,
+        blocks.number,
+        *map(_flat, (values.mask, values.old_log_probs, values.rollout_log_probs)),
+        values.offsets,
+        *sums,
+        out,
+        options.lower,
+        options.upper,
+        *_sizes(blocks),
+        CORRECTION=options.correction,
+        BEYOND=options.beyond,
+        WEIGHS=options.weighs,
+        device=out.device,
+    )
+    return out
+
+
+def ratios(
+    log_probs: Tensor, values: TokenValues, sums: ResponseSums, level: str, options: CorrectionOptions
+) -> list[Tensor]:
+    """log_prob, log_r, log_w and log_d of TokenRatios. level: the level of the objective."""
+    out = [torch.empty(log_probs.shape, dtype=torch.float64, device=log_probs.device) for _ in range(4)]
+    blocks = Blocks.of(log_probs.shape, values.offsets)
+    _launch(
+        ratios_kernel,
+        blocks.number,
+        *map(_flat, (log_probs, values.mask, values.old_log_probs, values.rollout_log_probs)),
+        values.offsets,
+        *sums,
+        *out,
+        options.lower,
+        options.upper,
+        *_sizes(blocks),
+        LEVEL=level,
+        CORRECTION=options.correction,
+        BEYOND=options.beyond,
+        WEIGHS=options.weighs,
+        device=log_probs.device,
+    )
+    return out
+
+
+class TokenSums(NamedTuple):
+    """log_probs, entropy, token_loss and token_grad with 0 where masked; and of each block sums and maxima, float64."""
+
+    log_probs: Tensor
+    entropy: Tensor | None
+    token_loss: Tensor
+    token_grad: Tensor
+    entropy_grad: Tensor | None
+    sums: Tensor
+    maxima: Tensor
+
+
+def token_sums(
+    results: TokenResults,
+    values: TokenValues,
+    response_sums: ResponseSums,
+    objective: ObjectiveOptions,
+    correction: CorrectionOptions,
+    options: LossOptions,
+) -> TokenSums:
     shape, device = results.log_probs.shape, results.log_probs.device
     blocks = Blocks.of(shape, values.offsets)
-    out = [torch.empty(shape, dtype=torch.float32, device=device) for _ in range(4)]
-    if results.entropy is None:
-        out[1] = None
-    sums = torch.empty(NUM_BLOCK_SUMS, blocks.number, dtype=torch.float64, device=device)
-    maxima = torch.empty(NUM_BLOCK_MAXIMA, blocks.number, dtype=torch.float64, device=device)
+
+    def memory(is_needed: bool = True) -> Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=device) if is_needed else None
+
+    out = TokenSums(
+        memory(),
+        memory(results.entropy is not None),
+        memory(),
+        memory(),
+        memory(options.entropy_coef != 0),
+        torch.empty(NUM_BLOCK_SUMS, blocks.number, dtype=torch.float64, device=device),
+        torch.empty(NUM_BLOCK_MAXIMA, blocks.number, dtype=torch.float64, device=device),
+    )
     _launch(
         token_sums_kernel,
         blocks.number,
         *(_flat(x) for x in (*results, *values[:-1])),
         values.offsets,
+        *response_sums,
         *out,
-        sums,
-        maxima,
-        options.ratio_low,
-        options.ratio_high,
+        objective.low,
+        objective.high,
+        objective.most,
+        objective.log_most,
+        correction.lower,
+        correction.upper,
         options.threshold,
         options.kl_coef,
         options.entropy_coef,
-        blocks.num_responses,
-        blocks.number,
-        blocks.length,
-        blocks.search_steps,
-        OBJECTIVE=options.objective or None,
-        CLIP=options.clip,
-        CORRECTS=options.corrects,
+        *_sizes(blocks),
+        OBJECTIVE=objective.objective or None,
+        LEVEL=objective.level,
+        CLIP=objective.clip,
+        CORRECTION=correction.correction,
+        BEYOND=correction.beyond,
+        WEIGHS=correction.weighs,
+        WEIGHTING=options.weighting,
         WITH_KL=options.kl_coef != 0,
         KL_ESTIMATOR=options.kl_estimator,
-        WITH_ENTROPY_TERM=options.entropy_coef != 0,
         device=device,
     )
-    return TokenResults(*out), sums, maxima
+    return out
 
 
 def totals(sums: Tensor, maxima: Tensor, blocks: Blocks, with_rollout: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,6 +360,10 @@ def totals(sums: Tensor, maxima: Tensor, blocks: Blocks, with_rollout: bool) -> 
             num_warps=LANES.num_warps,
         )
     return loss, out_sums, out_maxima
+
+
+def _sizes(blocks: Blocks) -> tuple[int, int, int, int]:
+    return blocks.num_responses, blocks.number, blocks.length, blocks.search_steps
 
 
 def _flat(values: Tensor | None) -> Tensor | None:
