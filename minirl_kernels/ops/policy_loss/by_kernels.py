@@ -30,13 +30,11 @@ def _inputs(cu_seqlens, group_ids, shape, *arguments):
     offsets = values.advantages.new_empty(0, dtype=torch.int64)
     needs_counts = options.counts_here or options.mode in ("seq-mean-token-mean", "group-token-mean")
     if needs_counts or cu_seqlens is not None:
-        of_blocks, block_groups, new_offsets, is_valid = kernels.count_tokens(values, blocks, group_ids, device)
-        counts = kernels.Counts(of_blocks)
+        group_ids = None if group_ids is None else group_ids.contiguous()
+        counts, new_offsets, is_valid = kernels.count_tokens(values, blocks, group_ids, device)
         if cu_seqlens is not None:
             require_offsets(is_valid.view(torch.bool), cu_seqlens, blocks.num_tokens)
             offsets, blocks = new_offsets, with_values(blocks, offsets=new_offsets)
-        if group_ids is not None:
-            counts = kernels.count_groups(group_ids.contiguous(), of_blocks, block_groups)
     results = kernels.write_inputs(values, blocks, counts, options, device=device)
     return offsets, *(values.advantages.new_empty(0) if x is None else x for x in results)
 

@@ -91,27 +91,36 @@ def token_sums_kernel(
     b_old = b_x
     if old_log_probs is not None:
         b_old = load_float64(old_log_probs, o, m_loss)
+    # a value is loaded, and a sum made, where few other values are in registers
+    sums += i_block
+    maxima += i_block
+    stride = tl.full([], num_blocks, tl.int64)
     b_zero = tl.zeros([BLOCK], tl.float64)
-    b_entropy, b_rollout, b_ref = b_zero, b_zero, b_zero
-    log_r, log_d, log_w, log_k, w = b_x - b_old, b_zero, b_zero, b_zero, b_zero
-    m_entropy, m_rollout, m_ref = m_loss & False, m_loss & False, m_loss & False
-    if entropy is not None:
-        m_entropy = m_loss
-        b_entropy = load_float64(entropy, o, m_loss)
-        tl.store(out_entropy + o, b_entropy.to(tl.float32), mask=m)
+    ones, m_none = b_zero + 1, m_loss & False
+    log_r, log_d, log_w = b_x - b_old, b_zero, b_zero
+    put(sums, 0, num_blocks, m_loss, ones)  # the rows 0 to 5 are COUNTS, then come SUMS
+    put(sums, ALL_RESPONSES, num_blocks, m_none, ones)  # totals_kernel makes the rows of responses
+    put(sums, ROLLOUT_RESPONSES, num_blocks, m_none, ones)
+    put(sums, FIRST_ORDER_ERROR, num_blocks, m_none, ones)
+    put(sums, 7, num_blocks, m_loss, -log_r)
+    put(sums, 8, num_blocks, m_loss, expm1(log_r) - log_r)
+    tl.store(maxima, largest(tl.abs(log_r)))
+    m_rollout, w = m_none, b_zero
     if rollout_log_probs is not None:
         m_rollout = m_loss
         b_rollout = load_float64(rollout_log_probs, o, m_loss)
         log_d, log_w = b_old - b_rollout, b_x - b_rollout
         w = tl.exp(log_w)
-    if ref_log_probs is not None:
-        m_ref = m_loss
-        b_ref = load_float64(ref_log_probs, o, m_loss)
-        log_k = b_ref - b_x
+    put(sums, 4, num_blocks, m_rollout, ones)
+    put(sums, 14, num_blocks, m_rollout, -log_d)
+    put(sums, 15, num_blocks, m_rollout, expm1(log_d) - log_d)
+    put(sums, 16, num_blocks, m_rollout, w)
+    put(sums, 17, num_blocks, m_rollout, w * w)
+    put(sums, LOG_W, num_blocks, m_rollout, log_w)
+    put(sums, W_MINUS_1, num_blocks, m_rollout, expm1(log_w))
+    tl.store(maxima + stride, largest(tl.abs(log_d)))
+    tl.store(maxima + 2 * stride, largest(tl.where(m_rollout, w, 0.0)))
 
-    b_weight = tl.load(weights + o, mask=m_loss, other=0.0)
-    b_advantage = tl.load(advantages + o, mask=m_loss, other=0.0)
-    # the log-ratios of the objective
     i_first, number = first_block(i_response, start, L, offsets is not None, BLOCK), tl.cdiv(end - start, BLOCK)
     level_r, level_d, level_w, b_changed = ratios_of_loss(
         log_r,
@@ -131,12 +140,18 @@ def token_sums_kernel(
         BLOCK,
     )
     b_truncated = b_changed | (tl.exp(level_w if WEIGHTING == "w in loss" else level_d) > threshold)
+    put(sums, 11, num_blocks, m_loss, b_truncated)
+    b_weight = tl.load(weights + o, mask=m_loss, other=0.0)
+    b_advantage = tl.load(advantages + o, mask=m_loss, other=0.0)
     if OBJECTIVE is None:
         b_high = tl.load(clip_high + o, mask=m_loss, other=0)
         b_low = tl.load(clip_low + o, mask=m_loss, other=0)
     else:
         b_high, b_low = bounds_met(b_x, level_r, level_w, b_advantage, low, high, most, log_most, OBJECTIVE, CLIP)
-    if token_loss is not None and OBJECTIVE is not None:
+    put(sums, 9, num_blocks, m_loss, b_high)
+    put(sums, 10, num_blocks, m_loss, b_low)
+    GIVEN: tl.constexpr = OBJECTIVE is not None and token_loss is not None
+    if GIVEN:
         b_loss = tl.load(token_loss + o, mask=m_loss, other=0.0)
         b_grad = tl.load(token_grad + o, mask=m_loss, other=0.0)
     else:
@@ -164,55 +179,39 @@ def token_sums_kernel(
             b_loss, b_grad = times(b_d, b_loss), times(b_d, b_grad)
         if LEVEL == "sequence":  # the loss of the response in equal shares
             b_loss /= at_least(sum_of_response(response_sums, TOKENS, i_first, number, num_blocks, BLOCK), 1.0)
-        if WITH_KL:
+    m_ref, log_k = m_none, b_zero
+    if ref_log_probs is not None:
+        m_ref = m_loss
+        b_ref = load_float64(ref_log_probs, o, m_loss)
+        log_k = b_ref - b_x
+        if WITH_KL and not GIVEN:
             b_kl, b_kl_grad = kl_penalty(b_share * kl_coef, b_x, b_ref, KL_ESTIMATOR)
             b_loss += b_kl
             b_grad += b_kl_grad
+    put(sums, 3, num_blocks, m_ref, ones)
+    put(sums, 13, num_blocks, m_ref, expm1(log_k) - log_k)
+    if not GIVEN:
         b_loss, b_grad = b_loss.to(tl.float32), b_grad.to(tl.float32)
         # an overflow gives NaN in both, as in the reference
         m_fits = (tl.abs(b_loss) < float("inf")) & (tl.abs(b_grad) < float("inf"))
         b_loss, b_grad = tl.where(m_fits, b_loss, float("nan")), tl.where(m_fits, b_grad, float("nan"))
-    m_overflows = (b_loss != b_loss) | (b_grad != b_grad)
+    put(sums, 6, num_blocks, m_loss, (b_loss != b_loss) | (b_grad != b_grad))
+    m_entropy, b_entropy = m_none, b_zero
+    if entropy is not None:
+        m_entropy = m_loss
+        b_entropy = load_float64(entropy, o, m_loss)
+        tl.store(out_entropy + o, b_entropy.to(tl.float32), mask=m)
+    put(sums, 2, num_blocks, m_entropy, ones)
+    put(sums, 12, num_blocks, m_entropy, b_entropy)
     if out_entropy_grad is not None:
         b_entropy_grad = -entropy_coef * b_weight
         b_loss += b_entropy_grad * b_entropy.to(tl.float32)
         tl.store(out_entropy_grad + o, tl.where(m_loss, b_entropy_grad, 0.0), mask=m)
     b_loss = tl.where(m_loss, b_loss, 0.0)
+    put(sums, LOSS, num_blocks, m_loss, b_loss)
     tl.store(out_log_probs + o, b_x.to(tl.float32), mask=m)
     tl.store(out_loss + o, b_loss, mask=m)
     tl.store(out_grad + o, tl.where(m_loss, b_grad, 0.0), mask=m)
-
-    sums += i_block
-    ones = b_zero + 1
-    # COUNTS: tokens, responses, then of entropy, ref, rollout; responses of rollout. totals_kernel counts responses
-    put(sums, 0, num_blocks, m_loss, ones)
-    put(sums, ALL_RESPONSES, num_blocks, m_loss, b_zero)
-    put(sums, 2, num_blocks, m_entropy, ones)
-    put(sums, 3, num_blocks, m_ref, ones)
-    put(sums, 4, num_blocks, m_rollout, ones)
-    put(sums, ROLLOUT_RESPONSES, num_blocks, m_loss, b_zero)
-    # SUMS
-    put(sums, 6, num_blocks, m_loss, m_overflows)
-    put(sums, 7, num_blocks, m_loss, -log_r)
-    put(sums, 8, num_blocks, m_loss, expm1(log_r) - log_r)
-    put(sums, 9, num_blocks, m_loss, b_high)
-    put(sums, 10, num_blocks, m_loss, b_low)
-    put(sums, 11, num_blocks, m_loss, b_truncated)
-    put(sums, 12, num_blocks, m_entropy, b_entropy)
-    put(sums, 13, num_blocks, m_ref, expm1(log_k) - log_k)
-    put(sums, 14, num_blocks, m_rollout, -log_d)
-    put(sums, 15, num_blocks, m_rollout, expm1(log_d) - log_d)
-    put(sums, 16, num_blocks, m_rollout, w)
-    put(sums, 17, num_blocks, m_rollout, w * w)
-    put(sums, FIRST_ORDER_ERROR, num_blocks, m_loss, b_zero)
-    put(sums, LOG_W, num_blocks, m_rollout, log_w)
-    put(sums, W_MINUS_1, num_blocks, m_rollout, expm1(log_w))
-    put(sums, LOSS, num_blocks, m_loss, b_loss)
-    # MAXIMA
-    stride = tl.full([], num_blocks, tl.int64)
-    tl.store(maxima + i_block, largest(tl.abs(log_r)))
-    tl.store(maxima + stride + i_block, largest(tl.abs(log_d)))
-    tl.store(maxima + 2 * stride + i_block, largest(tl.where(m_rollout, w, 0.0)))
 
 
 @triton.jit

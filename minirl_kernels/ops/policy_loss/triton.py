@@ -18,7 +18,7 @@ from .kernel_arguments import (
     TokenValues,
     WeightOptions,
 )
-from .kernels_inputs import count_kernel, group_kernel, inputs_kernel
+from .kernels_inputs import count_kernel, inputs_kernel
 from .kernels_metrics import (
     NUM_BLOCK_MAXIMA,
     NUM_BLOCK_SUMS,
@@ -83,21 +83,23 @@ class Blocks(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Numbers of tokens in the loss, int32: of each block; of the group of each response; and the first of a group."""
+    """Numbers of tokens in the loss of each block, int32; for a mean over groups the group of each block, and whether
+    each response is the first of its group."""
 
     of_blocks: Tensor | None = None
-    of_groups: Tensor | None = None
+    block_groups: Tensor | None = None
     is_first: Tensor | None = None
 
 
 def count_tokens(
     values: InputValues, blocks: Blocks, group_ids: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """(number of tokens of each block, group of each block, offsets as int64, whether the offsets are valid)."""
-    counts = torch.empty(blocks.number, dtype=torch.int32, device=device)
-    block_groups = offsets = is_valid = None
+) -> tuple[Counts, Tensor | None, Tensor | None]:
+    """(counts, offsets as int64, whether the offsets are valid). group_ids: contiguous."""
+    counts = Counts(torch.empty(blocks.number, dtype=torch.int32, device=device))
+    offsets = is_valid = None
     if group_ids is not None:
         block_groups = torch.empty(blocks.number, dtype=torch.int64, device=device)
+        counts = Counts(counts.of_blocks, block_groups, torch.empty_like(group_ids, dtype=torch.int32))
     if blocks.offsets is not None:
         offsets = torch.empty(blocks.num_responses + 1, dtype=torch.int64, device=device)
         is_valid = torch.empty((), dtype=torch.uint8, device=device)
@@ -108,8 +110,7 @@ def count_tokens(
         values.loss_mask,
         blocks.offsets,
         group_ids,
-        counts,
-        block_groups,
+        *counts,
         offsets,
         is_valid,
         blocks.num_responses,
@@ -120,15 +121,7 @@ def count_tokens(
         *blocks.strides(values.loss_mask),
         device=device,
     )
-    return counts, block_groups, offsets, is_valid
-
-
-def count_groups(group_ids: Tensor, counts: Tensor, block_groups: Tensor) -> Counts:
-    of_groups, is_first = (torch.empty_like(group_ids, dtype=torch.int32) for _ in range(2))
-    num_responses = group_ids.shape[0]
-    arguments = (group_ids, counts, block_groups, of_groups, is_first, num_responses, counts.shape[0])
-    _launch(group_kernel, num_responses, *arguments, device=group_ids.device)
-    return Counts(counts, of_groups, is_first)
+    return counts, offsets, is_valid
 
 
 def write_inputs(
@@ -190,28 +183,32 @@ def response_sums(log_probs: Tensor | None, values: TokenValues, options: Correc
     blocks, device = Blocks.of(values.mask.shape, values.offsets), values.mask.device
     sums = torch.empty(NUM_RESPONSE_SUMS, blocks.number, dtype=torch.float64, device=device)
     per_token = (log_probs, values.mask, values.old_log_probs, values.rollout_log_probs)
-    bounds = options.lower, options.upper
     _launch(
         response_sums_kernel,
         blocks.number,
         *map(_flat, per_token),
         values.offsets,
         sums,
-        *bounds,
+        options.lower,
+        options.upper,
         *_sizes(blocks),
         BEYOND=options.beyond,
         WEIGHS=options.weighs,
         device=device,
     )
-    if not options.normalise:
-        return ResponseSums(sums)
-    log_mean = torch.empty((), dtype=torch.float64, device=device)
+    return ResponseSums(sums, mean_weight(sums, blocks, options) if options.normalise else None)
+
+
+def mean_weight(sums: Tensor, blocks: Blocks, options: CorrectionOptions) -> Tensor:
+    """The log of the mean weight of the call. sums: of response_sums."""
+    log_mean = sums.new_empty(())
     with torch.cuda.device_of(sums):
         mean_weight_kernel[(1,)](
             sums,
-            values.offsets,
+            blocks.offsets,
             log_mean,
-            *bounds,
+            options.lower,
+            options.upper,
             *_sizes(blocks)[:3],
             CORRECTION=options.correction,
             BEYOND=options.beyond,
@@ -220,7 +217,7 @@ def response_sums(log_probs: Tensor | None, values: TokenValues, options: Correc
             BLOCK=BLOCK.tile,
             num_warps=MEAN_LANES.num_warps,
         )
-    return ResponseSums(sums, log_mean)
+    return log_mean
 
 
 def behaviour(values: TokenValues, sums: ResponseSums, options: CorrectionOptions) -> Tensor:
