@@ -82,9 +82,7 @@ class Operands:
 
 
 def _count(operands: Operands) -> tuple[Tensor, ...]:
-    counts, *others = triton.count_tokens(
-        operands.arguments, operands.blocks, operands.group_ids, operands.ids.device
-    )
+    counts, *others = triton.count_tokens(operands.arguments, operands.blocks, operands.group_ids, operands.ids.device)
     return tuple(values for values in (*counts, *others) if values is not None)
 
 

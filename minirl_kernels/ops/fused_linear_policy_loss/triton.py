@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...common.checks import require
 from ...common.records import with_values
 from ...common.triton.launch import LaunchConfig
 from ...common.triton.sizes import cdiv
@@ -31,23 +32,17 @@ def choose_rows(head: HeadRows, loss: LossRows, max_rows: int | None) -> ChosenR
     counts = count_rows(head, loss)
     num_with_gradient = num_chosen = max_rows
     if max_rows is None:
-        num_with_gradient, num_others = counts.sum(0).tolist()
+        of_blocks = counts.tolist()
+        num_with_gradient, num_others = (sum(kinds[i] for kinds in of_blocks) for i in range(2))
         num_chosen = num_with_gradient + num_others
         if num_with_gradient == num_rows:
             return all_rows(head, loss)
     index, place, is_valid, chosen_head, chosen_loss = select_rows(head, loss, counts, num_chosen)
     if max_rows is not None:
-        _require(is_valid.view(torch.bool), max_rows)
+        rule = f"max_loss_tokens is {max_rows}: it must be at least the number of tokens in the loss"
+        require(is_valid.view(torch.bool), rule, lambda: rule)
     chosen_head = with_values(chosen_head, hidden=head.hidden[index])
     return ChosenRows(index, num_with_gradient, chosen_head, chosen_loss, place)
-
-
-def _require(is_valid: Tensor, max_rows: int) -> None:
-    message = f"max_loss_tokens is {max_rows}: it must be at least the number of tokens in the loss"
-    if is_valid.is_cuda:  # the host does not wait: the assertion stops the GPU
-        torch._assert_async(is_valid, message)
-    elif not is_valid:
-        raise ValueError(message)
 
 
 def count_rows(head: HeadRows, loss: LossRows) -> Tensor:

@@ -15,8 +15,8 @@ import triton.language as tl
 
 from ...common.triton.row_tiles import unspecialized
 from .kernels_blocks import expm1, first_block, largest, load_float64, put, span_of_response, tokens_of_block
-from .kernels_objective import at_least, at_most, bounds_met, kl_penalty, times, token_objective
-from .kernels_responses import TOKENS, ratios_of_loss, sum_of_response
+from .kernels_objective import at_most, bounds_met, kl_penalty, times, token_objective
+from .kernels_responses import ratios_of_loss, share_of_token
 
 # rows of the sums of a block. The first are COUNTS and SUMS, then the sums that only totals_kernel reads
 NUM_SUMS = 19
@@ -96,30 +96,31 @@ def token_sums_kernel(
     maxima += i_block
     stride = tl.full([], num_blocks, tl.int64)
     b_zero = tl.zeros([BLOCK], tl.float64)
-    ones, m_none = b_zero + 1, m_loss & False
-    log_r, log_d, log_w = b_x - b_old, b_zero, b_zero
-    put(sums, 0, num_blocks, m_loss, ones)  # the rows 0 to 5 are COUNTS, then come SUMS
-    put(sums, ALL_RESPONSES, num_blocks, m_none, ones)  # totals_kernel makes the rows of responses
-    put(sums, ROLLOUT_RESPONSES, num_blocks, m_none, ones)
-    put(sums, FIRST_ORDER_ERROR, num_blocks, m_none, ones)
+    log_r, log_d, log_w, w = b_x - b_old, b_zero, b_zero, b_zero
+    num_tokens = tl.sum(tl.where(m_loss, b_zero + 1, 0.0), 0)
+    tl.store(sums, num_tokens)  # the rows 0 to 5 are COUNTS, then come SUMS
+    # totals_kernel makes the rows of responses
+    tl.store(sums + ALL_RESPONSES * stride, 0.0)
+    tl.store(sums + ROLLOUT_RESPONSES * stride, 0.0)
+    tl.store(sums + FIRST_ORDER_ERROR * stride, 0.0)
+    tl.store(sums + 2 * stride, num_tokens if entropy is not None else 0.0)
+    tl.store(sums + 3 * stride, num_tokens if ref_log_probs is not None else 0.0)
+    tl.store(sums + 4 * stride, num_tokens if rollout_log_probs is not None else 0.0)
     put(sums, 7, num_blocks, m_loss, -log_r)
     put(sums, 8, num_blocks, m_loss, expm1(log_r) - log_r)
     tl.store(maxima, largest(tl.abs(log_r)))
-    m_rollout, w = m_none, b_zero
     if rollout_log_probs is not None:
-        m_rollout = m_loss
         b_rollout = load_float64(rollout_log_probs, o, m_loss)
         log_d, log_w = b_old - b_rollout, b_x - b_rollout
-        w = tl.exp(log_w)
-    put(sums, 4, num_blocks, m_rollout, ones)
-    put(sums, 14, num_blocks, m_rollout, -log_d)
-    put(sums, 15, num_blocks, m_rollout, expm1(log_d) - log_d)
-    put(sums, 16, num_blocks, m_rollout, w)
-    put(sums, 17, num_blocks, m_rollout, w * w)
-    put(sums, LOG_W, num_blocks, m_rollout, log_w)
-    put(sums, W_MINUS_1, num_blocks, m_rollout, expm1(log_w))
+        w = tl.where(m_loss, tl.exp(log_w), 0.0)
+    put(sums, 14, num_blocks, m_loss, -log_d)
+    put(sums, 15, num_blocks, m_loss, expm1(log_d) - log_d)
+    put(sums, 16, num_blocks, m_loss, w)
+    put(sums, 17, num_blocks, m_loss, w * w)
+    put(sums, LOG_W, num_blocks, m_loss, log_w)
+    put(sums, W_MINUS_1, num_blocks, m_loss, expm1(log_w))
     tl.store(maxima + stride, largest(tl.abs(log_d)))
-    tl.store(maxima + 2 * stride, largest(tl.where(m_rollout, w, 0.0)))
+    tl.store(maxima + 2 * stride, largest(w))
 
     i_first, number = first_block(i_response, start, L, offsets is not None, BLOCK), tl.cdiv(end - start, BLOCK)
     level_r, level_d, level_w, b_changed = ratios_of_loss(
@@ -178,31 +179,27 @@ def token_sums_kernel(
             b_d = at_most(tl.exp(level_d), threshold)
             b_loss, b_grad = times(b_d, b_loss), times(b_d, b_grad)
         if LEVEL == "sequence":  # the loss of the response in equal shares
-            b_loss /= at_least(sum_of_response(response_sums, TOKENS, i_first, number, num_blocks, BLOCK), 1.0)
-    m_ref, log_k = m_none, b_zero
+            b_loss *= share_of_token(response_sums, i_first, number, num_blocks, BLOCK)
+    log_k = b_zero
     if ref_log_probs is not None:
-        m_ref = m_loss
         b_ref = load_float64(ref_log_probs, o, m_loss)
         log_k = b_ref - b_x
         if WITH_KL and not GIVEN:
             b_kl, b_kl_grad = kl_penalty(b_share * kl_coef, b_x, b_ref, KL_ESTIMATOR)
             b_loss += b_kl
             b_grad += b_kl_grad
-    put(sums, 3, num_blocks, m_ref, ones)
-    put(sums, 13, num_blocks, m_ref, expm1(log_k) - log_k)
+    put(sums, 13, num_blocks, m_loss, expm1(log_k) - log_k)
     if not GIVEN:
         b_loss, b_grad = b_loss.to(tl.float32), b_grad.to(tl.float32)
         # an overflow gives NaN in both, as in the reference
         m_fits = (tl.abs(b_loss) < float("inf")) & (tl.abs(b_grad) < float("inf"))
         b_loss, b_grad = tl.where(m_fits, b_loss, float("nan")), tl.where(m_fits, b_grad, float("nan"))
     put(sums, 6, num_blocks, m_loss, (b_loss != b_loss) | (b_grad != b_grad))
-    m_entropy, b_entropy = m_none, b_zero
+    b_entropy = b_zero
     if entropy is not None:
-        m_entropy = m_loss
         b_entropy = load_float64(entropy, o, m_loss)
         tl.store(out_entropy + o, b_entropy.to(tl.float32), mask=m)
-    put(sums, 2, num_blocks, m_entropy, ones)
-    put(sums, 12, num_blocks, m_entropy, b_entropy)
+    put(sums, 12, num_blocks, m_loss, b_entropy)
     if out_entropy_grad is not None:
         b_entropy_grad = -entropy_coef * b_weight
         b_loss += b_entropy_grad * b_entropy.to(tl.float32)

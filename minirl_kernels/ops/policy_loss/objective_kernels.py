@@ -9,7 +9,19 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from ...objectives import CISPO, DPPO, GRPO, GSPO, SAPO, DualClip, MiniRL, Objective, Reinforce, SequenceIS, TwoSidedClip
+from ...objectives import (
+    CISPO,
+    DPPO,
+    GRPO,
+    GSPO,
+    SAPO,
+    DualClip,
+    MiniRL,
+    Objective,
+    Reinforce,
+    SequenceIS,
+    TwoSidedClip,
+)
 from ...objectives.clipped import ClippedRatio, RatioBounds
 
 # those of the kernels over rows of logits, in C++ and Triton: their losses take one sweep
