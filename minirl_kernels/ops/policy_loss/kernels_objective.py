@@ -103,8 +103,8 @@ def token_objective(
     """(loss, d loss / d log_prob) of a token; `ops/policy_loss/reference.py` is its reference.
 
     Both are linear in the advantage, so advantage * (weight of the token) gives the token's share of the loss.
-    low, high, most, log_most, CLIP: the fields of ObjectiveOptions. "sapo" and "two_sided" have Objective.weighting "d":
-    the caller multiplies their results by d.
+    low, high, most, log_most, CLIP: the fields of ObjectiveOptions. The caller multiplies the results of "sapo" and
+    "two_sided" by d.
     """
     above, below = bounds_met(log_prob, log_r, log_w, advantage, low, high, most, log_most, OBJECTIVE, CLIP)
     bounded = above | below

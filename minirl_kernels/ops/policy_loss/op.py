@@ -159,11 +159,11 @@ def loss_of_log_probs(log_probs: Tensor, entropy: Tensor | None, inputs: PolicyL
     if inputs.backend == "triton":
         return _by_kernels(log_probs, entropy, inputs)
     log_probs = log_probs.float()
-    return assemble((log_probs, entropy, *token_losses(log_probs, inputs)), inputs)
+    return assemble((log_probs, entropy, *token_losses(log_probs, inputs)), inputs, ResponseSums())
 
 
 def assemble(
-    results: tuple[Tensor, Tensor | None, Tensor, Tensor], inputs: PolicyLossInputs, sums: ResponseSums = ResponseSums()
+    results: tuple[Tensor, Tensor | None, Tensor, Tensor], inputs: PolicyLossInputs, sums: ResponseSums
 ) -> LossValues:
     """The values from the results of each token: adds the entropy term, checks, sums, collects the metrics.
 
