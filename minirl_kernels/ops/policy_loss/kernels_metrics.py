@@ -97,31 +97,9 @@ def token_sums_kernel(
     stride = tl.full([], num_blocks, tl.int64)
     b_zero = tl.zeros([BLOCK], tl.float64)
     log_r, log_d, log_w, w = b_x - b_old, b_zero, b_zero, b_zero
-    num_tokens = tl.sum(tl.where(m_loss, b_zero + 1, 0.0), 0)
-    tl.store(sums, num_tokens)  # the rows 0 to 5 are COUNTS, then come SUMS
-    # totals_kernel makes the rows of responses
-    tl.store(sums + ALL_RESPONSES * stride, 0.0)
-    tl.store(sums + ROLLOUT_RESPONSES * stride, 0.0)
-    tl.store(sums + FIRST_ORDER_ERROR * stride, 0.0)
-    tl.store(sums + 2 * stride, num_tokens if entropy is not None else 0.0)
-    tl.store(sums + 3 * stride, num_tokens if ref_log_probs is not None else 0.0)
-    tl.store(sums + 4 * stride, num_tokens if rollout_log_probs is not None else 0.0)
-    put(sums, 7, num_blocks, m_loss, -log_r)
-    put(sums, 8, num_blocks, m_loss, expm1(log_r) - log_r)
-    tl.store(maxima, largest(tl.abs(log_r)))
     if rollout_log_probs is not None:
         b_rollout = load_float64(rollout_log_probs, o, m_loss)
         log_d, log_w = b_old - b_rollout, b_x - b_rollout
-        w = tl.where(m_loss, tl.exp(log_w), 0.0)
-    put(sums, 14, num_blocks, m_loss, -log_d)
-    put(sums, 15, num_blocks, m_loss, expm1(log_d) - log_d)
-    put(sums, 16, num_blocks, m_loss, w)
-    put(sums, 17, num_blocks, m_loss, w * w)
-    put(sums, LOG_W, num_blocks, m_loss, log_w)
-    put(sums, W_MINUS_1, num_blocks, m_loss, expm1(log_w))
-    tl.store(maxima + stride, largest(tl.abs(log_d)))
-    tl.store(maxima + 2 * stride, largest(w))
-
     i_first, number = first_block(i_response, start, L, offsets is not None, BLOCK), tl.cdiv(end - start, BLOCK)
     level_r, level_d, level_w, b_changed = ratios_of_loss(
         log_r,
@@ -140,6 +118,29 @@ def token_sums_kernel(
         WEIGHS,
         BLOCK,
     )
+    num_tokens = tl.sum(tl.where(m_loss, b_zero + 1, 0.0), 0)
+    tl.store(sums, num_tokens)  # the rows 0 to 5 are COUNTS, then come SUMS
+    # totals_kernel makes the rows of responses
+    tl.store(sums + ALL_RESPONSES * stride, 0.0)
+    tl.store(sums + ROLLOUT_RESPONSES * stride, 0.0)
+    tl.store(sums + FIRST_ORDER_ERROR * stride, 0.0)
+    tl.store(sums + 2 * stride, num_tokens if entropy is not None else 0.0)
+    tl.store(sums + 3 * stride, num_tokens if ref_log_probs is not None else 0.0)
+    tl.store(sums + 4 * stride, num_tokens if rollout_log_probs is not None else 0.0)
+    put(sums, 7, num_blocks, m_loss, -log_r)
+    put(sums, 8, num_blocks, m_loss, expm1(log_r) - log_r)
+    tl.store(maxima, largest(tl.abs(log_r)))
+    if rollout_log_probs is not None:
+        w = tl.where(m_loss, tl.exp(log_w), 0.0)
+    put(sums, 14, num_blocks, m_loss, -log_d)
+    put(sums, 15, num_blocks, m_loss, expm1(log_d) - log_d)
+    put(sums, 16, num_blocks, m_loss, w)
+    put(sums, 17, num_blocks, m_loss, w * w)
+    put(sums, LOG_W, num_blocks, m_loss, log_w)
+    put(sums, W_MINUS_1, num_blocks, m_loss, expm1(log_w))
+    tl.store(maxima + stride, largest(tl.abs(log_d)))
+    tl.store(maxima + 2 * stride, largest(w))
+
     b_truncated = b_changed | (tl.exp(level_w if WEIGHTING == "w in loss" else level_d) > threshold)
     put(sums, 11, num_blocks, m_loss, b_truncated)
     b_weight = tl.load(weights + o, mask=m_loss, other=0.0)
