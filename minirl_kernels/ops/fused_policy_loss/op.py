@@ -4,7 +4,7 @@ The kernels need two numbers per token, c_t = d loss / d log pi(t) and e_t = d l
     d loss / d logits = (c_t (onehot_y - p) - e_t p (log p + H)) / temperature
 `ops/policy_loss/reference.py` defines c_t and e_t. For the objectives of objective_kernels.py the kernels compute c_t
 between the reading of a row and the writing of its gradient. All other objectives take two phases: log-probabilities
-and c_t in torch, then the gradient. An objective whose c_t depends on the whole response cannot take one sweep.
+and c_t first, then the gradient. An objective whose c_t depends on the whole response cannot take one sweep.
 """
 
 from __future__ import annotations
