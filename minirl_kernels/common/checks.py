@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -138,6 +139,14 @@ _finite_per_token = register(
     lambda values, *_: torch.empty_like(values, memory_format=torch.contiguous_format),
     waits=True,
 )
+
+
+def require(good: Tensor, rule: str, message: Callable[[], str]) -> None:
+    """Raise ValueError with message() if not `good`, bool of one element. A GPU stops with `rule`: no host waits."""
+    if good.is_cuda:
+        torch._assert_async(good, rule)
+    elif not good:
+        raise ValueError(message())
 
 
 def place_of_token(row: int, offsets: Tensor) -> str:

@@ -4,15 +4,18 @@ import pytest
 import torch
 import triton_cases
 from kernel_counts import kernels, waits
+from own_objectives import EXAMPLES
 from policy_batches import LENGTHS, TOKEN_LEVEL, random_batch
 
 from minirl_kernels import (
+    Correction,
     PolicyLossConfig,
     PolicyLossInputs,
     fused_linear_policy_loss,
     fused_policy_loss,
     policy_loss,
 )
+from minirl_kernels.objectives import DPPO
 from minirl_kernels.ops.policy_loss import op
 
 pytestmark = triton_cases.interpreter_only()
@@ -71,6 +74,35 @@ def test_policy_loss(preset, layout, monkeypatch):
     for mode in ("seq-mean-token-sum", "token-mean", "group-token-mean"):
         config = PolicyLossConfig.preset(preset, kl_coef=0.1, entropy_coef=0.01, loss_agg_mode=mode)
         assert len(kernels(of_call(call, *leaves, config=config, **arguments))) <= MOST
+
+
+MOST_OF_ALL = Correction(level="sequence", upper=1.5, beyond="mask_response", normalise=True)
+
+
+@pytest.mark.parametrize("objective", ["minirl", "gspo", "sequence_is", *EXAMPLES.values()], ids=str)
+def test_values_of_whole_responses(objective, monkeypatch):
+    """Packed, with a mean over groups, a KL and an entropy term, and a normalised correction: the most kernels."""
+    monkeypatch.setattr(op, "backend_of", lambda device: "triton")
+    logits, token_ids, arguments = batch_in("packed")
+    correction = "token" if isinstance(objective, DPPO) else MOST_OF_ALL
+    config = PolicyLossConfig.preset(
+        objective,
+        kl_coef=0.1,
+        entropy_coef=0.01,
+        loss_agg_mode="group-token-mean",
+        rollout_is=correction,
+        rollout_is_threshold=None,
+    )
+
+    def fused(logits):
+        return fused_policy_loss(logits, token_ids, backend="triton", config=config, **arguments)
+
+    def of_log_probs(log_probs, entropy):
+        return policy_loss(log_probs, entropy=entropy, config=config, **arguments)
+
+    assert len(kernels(of_call(fused, logits.requires_grad_()))) <= MOST
+    leaves = [torch.rand(token_ids.shape).neg().requires_grad_(), torch.rand(token_ids.shape).requires_grad_()]
+    assert len(kernels(of_call(of_log_probs, *leaves))) <= MOST
 
 
 @LAYOUTS

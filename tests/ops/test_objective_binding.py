@@ -84,7 +84,7 @@ def by_cpp(log_probs, arguments):
     inputs = prepare_inputs(log_probs.shape, log_probs.device, raises=False, **dict.fromkeys(names), **arguments)
     logits, ids = rows_with(log_probs), torch.zeros(len(log_probs), dtype=torch.int64)
     rows = LogitRows(logits, ids, torch.ones(len(ids)))
-    log_probs, _, *ours = forward_backward(rows, LossRows.of(inputs), torch.empty_like(logits))
+    log_probs, _, *ours = forward_backward(rows, LossRows.of(inputs)[0], torch.empty_like(logits))
     return log_probs, ours, token_losses(log_probs, inputs)
 
 

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 import triton_cases
+from own_objectives import EXAMPLES, Squared, SquaredOfResponse
 from policy_batches import LENGTHS, PRESETS, TOKEN_LEVEL, batch_at_bounds, every_config, random_batch
 
 from minirl_kernels import Correction, PolicyLossConfig, fused_policy_loss, policy_loss
+from minirl_kernels.objectives import DPPO
 from minirl_kernels.ops.policy_loss import op
 from minirl_kernels.ops.policy_loss.inputs import prepare_inputs, prepare_rows
 from minirl_kernels.ops.policy_loss.metric_table import COUNTS, MAXIMA, METRICS, SUMS, Count
@@ -105,6 +107,34 @@ def test_corrections_and_estimators(options):
     assert_same(*(loss_of(batch, "packed", config, backend) for backend in ("triton", "reference")))
 
 
+CORRECTIONS = [
+    Correction(lower=0.8, upper=1.3, beyond="mask_token"),
+    Correction(upper=1.5, beyond="mask_response", normalise=True),
+    Correction(level="sequence", lower=0.5, upper=1.5, normalise=True),
+    Correction(level="sequence_mean", lower=0.9, upper=1.1, beyond="mask_response", weighs=False),
+    "sequence",
+    "token",
+]
+
+
+@pytest.mark.parametrize("number", range(len(CORRECTIONS)))
+@pytest.mark.parametrize(
+    "objective",
+    ["minirl", "gspo", *EXAMPLES.values(), Squared(), SquaredOfResponse()],
+    ids=str,
+)
+def test_every_objective_with_every_correction(objective, number):
+    """The objectives of the library, objectives as a user writes them, and a GPU's weights of whole responses."""
+    if isinstance(objective, DPPO) and CORRECTIONS[number] != "token":
+        return  # it has no other correction
+    config = PolicyLossConfig.preset(
+        objective, rollout_is=CORRECTIONS[number], rollout_is_threshold=None, kl_coef=0.1, entropy_coef=0.01
+    )
+    batch = random_batch([5, 1, 4, 9], spread=0.5)
+    layout = ("padded", "packed")[number % 2]
+    assert_same(*(loss_of(batch, layout, config, backend) for backend in ("triton", "reference")))
+
+
 @pytest.mark.parametrize("preset", TOKEN_LEVEL)
 def test_either_side_of_every_bound(preset):
     config = PolicyLossConfig.preset(preset, rollout_is="token", rollout_is_threshold=5.0, loss_agg_mode="token-mean")
@@ -132,6 +162,16 @@ def test_responses_of_several_blocks(layout):
     batch = random_batch(LONG, spread=0.02)
     config = PolicyLossConfig.grpo(kl_coef=0.1, loss_agg_mode="token-mean")
     assert_same(*(loss_of(batch, layout, config, backend) for backend in ("triton", "reference")))
+
+
+def test_a_ratio_of_a_long_response_does_not_depend_on_its_place():
+    """GSPO's ratio of a response of several blocks, beside other responses and alone."""
+    batch = random_batch([700, 1, 1500], spread=0.02)
+    config = PolicyLossConfig.gspo(rollout_is="sequence")
+    together, _ = loss_of(batch, "packed", config, "triton", num_responses=3)
+    alone, _ = loss_of(batch.responses(2, 3), "packed", config, "triton", num_responses=3)
+    assert torch.equal(alone.token_loss, together.token_loss[701:])
+    assert torch.equal(alone.token_grad, together.token_grad[701:])
 
 
 def test_the_sum_over_a_response_does_not_depend_on_its_place():

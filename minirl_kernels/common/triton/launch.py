@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .alignment import is_aligned
-from .config import LaunchConfig
+from .config import LaunchConfig, Threads
 
 LIMIT = 4096
 """Number of launches that are kept per kernel. Packed batches have other sizes in each step."""
@@ -93,3 +93,15 @@ def over_rows(
     wide = all(is_aligned(x, config.vec) for x in rows)
     tile = {"LANES": config.lanes, "VEC": config.vec, "ALIGN": config.vec if wide else 1}
     return Launch(kernel, grid, values, {**constants, **tile, "num_warps": config.num_warps})
+
+
+def over_blocks(kernel: Any, block: int, config: Threads) -> prepared:
+    """A function that launches `kernel` over blocks of `block` elements, with the threads of `config`.
+
+    It takes the tensors, the number of programs, the values and the other constants.
+    """
+
+    def prepare(*tensors: Tensor | None, programs: int, values: tuple, **constants) -> Launch:
+        return Launch(kernel, (programs,), values, {**constants, "BLOCK": block, "num_warps": config.num_warps})
+
+    return prepared(prepare)

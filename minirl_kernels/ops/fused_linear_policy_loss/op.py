@@ -139,11 +139,11 @@ def _check_bound(max_loss_tokens: int | None) -> None:
 def _one_sweep(
     head: Head, token_ids: Tensor, inputs: PolicyLossInputs, needs: Needs, max_rows: int | None, backend: str
 ):
-    rows, loss = head.rows(token_ids).detached(), LossRows.of(inputs).flat()
+    loss, sums = LossRows.of(inputs)
     *per_token, grad_hidden, grad_weight, grad_bias = fused_linear_policy_loss_forward(
-        *rows, *loss, *needs, max_rows, backend
+        *head.rows(token_ids).detached(), *loss.flat(), *needs, max_rows, backend
     )
-    values = assemble(*(results.view(token_ids.shape) for results in per_token), inputs)
+    values = assemble(tuple(results.view(token_ids.shape) for results in per_token), inputs, sums)
     return values, (grad_hidden.view(head.hidden.shape) if needs.needs_hidden else None, grad_weight, grad_bias)
 
 
@@ -153,7 +153,7 @@ def _two_phases(head: Head, token_ids: Tensor, inputs: PolicyLossInputs, needs: 
     values = loss_of_log_probs(log_probs.view(token_ids.shape), entropy.view(token_ids.shape), inputs)
     if not any(needs):
         return values, (None, None, None)
-    entropy_grad = None if inputs.entropy_grad is None else inputs.entropy_grad.flatten()
+    entropy_grad = None if values.entropy_grad is None else values.entropy_grad.flatten()
     gradients = RowGradients(shift, log_sum, entropy, values.token_grad.flatten(), entropy_grad)
     grad_hidden, *others = linear_gradients(rows, gradients, needs, head.shard, backend)
     return values, (grad_hidden.view(head.hidden.shape) if needs.needs_hidden else None, *others)

@@ -43,7 +43,7 @@ def forward_backward(
     kept, index = kept_at(head, chosen.index), chosen.index
     head, loss = chosen.head, chosen.loss
     results: list[tuple[Tensor, ...]] = []
-    gradients = Gradients(kernels.head, head, needs)
+    gradients = Gradients(kernels.head, head, needs, index, num_rows)
     for rows, logit_rows in logit_tiles(kernels.head, head, kept):
         grad_tile = gradient_in_place(logit_rows.logits, head.hidden.dtype)
         loss_rows = at_rows(loss, rows)
@@ -55,7 +55,7 @@ def forward_backward(
     if not results:  # no row counts
         results.append(tuple(torch.empty_like(head.temperature) for _ in range(4)))
     per_row = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*results, strict=True)]
-    return *kernels.spread(per_row, chosen, num_rows), *gradients.results(index, num_rows)
+    return *kernels.spread(per_row, chosen, num_rows), *gradients.results()
 
 
 def all_rows(head: HeadRows, loss: LossRows) -> ChosenRows:

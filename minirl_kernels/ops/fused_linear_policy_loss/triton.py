@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...common.checks import require
 from ...common.records import with_values
 from ...common.triton.config import LaunchConfig
+from ...common.triton.launch import over_blocks
 from ...common.triton.sizes import cdiv
 from ..fused_policy_loss.loss_rows import LossRows
 from ..fused_policy_loss.triton import forward_backward as sweep_of_tile
@@ -18,6 +20,9 @@ from .tiles import ChosenRows, all_rows, gives_every_row_a_gradient
 __all__ = ["choose_rows", "head", "rows_with_gradient", "spread", "sweep_of_tile"]
 
 BLOCK = LaunchConfig(lanes=512, vec=1, threads=256)
+launch_count = over_blocks(count_rows_kernel, BLOCK.tile, BLOCK)
+launch_select = over_blocks(select_rows_kernel, BLOCK.tile, BLOCK)
+launch_spread = over_blocks(spread_rows_kernel, BLOCK.tile, BLOCK)
 
 
 def choose_rows(head: HeadRows, loss: LossRows, max_rows: int | None) -> ChosenRows:
@@ -31,23 +36,17 @@ def choose_rows(head: HeadRows, loss: LossRows, max_rows: int | None) -> ChosenR
     counts = count_rows(head, loss)
     num_with_gradient = num_chosen = max_rows
     if max_rows is None:
-        num_with_gradient, num_others = counts.sum(0).tolist()
+        of_blocks = counts.tolist()
+        num_with_gradient, num_others = (sum(kinds[i] for kinds in of_blocks) for i in range(2))
         num_chosen = num_with_gradient + num_others
         if num_with_gradient == num_rows:
             return all_rows(head, loss)
     index, place, is_valid, chosen_head, chosen_loss = select_rows(head, loss, counts, num_chosen)
     if max_rows is not None:
-        _require(is_valid.view(torch.bool), max_rows)
+        rule = f"max_loss_tokens is {max_rows}: it must be at least the number of tokens in the loss"
+        require(is_valid.view(torch.bool), rule, lambda: rule)
     chosen_head = with_values(chosen_head, hidden=head.hidden[index])
     return ChosenRows(index, num_with_gradient, chosen_head, chosen_loss, place)
-
-
-def _require(is_valid: Tensor, max_rows: int) -> None:
-    message = f"max_loss_tokens is {max_rows}: it must be at least the number of tokens in the loss"
-    if is_valid.is_cuda:  # the host does not wait: the assertion stops the GPU
-        torch._assert_async(is_valid, message)
-    elif not is_valid:
-        raise ValueError(message)
 
 
 def count_rows(head: HeadRows, loss: LossRows) -> Tensor:
@@ -55,8 +54,14 @@ def count_rows(head: HeadRows, loss: LossRows) -> Tensor:
     num_rows = len(head.token_ids)
     num_blocks = cdiv(num_rows, BLOCK.tile)
     counts = torch.empty(num_blocks, 2, dtype=torch.int64, device=head.token_ids.device)
-    arguments = (head.token_ids, loss.advantages, counts, num_rows, head.weight.shape[0])
-    _launch(count_rows_kernel, num_blocks, *arguments, loss=loss)
+    launch_count(
+        head.token_ids,
+        loss.advantages,
+        counts,
+        programs=num_blocks,
+        values=(num_rows, head.weight.shape[0]),
+        WITH_BONUS=gives_every_row_a_gradient(loss),
+    )
     return counts
 
 
@@ -65,14 +70,23 @@ def select_rows(
 ) -> tuple[Tensor, Tensor, Tensor, HeadRows, LossRows]:
     """(index, place, whether all rows of the loss are chosen, and the records of the chosen rows)."""
     num_rows, device = len(head.token_ids), head.token_ids.device
-    per_row = (head.token_ids, head.temperature, *loss[:5])
+    per_row = (head.token_ids, head.temperature, *loss.tensors)
     out = [None if x is None else torch.empty(num_chosen, dtype=x.dtype, device=device) for x in per_row]
     index, place = (torch.empty(n, dtype=torch.int64, device=device) for n in (num_chosen, num_rows))
     is_valid = torch.empty((), dtype=torch.uint8, device=device)
-    sizes = (num_rows, num_chosen, head.weight.shape[0])
-    _launch(select_rows_kernel, len(counts), *per_row, counts, *out, index, place, is_valid, *sizes, loss=loss)
+    launch_select(
+        *per_row,
+        counts,
+        *out,
+        index,
+        place,
+        is_valid,
+        programs=len(counts),
+        values=(num_rows, num_chosen, head.weight.shape[0]),
+        WITH_BONUS=gives_every_row_a_gradient(loss),
+    )
     chosen_head = with_values(head, token_ids=out[0], temperature=out[1])
-    return index, place, is_valid, chosen_head, LossRows(*out[2:], *loss[5:])
+    return index, place, is_valid, chosen_head, LossRows(*out[2:], *loss.options)
 
 
 def spread(results: list[Tensor], chosen: ChosenRows, num_rows: int) -> list[Tensor]:
@@ -80,24 +94,10 @@ def spread(results: list[Tensor], chosen: ChosenRows, num_rows: int) -> list[Ten
     if chosen.place is None:
         return results
     out = [result.new_empty(num_rows) for result in results]
-    with torch.cuda.device_of(chosen.place):
-        spread_rows_kernel[(cdiv(num_rows, BLOCK.tile),)](
-            chosen.place, *results, *out, num_rows, BLOCK=BLOCK.tile, num_warps=BLOCK.num_warps
-        )
+    launch_spread(chosen.place, *results, *out, programs=cdiv(num_rows, BLOCK.tile), values=(num_rows,))
     return out
 
 
 def rows_with_gradient(rows: slice, grad_tile: Tensor, token_grad: Tensor, loss: LossRows) -> tuple[slice, Tensor]:
     """All rows: only the device knows whose c_t is 0, for example by clipping. These rows add exact zeros."""
     return rows, grad_tile
-
-
-def _launch(kernel, programs: int, *arguments, loss: LossRows) -> None:
-    if programs:
-        with torch.cuda.device_of(loss.weights):
-            kernel[(programs,)](
-                *arguments,
-                WITH_BONUS=gives_every_row_a_gradient(loss),
-                BLOCK=BLOCK.tile,
-                num_warps=BLOCK.num_warps,
-            )

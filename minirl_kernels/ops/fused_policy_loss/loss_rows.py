@@ -7,8 +7,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..policy_loss.inputs import PolicyLossInputs
+from ..policy_loss.kernel_arguments import ResponseSums
 from ..policy_loss.objective_kernels import objective_options
-from ..policy_loss.reference import behaviour_log_probs
+from ..policy_loss.op import corrected_behaviour
 
 
 class LossRows(NamedTuple):
@@ -32,11 +33,11 @@ class LossRows(NamedTuple):
     entropy_coef: float
 
     @classmethod
-    def of(cls, inputs: PolicyLossInputs) -> LossRows:
-        """The record for `inputs`, whose loss must take one sweep."""
+    def of(cls, inputs: PolicyLossInputs) -> tuple[LossRows, ResponseSums]:
+        """(the record for `inputs`, whose loss must take one sweep; the sums of the correction, for `assemble`)."""
         config = inputs.config
-        behaviour = None if config.rollout_is is None else behaviour_log_probs(inputs.old_log_probs, inputs)
-        return cls(
+        behaviour, sums = corrected_behaviour(inputs)
+        rows = cls(
             old_log_probs=_row_values(inputs.old_log_probs),
             behaviour_log_probs=_row_values(behaviour),
             ref_log_probs=_row_values(inputs.ref_log_probs if config.kl_coef else None),
@@ -48,6 +49,7 @@ class LossRows(NamedTuple):
             kl_estimator=config.kl_estimator,
             entropy_coef=config.entropy_coef,
         )
+        return rows, sums
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

@@ -4,7 +4,7 @@ The kernels need two numbers per token, c_t = d loss / d log pi(t) and e_t = d l
     d loss / d logits = (c_t (onehot_y - p) - e_t p (log p + H)) / temperature
 `ops/policy_loss/reference.py` defines c_t and e_t. For the objectives of objective_kernels.py the kernels compute c_t
 between the reading of a row and the writing of its gradient. All other objectives take two phases: log-probabilities
-and c_t in torch, then the gradient. An objective whose c_t depends on the whole response cannot take one sweep.
+and c_t first, then the gradient. An objective whose c_t depends on the whole response cannot take one sweep.
 """
 
 from __future__ import annotations
@@ -154,20 +154,20 @@ def takes_one_sweep(inputs: PolicyLossInputs) -> bool:
 
 
 def _one_sweep(rows: LogitRows, inputs: PolicyLossInputs, in_place: bool, backend: str):
-    loss = LossRows.of(inputs)
+    loss, sums = LossRows.of(inputs)
     if in_place:
         logits, *others = (*rows, *loss)
         offsets = inputs.layout.offsets if backend == "cpu" else None
         results = fused_policy_loss_in_place(logits, offsets, *others, backend)
-        return assemble(*results, inputs), logits
+        return assemble(results, inputs, sums), logits
     *results, grad_logits = fused_policy_loss_forward(*rows, *loss, backend)
-    return assemble(*results, inputs), grad_logits
+    return assemble(tuple(results), inputs, sums), grad_logits
 
 
 def _two_phases(rows: LogitRows, inputs: PolicyLossInputs, in_place: bool, backend: str):
     log_probs, entropy, shift, log_sum = token_logprobs_forward(*rows, True, backend)
     values = loss_of_log_probs(log_probs, entropy, inputs)
-    gradients = RowGradients(shift, log_sum, entropy, values.token_grad, inputs.entropy_grad)
+    gradients = RowGradients(shift, log_sum, entropy, values.token_grad, values.entropy_grad)
     if in_place:
         token_logprobs_backward_in_place(*rows, *gradients, backend)
         return values, rows.logits

@@ -101,6 +101,8 @@ def fused_policy_loss_kernel(
         b_weight * tl.load(advantages + i_t),
         ratio_low,
         ratio_high,
+        0.0,
+        0.0,
         threshold,
         OBJECTIVE,
         CLIP,

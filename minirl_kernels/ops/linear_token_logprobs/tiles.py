@@ -70,14 +70,16 @@ class Gradients:
     """d hidden, d weight and d bias, made from tiles of d logits. Gradients that are not needed are not computed.
 
     d weight and d bias are summed over tokens in float32, in the order of the tiles. They are the only results that
-    depend on the size of the tiles.
+    depend on the size of the tiles. index: of the rows of the head among num_rows rows of d hidden; the other rows of
+    d hidden are 0.
     """
 
-    def __init__(self, kernels: ModuleType, head: HeadRows, needs: Needs):
+    def __init__(self, kernels: ModuleType, head: HeadRows, needs: Needs, index: Tensor | slice, num_rows: int):
         hidden, weight = head.hidden, head.weight
         self._kernels = kernels
         self._operands = hidden, weight
-        self.hidden = torch.zeros_like(hidden) if needs.needs_hidden else hidden.new_empty(0)
+        self._index = index
+        self.hidden = hidden.new_zeros((num_rows, hidden.shape[1]) if needs.needs_hidden else 0)
         self.weight = torch.empty(weight.shape if needs.needs_weight else 0, dtype=torch.float32, device=weight.device)
         self.bias = hidden.new_zeros(weight.shape[0] if needs.needs_bias else 0, dtype=torch.float32)
         self._needs = needs
@@ -90,22 +92,19 @@ class Gradients:
             return
         if self._needs.needs_hidden:
             out = hidden.new_empty(grad_tile.shape[0], hidden.shape[1], dtype=torch.float32)
-            self.hidden[rows] = self._kernels.matmul_into(out, grad_tile, weight).to(hidden.dtype)
+            place = rows if isinstance(self._index, slice) else self._index[rows]
+            self.hidden[place] = self._kernels.matmul_into(out, grad_tile, weight).to(hidden.dtype)
         if self._needs.needs_weight:
             self._kernels.matmul_into(self.weight, grad_tile.T, hidden[rows], accumulate=self._started)
             self._started = True
         if self._needs.needs_bias:
             self.bias += grad_tile.sum(0, dtype=torch.float32)
 
-    def results(self, index: Tensor | slice, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(d hidden, d weight, d bias), empty if not needed. d hidden has num_rows rows, 0 outside `index`."""
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(d hidden, d weight, d bias), empty if not needed."""
         if self._needs.needs_weight and not self._started:
             self.weight.zero_()
-        hidden = self.hidden
-        if self._needs.needs_hidden and not isinstance(index, slice):
-            hidden = hidden.new_zeros(num_rows, hidden.shape[1])
-            hidden[index] = self.hidden
-        return hidden, self.weight, self.bias
+        return self.hidden, self.weight, self.bias
 
 
 def forward(kernels: ModuleType, head: HeadRows, with_entropy: bool) -> tuple[Tensor, ...]:
@@ -137,9 +136,9 @@ def backward(
         has_gradient |= gradients.grad_entropy != 0
     index = rows_that_count(has_gradient & (head.token_ids != IGNORE_INDEX))
     head, kept, gradients = head.at(index), kept_at(head, index), at_rows(gradients, index)
-    sums = Gradients(kernels, head, needs)
+    sums = Gradients(kernels, head, needs, index, num_rows)
     for rows, logit_rows in logit_tiles(kernels, head, kept):
         grad_tile = gradient_in_place(logit_rows.logits, head.hidden.dtype)
         kernels.backward_of_tile(logit_rows, at_rows(gradients, rows), grad_tile, head.epilogue)
         sums.add(rows, grad_tile)
-    return sums.results(index, num_rows)
+    return sums.results()

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ...common.library import register
 from ...common.records import schema, unpack, with_values
-from .kernel_arguments import InputValues, LossOptions, TokenResults, TokenValues, WeightOptions
+from .kernel_arguments import (
+    CorrectionOptions,
+    InputValues,
+    LossOptions,
+    ResponseSums,
+    TokenResults,
+    TokenValues,
+    WeightOptions,
+)
 from .layout import require_offsets
 from .metric_table import COUNTS, MAXIMA, SUMS
+from .objective_kernels import ObjectiveOptions
 
 
 def _inputs(cu_seqlens, group_ids, shape, *arguments):
@@ -20,13 +30,11 @@ def _inputs(cu_seqlens, group_ids, shape, *arguments):
     offsets = values.advantages.new_empty(0, dtype=torch.int64)
     needs_counts = options.counts_here or options.mode in ("seq-mean-token-mean", "group-token-mean")
     if needs_counts or cu_seqlens is not None:
-        of_blocks, block_groups, new_offsets, is_valid = kernels.count_tokens(values, blocks, group_ids, device)
-        counts = kernels.Counts(of_blocks)
+        group_ids = None if group_ids is None else group_ids.contiguous()
+        counts, new_offsets, is_valid = kernels.count_tokens(values, blocks, group_ids, device)
         if cu_seqlens is not None:
             require_offsets(is_valid.view(torch.bool), cu_seqlens, blocks.num_tokens)
             offsets, blocks = new_offsets, with_values(blocks, offsets=new_offsets)
-        if group_ids is not None:
-            counts = kernels.count_groups(group_ids.contiguous(), of_blocks, block_groups)
     results = kernels.write_inputs(values, blocks, counts, options, device=device)
     return offsets, *(values.advantages.new_empty(0) if x is None else x for x in results)
 
@@ -76,28 +84,92 @@ without_ignored = register(
 )
 
 
+def _response_sums(log_probs, *arguments):
+    from . import triton as kernels  # Triton may be absent
+
+    values, options = unpack(arguments, TokenValues, CorrectionOptions)
+    sums, log_mean = kernels.response_sums(log_probs, values, options)
+    return sums, sums.new_empty(0) if log_mean is None else log_mean
+
+
+def _response_sums_fake(log_probs, *arguments):
+    from . import triton as kernels
+
+    values, options = unpack(arguments, TokenValues, CorrectionOptions)
+    number = kernels.Blocks.of(values.mask.shape, values.offsets).number
+    sums = values.mask.new_empty((kernels.NUM_RESPONSE_SUMS, number), dtype=torch.float64)
+    return sums, sums.new_empty(() if options.normalise else 0)
+
+
+_response_sums_op = register(
+    f"policy_loss_response_sums(Tensor? log_probs, {schema(TokenValues, CorrectionOptions)})"
+    " -> (Tensor of_blocks, Tensor log_mean)",
+    _response_sums,
+    _response_sums_fake,
+)
+
+
+def response_sums(
+    log_probs: Tensor | None, values: TokenValues, level: str, options: CorrectionOptions
+) -> ResponseSums:
+    """The sums that an objective of `level` and its correction need. log_probs: None if only the correction does."""
+    if not options.needs_responses and (level == "token" or log_probs is None):
+        return ResponseSums()
+    sums, log_mean = _response_sums_op(log_probs, *values, *options)
+    return ResponseSums(sums, log_mean if options.normalise else None)
+
+
+def _behaviour(*arguments):
+    from . import triton as kernels  # Triton may be absent
+
+    return kernels.behaviour(*unpack(arguments, TokenValues, ResponseSums, CorrectionOptions))
+
+
+behaviour_by_kernels = register(
+    f"policy_loss_behaviour({schema(TokenValues, ResponseSums, CorrectionOptions)}) -> Tensor",
+    _behaviour,
+    lambda mask, *_: torch.empty_like(mask, dtype=torch.float32, memory_format=torch.contiguous_format),
+)
+
+
+def _ratios(log_probs, level, *arguments):
+    from . import triton as kernels  # Triton may be absent
+
+    values, sums, options = unpack(arguments, TokenValues, ResponseSums, CorrectionOptions)
+    return kernels.ratios(log_probs, values, sums, level, options)
+
+
+ratios_by_kernels = register(
+    f"policy_loss_ratios(Tensor log_probs, str level, {schema(TokenValues, ResponseSums, CorrectionOptions)})"
+    " -> (Tensor log_prob, Tensor log_r, Tensor log_w, Tensor log_d)",
+    _ratios,
+    lambda log_probs, *_: tuple(log_probs.new_empty(log_probs.shape, dtype=torch.float64) for _ in range(4)),
+)
+
+
 def _sums(*arguments):
     from . import triton as kernels  # Triton may be absent
 
-    results, values, options = unpack(arguments, TokenResults, TokenValues, LossOptions)
-    out, sums, maxima = kernels.token_sums(results, values, options)
+    results, values, *others = unpack(arguments, *_SUMS_RECORDS)
+    out = kernels.token_sums(results, values, *others)
     blocks = kernels.Blocks.of(results.log_probs.shape, values.offsets)
-    loss, sums, maxima = kernels.totals(sums, maxima, blocks, values.rollout_log_probs is not None)
-    entropy = loss.new_empty(0) if out.entropy is None else out.entropy
-    return loss, sums, maxima, out.log_probs, entropy, out.token_loss, out.token_grad
+    loss, sums, maxima = kernels.totals(out.sums, out.maxima, blocks, values.rollout_log_probs is not None)
+    return loss, sums, maxima, *(loss.new_empty(0) if x is None else x for x in out[:5])
 
 
-def _sums_fake(log_probs, entropy, *_):
-    per_token = [log_probs.new_empty(log_probs.shape, dtype=torch.float32) for _ in range(4)]
-    if entropy is None:
-        per_token[1] = log_probs.new_empty(0, dtype=torch.float32)
+def _sums_fake(*arguments):
+    results, *_, options = unpack(arguments, *_SUMS_RECORDS)
+    log_probs = results.log_probs
+    needed = (True, results.entropy is not None, True, True, options.entropy_coef != 0)
+    per_token = [log_probs.new_empty(log_probs.shape if x else 0, dtype=torch.float32) for x in needed]
     sums, maxima = (log_probs.new_empty(n, dtype=torch.float64) for n in (len(COUNTS) + len(SUMS), len(MAXIMA)))
     return log_probs.new_empty((), dtype=torch.float32), sums, maxima, *per_token
 
 
+_SUMS_RECORDS = (TokenResults, TokenValues, ResponseSums, ObjectiveOptions, CorrectionOptions, LossOptions)
 sums_by_kernels = register(
-    f"policy_loss_sums({schema(TokenResults, TokenValues, LossOptions)}) -> (Tensor loss, Tensor sums, Tensor maxima,"
-    " Tensor log_probs, Tensor entropy, Tensor token_loss, Tensor token_grad)",
+    f"policy_loss_sums({schema(*_SUMS_RECORDS)}) -> (Tensor loss, Tensor sums, Tensor maxima,"
+    " Tensor log_probs, Tensor entropy, Tensor token_loss, Tensor token_grad, Tensor entropy_grad)",
     _sums,
     _sums_fake,
 )

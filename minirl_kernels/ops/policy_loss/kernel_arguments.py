@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
 
 from ...config import PolicyLossConfig
-from .objective_kernels import has_kernel, objective_options
 
 
 class TokenValues(NamedTuple):
@@ -49,47 +49,75 @@ class WeightOptions(NamedTuple):
 
 
 class TokenResults(NamedTuple):
-    """The results of each token: float32; the last three are bool."""
+    """The results of each token, floats; the last two are bool.
+
+    token_loss, token_grad: None: the kernel computes them. With the options of an objective they are float32, and
+    complete but for the entropy term. Without, they are float64, the results of `Objective.loss`.
+    clip_high, clip_low: the results of `Objective.bounds_met`. None: the kernel computes them.
+    """
 
     log_probs: Tensor  # any float dtype
     entropy: Tensor | None  # any float dtype
-    token_loss: Tensor | None  # without the entropy term; None: the kernel computes it and token_grad
-    token_grad: Tensor | None
-    clip_high: Tensor | None = None  # None, like the next two: the kernel computes it
+    token_loss: Tensor | None = None
+    token_grad: Tensor | None = None
+    clip_high: Tensor | None = None
     clip_low: Tensor | None = None
-    truncated: Tensor | None = None
+
+
+class CorrectionOptions(NamedTuple):
+    """A Correction in the kernels. correction: its level, "none", or "plain" for d of the token without bounds."""
+
+    correction: str
+    lower: float  # 0 for no bound
+    upper: float  # inf for no bound
+    beyond: str
+    weighs: bool
+    normalise: bool
+
+    @classmethod
+    def of(cls, config: PolicyLossConfig) -> CorrectionOptions:
+        correction = config.correction
+        if correction is None:
+            return cls("none", 0.0, math.inf, "truncate", True, False)
+        level = "plain" if config.rollout_is == "token" else correction.level
+        lower = 0.0 if correction.lower is None else correction.lower
+        upper = math.inf if correction.upper is None else correction.upper
+        return cls(level, lower, upper, correction.beyond, correction.weighs, correction.normalise)
+
+    @property
+    def changes_d(self) -> bool:
+        """Whether the weight is another number than d of the token."""
+        return self.correction not in ("none", "plain")
+
+    @property
+    def needs_responses(self) -> bool:
+        """Whether a token's weight depends on the other tokens of its response or of the call."""
+        by_response = self.correction in ("sequence", "sequence_mean") or self.beyond == "mask_response"
+        return by_response or self.normalise
+
+
+class ResponseSums(NamedTuple):
+    """Sums of each block of tokens for values of whole responses, and the log of the mean weight of the call."""
+
+    of_blocks: Tensor | None = None
+    log_mean: Tensor | None = None
 
 
 class LossOptions(NamedTuple):
-    """The loss in the kernel. objective: the name of a function of the kernels, or "" if clip_high … are given."""
+    """The loss beside its objective and its correction. weighting: Objective.weighting."""
 
-    objective: str
-    clip: bool
-    ratio_low: float
-    ratio_high: float
+    weighting: str
     threshold: float
-    corrects: bool  # whether the weight has d
     kl_coef: float
     kl_estimator: str
     entropy_coef: float
 
     @classmethod
     def of(cls, config: PolicyLossConfig) -> LossOptions:
-        is_known = takes_kernel(config)
-        options = objective_options(config.policy_objective) if is_known else _NO_OBJECTIVE
         return cls(
-            **options,
-            threshold=float("inf") if config.rollout_is_threshold is None else config.rollout_is_threshold,
-            corrects=config.rollout_is is not None,
+            config.policy_objective.weighting,
+            threshold=math.inf if config.rollout_is_threshold is None else config.rollout_is_threshold,
             kl_coef=config.kl_coef,
             kl_estimator=config.kl_estimator,
             entropy_coef=config.entropy_coef,
         )
-
-
-_NO_OBJECTIVE = {"objective": "", "clip": False, "ratio_low": 0.0, "ratio_high": 0.0}
-
-
-def takes_kernel(config: PolicyLossConfig) -> bool:
-    """Whether the kernels have the objective and the correction. Otherwise torch computes them."""
-    return has_kernel(config.policy_objective) and config.rollout_is in ("token", None)

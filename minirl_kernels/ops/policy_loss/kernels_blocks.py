@@ -70,3 +70,15 @@ def expm1(x):
 def largest(x):
     """The maximum of a block, NaN if it has a NaN."""
     return tl.where(tl.max((x != x).to(tl.int32), 0) > 0, float("nan"), tl.max(x, 0))
+
+
+@triton.jit
+def put(sums, row, num_blocks, m_loss, b_x):
+    """Write the sum of a block to a row of `sums`."""
+    b_x = tl.where(m_loss, b_x.to(tl.float64), 0.0)
+    tl.store(sums + row * tl.full([], num_blocks, tl.int64), tl.sum(b_x, 0))
+
+
+@triton.jit
+def load_float64(values, o, m_loss):
+    return tl.load(values + o, mask=m_loss, other=0.0).to(tl.float32).to(tl.float64)

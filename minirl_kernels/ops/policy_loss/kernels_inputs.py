@@ -1,7 +1,7 @@
 """Kernels that make the inputs of a loss: the mask, the weight and the values of each token.
 
 `aggregation.py` defines the weights. The first kernel counts the tokens of each block that are in the loss. If the loss
-is a mean over groups, the second kernel counts those of each group. The third kernel sums the counts that a weight
+is a mean over groups, it also finds the first response of each group. The second kernel sums the counts that a weight
 divides by, and writes all values per token. Counts are integers, so no order changes their sums.
 
 A tensor has two strides, of responses and of tokens; the stride of responses is 0 if they are packed.
@@ -42,6 +42,17 @@ def copy_offsets(cu_seqlens, offsets, is_valid, num_responses, num_tokens, BLOCK
     tl.store(is_valid, (faults == 0).to(tl.uint8))
 
 
+@triton.jit
+def number_in_group(group_ids, number, group, BLOCK: tl.constexpr):
+    """How many of the first `number` responses are in the group."""
+    count = tl.full([], 0, tl.int32)
+    for i in range(tl.cdiv(number, BLOCK)):
+        o = i * BLOCK + tl.arange(0, BLOCK)
+        m = o < number
+        count += tl.sum((m & (tl.load(group_ids + o, mask=m, other=0).to(tl.int64) == group)).to(tl.int32), 0)
+    return count
+
+
 @unspecialized()
 def count_kernel(
     token_ids,
@@ -50,6 +61,7 @@ def count_kernel(
     group_ids,
     counts,
     block_groups,
+    is_first,
     offsets,
     is_valid,
     num_responses,
@@ -62,9 +74,10 @@ def count_kernel(
     mask_stride_l,
     BLOCK: tl.constexpr,
 ):
-    """The number of tokens in the loss of each block, and the group of its response. The first program checks offsets.
+    """The number of tokens in the loss of each block, and the group of its response.
 
-    Offsets that are wrong read nothing out of bounds.
+    The first program of a response writes whether no response before has its group. The first program of all checks
+    the offsets. Offsets that are wrong read nothing out of bounds.
     """
     i_block = tl.program_id(0).to(tl.int64)
     if cu_seqlens is not None:  # noqa: SIM102  Triton compiles no `and` of a constant and a value
@@ -77,28 +90,10 @@ def count_kernel(
     b_count = tl.sum(in_loss(token_ids, loss_mask, o_id, o_mask, m).to(tl.int32), 0)
     tl.store(counts + i_block, b_count)
     if group_ids is not None:
-        tl.store(block_groups + i_block, tl.load(group_ids + i_response).to(tl.int64))
-
-
-@unspecialized()
-def group_kernel(
-    group_ids, counts, block_groups, group_tokens, is_first, num_responses, num_blocks, BLOCK: tl.constexpr
-):
-    """For each response the number of tokens in the loss of its group, and whether no response before has its group."""
-    i_response = tl.program_id(0).to(tl.int64)
-    group = tl.load(group_ids + i_response).to(tl.int64)
-    tokens, earlier = tl.full([], 0, tl.int32), tl.full([], 0, tl.int32)
-    for i in range(tl.cdiv(num_blocks, BLOCK)):
-        o = i * BLOCK + tl.arange(0, BLOCK)
-        m = o < num_blocks
-        m &= tl.load(block_groups + o, mask=m, other=0) == group
-        tokens += tl.sum(tl.load(counts + o, mask=m, other=0), 0)
-    for i in range(tl.cdiv(i_response, BLOCK)):
-        o = i * BLOCK + tl.arange(0, BLOCK)
-        m = o < i_response
-        earlier += tl.sum((m & (tl.load(group_ids + o, mask=m, other=0).to(tl.int64) == group)).to(tl.int32), 0)
-    tl.store(group_tokens + i_response, tokens)
-    tl.store(is_first + i_response, (earlier == 0).to(tl.int32))
+        group = tl.load(group_ids + i_response).to(tl.int64)
+        tl.store(block_groups + i_block, group)
+        if i_block == first_block(i_response, start, L, cu_seqlens is not None, BLOCK):
+            tl.store(is_first + i_response, (number_in_group(group_ids, i_response, group, BLOCK) == 0).to(tl.int32))
 
 
 @triton.jit
@@ -112,12 +107,25 @@ def total(counts, i_first, number, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def tokens_of_group(counts, block_groups, group, num_blocks, BLOCK: tl.constexpr):
+    """The sum of the counts of all blocks whose response is in the group."""
+    tokens = tl.full([], 0, tl.int32)
+    for i in range(tl.cdiv(num_blocks, BLOCK)):
+        o = i * BLOCK + tl.arange(0, BLOCK)
+        m = o < num_blocks
+        m &= tl.load(block_groups + o, mask=m, other=0) == group
+        tokens += tl.sum(tl.load(counts + o, mask=m, other=0), 0)
+    return tokens
+
+
+@triton.jit
 def weight_of_response(
+    i_block,
     i_response,
     start,
     end,
     counts,
-    group_tokens,
+    block_groups,
     is_first,
     count,
     count_tensor,
@@ -141,7 +149,8 @@ def weight_of_response(
         tl.static_assert(MODE == "group-token-mean")
         divisor = total(is_first, 0, num_responses, BLOCK).to(tl.float32)
     if MODE == "group-token-mean":
-        divisor *= tl.maximum(tl.load(group_tokens + i_response), 1).to(tl.float32)
+        group = tl.load(block_groups + i_block)
+        divisor *= tl.maximum(tokens_of_group(counts, block_groups, group, num_blocks, BLOCK), 1).to(tl.float32)
     weight = tl.div_rn(divisor * 0 + 1, divisor)
     if MODE == "seq-mean-token-mean":
         i_first = first_block(i_response, start, L, PACKED, BLOCK)
@@ -173,7 +182,7 @@ def inputs_kernel(
     weights,
     offsets,
     counts,
-    group_tokens,
+    block_groups,
     is_first,
     count_tensor,
     out_ids,
@@ -223,11 +232,12 @@ def inputs_kernel(
         b_weight = tl.load(weights + o, mask=m_loss, other=0.0)
     else:
         b_weight = weight_of_response(
+            i_block,
             i_response,
             start,
             end,
             counts,
-            group_tokens,
+            block_groups,
             is_first,
             count,
             count_tensor,

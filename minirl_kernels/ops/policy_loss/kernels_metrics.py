@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from ...common.triton.row_tiles import unspecialized
-from .kernels_blocks import expm1, first_block, largest, span_of_response, tokens_of_block
-from .kernels_objective import kl_penalty, token_objective
+from .kernels_blocks import expm1, first_block, largest, load_float64, put, span_of_response, tokens_of_block
+from .kernels_objective import at_most, bounds_met, kl_penalty, times, token_objective
+from .kernels_responses import ratios_of_loss, share_of_token
 
 # rows of the sums of a block. The first are COUNTS and SUMS, then the sums that only totals_kernel reads
 NUM_SUMS = 19
@@ -28,18 +29,6 @@ NUM_BLOCK_MAXIMA = 3
 LARGEST_ERROR = tl.constexpr(3)
 
 
-@triton.jit
-def put(sums, row, num_blocks, m_loss, b_x):
-    """Write the sum of a block to a row of `sums`."""
-    b_x = tl.where(m_loss, b_x.to(tl.float64), 0.0)
-    tl.store(sums + row * tl.full([], num_blocks, tl.int64), tl.sum(b_x, 0))
-
-
-@triton.jit
-def load_float64(values, o, m_loss):
-    return tl.load(values + o, mask=m_loss, other=0.0).to(tl.float32).to(tl.float64)
-
-
 @unspecialized()
 def token_sums_kernel(
     log_probs,
@@ -48,7 +37,6 @@ def token_sums_kernel(
     token_grad,
     clip_high,
     clip_low,
-    truncated,
     mask,
     weights,
     advantages,
@@ -56,14 +44,21 @@ def token_sums_kernel(
     rollout_log_probs,
     ref_log_probs,
     offsets,
+    response_sums,
+    log_mean,
     out_log_probs,
     out_entropy,
     out_loss,
     out_grad,
+    out_entropy_grad,
     sums,
     maxima,
-    ratio_low,
-    ratio_high,
+    low,
+    high,
+    most,
+    log_most,
+    lower,
+    upper,
     threshold,
     kl_coef,
     entropy_coef,
@@ -72,124 +67,149 @@ def token_sums_kernel(
     L,
     search_steps,
     OBJECTIVE: tl.constexpr,
+    LEVEL: tl.constexpr,
     CLIP: tl.constexpr,
-    CORRECTS: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    BEYOND: tl.constexpr,
+    WEIGHS: tl.constexpr,
+    WEIGHTING: tl.constexpr,
     WITH_KL: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
-    WITH_ENTROPY_TERM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The sums and maxima of each block. It writes log_probs, entropy and token_loss, 0 where masked, and c_t.
 
-    token_loss, token_grad: None if they are computed here.
-    OBJECTIVE: None if clip_high, clip_low and truncated are given.
-    CORRECTS: whether the objective weighs by d; WITH_KL: whether ref_log_probs is in the loss.
+    token_loss, token_grad, clip_high, clip_low: see TokenResults.
+    out_entropy_grad: None if the loss has no entropy term. WITH_KL: whether ref_log_probs is in the loss.
+    The other constants are fields of ObjectiveOptions, CorrectionOptions and LossOptions; OBJECTIVE may be None.
     """
     i_block = tl.program_id(0).to(tl.int64)
-    _, _, end, o = tokens_of_block(i_block, offsets, num_responses, L, search_steps, BLOCK)
+    i_response, start, end, o = tokens_of_block(i_block, offsets, num_responses, L, search_steps, BLOCK)
     m = o < end
     m_loss = tl.load(mask + o, mask=m, other=0) != 0
     b_x = load_float64(log_probs, o, m_loss)
     b_old = b_x
     if old_log_probs is not None:
         b_old = load_float64(old_log_probs, o, m_loss)
+    # a value is loaded, and a sum made, where few other values are in registers
+    sums += i_block
+    maxima += i_block
+    stride = tl.full([], num_blocks, tl.int64)
     b_zero = tl.zeros([BLOCK], tl.float64)
-    b_entropy, b_rollout, b_ref, b_high, b_low, b_truncated = b_zero, b_zero, b_zero, b_zero, b_zero, b_zero
-    log_r, log_d, log_w, log_k, w = b_x - b_old, b_zero, b_zero, b_zero, b_zero
-    m_entropy, m_rollout, m_ref = m_loss & False, m_loss & False, m_loss & False
-    if entropy is not None:
-        m_entropy = m_loss
-        b_entropy = load_float64(entropy, o, m_loss)
-        tl.store(out_entropy + o, b_entropy.to(tl.float32), mask=m)
+    log_r, log_d, log_w, w = b_x - b_old, b_zero, b_zero, b_zero
     if rollout_log_probs is not None:
-        m_rollout = m_loss
         b_rollout = load_float64(rollout_log_probs, o, m_loss)
         log_d, log_w = b_old - b_rollout, b_x - b_rollout
-        w = tl.exp(log_w)
-    if ref_log_probs is not None:
-        m_ref = m_loss
-        b_ref = load_float64(ref_log_probs, o, m_loss)
-        log_k = b_ref - b_x
+    i_first, number = first_block(i_response, start, L, offsets is not None, BLOCK), tl.cdiv(end - start, BLOCK)
+    level_r, level_d, level_w, b_changed = ratios_of_loss(
+        log_r,
+        log_d,
+        log_w,
+        response_sums,
+        log_mean,
+        i_first,
+        number,
+        num_blocks,
+        lower,
+        upper,
+        LEVEL,
+        CORRECTION,
+        BEYOND,
+        WEIGHS,
+        BLOCK,
+    )
+    num_tokens = tl.sum(tl.where(m_loss, b_zero + 1, 0.0), 0)
+    tl.store(sums, num_tokens)  # the rows 0 to 5 are COUNTS, then come SUMS
+    # totals_kernel makes the rows of responses
+    tl.store(sums + ALL_RESPONSES * stride, 0.0)
+    tl.store(sums + ROLLOUT_RESPONSES * stride, 0.0)
+    tl.store(sums + FIRST_ORDER_ERROR * stride, 0.0)
+    tl.store(sums + 2 * stride, num_tokens if entropy is not None else 0.0)
+    tl.store(sums + 3 * stride, num_tokens if ref_log_probs is not None else 0.0)
+    tl.store(sums + 4 * stride, num_tokens if rollout_log_probs is not None else 0.0)
+    put(sums, 7, num_blocks, m_loss, -log_r)
+    put(sums, 8, num_blocks, m_loss, expm1(log_r) - log_r)
+    tl.store(maxima, largest(tl.abs(log_r)))
+    if rollout_log_probs is not None:
+        w = tl.where(m_loss, tl.exp(log_w), 0.0)
+    put(sums, 14, num_blocks, m_loss, -log_d)
+    put(sums, 15, num_blocks, m_loss, expm1(log_d) - log_d)
+    put(sums, 16, num_blocks, m_loss, w)
+    put(sums, 17, num_blocks, m_loss, w * w)
+    put(sums, LOG_W, num_blocks, m_loss, log_w)
+    put(sums, W_MINUS_1, num_blocks, m_loss, expm1(log_w))
+    tl.store(maxima + stride, largest(tl.abs(log_d)))
+    tl.store(maxima + 2 * stride, largest(w))
 
+    b_truncated = b_changed | (tl.exp(level_w if WEIGHTING == "w in loss" else level_d) > threshold)
+    put(sums, 11, num_blocks, m_loss, b_truncated)
     b_weight = tl.load(weights + o, mask=m_loss, other=0.0)
     b_advantage = tl.load(advantages + o, mask=m_loss, other=0.0)
     if OBJECTIVE is None:
         b_high = tl.load(clip_high + o, mask=m_loss, other=0)
         b_low = tl.load(clip_low + o, mask=m_loss, other=0)
-        b_truncated = tl.load(truncated + o, mask=m_loss, other=0)
     else:
-        b_behaviour = b_rollout if CORRECTS else b_old
-        r = tl.exp(log_r)
-        if CLIP:
-            above, below = r > ratio_high, r < ratio_low
-            if OBJECTIVE != "cispo":
-                above, below = above & (b_advantage > 0), below & (b_advantage < 0)
-            b_high, b_low = above, below
-        weighs_by_w: tl.constexpr = OBJECTIVE == "minirl" or OBJECTIVE == "reinforce"
-        b_truncated = tl.exp((b_x if weighs_by_w else b_old) - b_behaviour) > threshold
-    if token_loss is None:
-        b_loss, b_grad = token_objective(
-            b_x,
-            log_r,
-            b_x - b_behaviour,
-            b_old - b_behaviour,
-            b_weight.to(tl.float64) * b_advantage,
-            ratio_low,
-            ratio_high,
-            threshold,
-            OBJECTIVE,
-            CLIP,
-        )
-        if WITH_KL:
-            b_kl, b_kl_grad = kl_penalty(b_weight.to(tl.float64) * kl_coef, b_x, b_ref, KL_ESTIMATOR)
+        b_high, b_low = bounds_met(b_x, level_r, level_w, b_advantage, low, high, most, log_most, OBJECTIVE, CLIP)
+    put(sums, 9, num_blocks, m_loss, b_high)
+    put(sums, 10, num_blocks, m_loss, b_low)
+    GIVEN: tl.constexpr = OBJECTIVE is not None and token_loss is not None
+    if GIVEN:
+        b_loss = tl.load(token_loss + o, mask=m_loss, other=0.0)
+        b_grad = tl.load(token_grad + o, mask=m_loss, other=0.0)
+    else:
+        b_share = b_weight.to(tl.float64)
+        if OBJECTIVE is None:
+            b_loss = b_share * tl.load(token_loss + o, mask=m_loss, other=0.0)
+            b_grad = b_share * tl.load(token_grad + o, mask=m_loss, other=0.0)
+        else:
+            b_loss, b_grad = token_objective(
+                b_x,
+                level_r,
+                level_w,
+                level_d,
+                b_share * b_advantage,
+                low,
+                high,
+                most,
+                log_most,
+                threshold,
+                OBJECTIVE,
+                CLIP,
+            )
+        if WEIGHTING == "d":
+            b_d = at_most(tl.exp(level_d), threshold)
+            b_loss, b_grad = times(b_d, b_loss), times(b_d, b_grad)
+        if LEVEL == "sequence":  # the loss of the response in equal shares
+            b_loss *= share_of_token(response_sums, i_first, number, num_blocks, BLOCK)
+    log_k = b_zero
+    if ref_log_probs is not None:
+        b_ref = load_float64(ref_log_probs, o, m_loss)
+        log_k = b_ref - b_x
+        if WITH_KL and not GIVEN:
+            b_kl, b_kl_grad = kl_penalty(b_share * kl_coef, b_x, b_ref, KL_ESTIMATOR)
             b_loss += b_kl
             b_grad += b_kl_grad
+    put(sums, 13, num_blocks, m_loss, expm1(log_k) - log_k)
+    if not GIVEN:
         b_loss, b_grad = b_loss.to(tl.float32), b_grad.to(tl.float32)
         # an overflow gives NaN in both, as in the reference
         m_fits = (tl.abs(b_loss) < float("inf")) & (tl.abs(b_grad) < float("inf"))
         b_loss, b_grad = tl.where(m_fits, b_loss, float("nan")), tl.where(m_fits, b_grad, float("nan"))
-    else:
-        b_loss = tl.load(token_loss + o, mask=m_loss, other=0.0)
-        b_grad = tl.load(token_grad + o, mask=m_loss, other=0.0)
-    m_overflows = (b_loss != b_loss) | (b_grad != b_grad)
-    if WITH_ENTROPY_TERM:
-        b_loss -= entropy_coef * b_weight * b_entropy.to(tl.float32)
+    put(sums, 6, num_blocks, m_loss, (b_loss != b_loss) | (b_grad != b_grad))
+    b_entropy = b_zero
+    if entropy is not None:
+        b_entropy = load_float64(entropy, o, m_loss)
+        tl.store(out_entropy + o, b_entropy.to(tl.float32), mask=m)
+    put(sums, 12, num_blocks, m_loss, b_entropy)
+    if out_entropy_grad is not None:
+        b_entropy_grad = -entropy_coef * b_weight
+        b_loss += b_entropy_grad * b_entropy.to(tl.float32)
+        tl.store(out_entropy_grad + o, tl.where(m_loss, b_entropy_grad, 0.0), mask=m)
     b_loss = tl.where(m_loss, b_loss, 0.0)
+    put(sums, LOSS, num_blocks, m_loss, b_loss)
     tl.store(out_log_probs + o, b_x.to(tl.float32), mask=m)
     tl.store(out_loss + o, b_loss, mask=m)
     tl.store(out_grad + o, tl.where(m_loss, b_grad, 0.0), mask=m)
-
-    sums += i_block
-    ones = b_zero + 1
-    # COUNTS: tokens, responses, then of entropy, ref, rollout; responses of rollout. totals_kernel counts responses
-    put(sums, 0, num_blocks, m_loss, ones)
-    put(sums, ALL_RESPONSES, num_blocks, m_loss, b_zero)
-    put(sums, 2, num_blocks, m_entropy, ones)
-    put(sums, 3, num_blocks, m_ref, ones)
-    put(sums, 4, num_blocks, m_rollout, ones)
-    put(sums, ROLLOUT_RESPONSES, num_blocks, m_loss, b_zero)
-    # SUMS
-    put(sums, 6, num_blocks, m_loss, m_overflows)
-    put(sums, 7, num_blocks, m_loss, -log_r)
-    put(sums, 8, num_blocks, m_loss, expm1(log_r) - log_r)
-    put(sums, 9, num_blocks, m_loss, b_high)
-    put(sums, 10, num_blocks, m_loss, b_low)
-    put(sums, 11, num_blocks, m_loss, b_truncated)
-    put(sums, 12, num_blocks, m_entropy, b_entropy)
-    put(sums, 13, num_blocks, m_ref, expm1(log_k) - log_k)
-    put(sums, 14, num_blocks, m_rollout, -log_d)
-    put(sums, 15, num_blocks, m_rollout, expm1(log_d) - log_d)
-    put(sums, 16, num_blocks, m_rollout, w)
-    put(sums, 17, num_blocks, m_rollout, w * w)
-    put(sums, FIRST_ORDER_ERROR, num_blocks, m_loss, b_zero)
-    put(sums, LOG_W, num_blocks, m_rollout, log_w)
-    put(sums, W_MINUS_1, num_blocks, m_rollout, expm1(log_w))
-    put(sums, LOSS, num_blocks, m_loss, b_loss)
-    # MAXIMA
-    stride = tl.full([], num_blocks, tl.int64)
-    tl.store(maxima + i_block, largest(tl.abs(log_r)))
-    tl.store(maxima + stride + i_block, largest(tl.abs(log_d)))
-    tl.store(maxima + 2 * stride + i_block, largest(tl.where(m_rollout, w, 0.0)))
 
 
 @triton.jit

@@ -35,6 +35,17 @@ def at_least(x, bound):
 
 
 @triton.jit
+def sigmoid(x):
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def log_or_less(x):
+    """log(x), and -inf at 0."""
+    return tl.where(x == 0, -float("inf"), tl.log(tl.where(x == 0, 1.0, x)))
+
+
+@triton.jit
 def exp_minus_one_minus(x):
     """exp(x) - 1 - x, by its series for small x, where the difference would lose its digits."""
     series = 1 / 362880
@@ -49,14 +60,42 @@ def exp_minus_one_minus(x):
 
 
 @triton.jit
+def bounds_met(
+    log_prob, log_r, log_w, advantage, low, high, most, log_most, OBJECTIVE: tl.constexpr, CLIP: tl.constexpr
+):
+    """(upper, lower): `bounds_met` of the objective, whether a bound changes the gradient."""
+    above = (log_r != log_r) & (log_r == log_r)  # False everywhere
+    below = above
+    if OBJECTIVE == "dppo_tv" or OBJECTIVE == "dppo_kl":
+        p, q = tl.exp(log_prob), tl.exp(log_prob - log_w)
+        gap = tl.abs(p - q)
+        if OBJECTIVE == "dppo_kl":
+            # the rounding of 1 - q is below the rounding of the sum
+            gap = times(q, -log_w) + times(1 - q, log_or_less(1 - q) - log_or_less(1 - p))
+        above = (advantage > 0) & (p > q) & (gap > high)
+        below = (advantage < 0) & (p < q) & (gap > low)
+    elif CLIP:
+        r = tl.exp(log_r)
+        above, below = r > high, r < low
+        if OBJECTIVE != "cispo":
+            above, below = above & (advantage > 0), below & (advantage < 0)
+        if OBJECTIVE == "two_sided":
+            above |= (r > tl.minimum(most, tl.exp(log_most))) & (advantage < 0)
+            below |= (log_r < -log_most) & (advantage > 0)
+    return above, below
+
+
+@triton.jit
 def token_objective(
     log_prob,
     log_r,
     log_w,
     log_d,
     advantage,
-    ratio_low,
-    ratio_high,
+    low,
+    high,
+    most,
+    log_most,
     threshold,
     OBJECTIVE: tl.constexpr,
     CLIP: tl.constexpr,
@@ -64,26 +103,36 @@ def token_objective(
     """(loss, d loss / d log_prob) of a token; `ops/policy_loss/reference.py` is its reference.
 
     Both are linear in the advantage, so advantage * (weight of the token) gives the token's share of the loss.
+    low, high, most, log_most, CLIP: the fields of ObjectiveOptions. The caller multiplies the results of "sapo" and
+    "two_sided" by d.
     """
-    r = tl.exp(log_r)
-    above, below = (r > ratio_high) & CLIP, (r < ratio_low) & CLIP
-    stopped = ((advantage > 0) & above) | ((advantage < 0) & below)
-    if OBJECTIVE == "minirl" or OBJECTIVE == "reinforce":
+    above, below = bounds_met(log_prob, log_r, log_w, advantage, low, high, most, log_most, OBJECTIVE, CLIP)
+    bounded = above | below
+    if OBJECTIVE == "minirl" or OBJECTIVE == "reinforce" or OBJECTIVE == "dppo_tv" or OBJECTIVE == "dppo_kl":
         truncated = tl.exp(log_w) > threshold
-        factor = tl.where(stopped, 0.0, -advantage) * tl.where(truncated, threshold, 1.0)
+        factor = tl.where(bounded, 0.0, -advantage) * tl.where(truncated, threshold, 1.0)
         grad = times_exp(factor, tl.where(truncated, 0.0, log_w))
-        loss = times(log_prob, grad) if OBJECTIVE == "minirl" else grad
-    else:
+        loss = grad if OBJECTIVE == "reinforce" else times(log_prob, grad)
+    elif OBJECTIVE == "grpo" or OBJECTIVE == "cispo":
         truncated = tl.exp(log_d) > threshold
-        bounded = (above | below) if OBJECTIVE == "cispo" else stopped
-        bound = at_most(at_least(r, ratio_low), ratio_high)
+        bound = at_most(at_least(tl.exp(log_r), low), high)
         factor = -advantage * tl.where(truncated, threshold, 1.0) * tl.where(bounded, bound, 1.0)
         term = times_exp(factor, tl.where(truncated, 0.0, log_d) + tl.where(bounded, 0.0, log_r))
         if OBJECTIVE == "cispo":
             loss, grad = times(log_prob, term), term
         else:
-            tl.static_assert(OBJECTIVE == "grpo")
             loss, grad = term, tl.where(bounded, 0.0, term)
+    elif OBJECTIVE == "sapo":
+        tau = tl.where(advantage > 0, high, low).to(log_r.dtype)
+        r = tl.exp(log_r)
+        at_r, above_r = sigmoid(tau * (r - 1)), sigmoid(tau * (1 - r))
+        loss, grad = -4 / tau * at_r * advantage, times(-times(4 * at_r * above_r, r), advantage)
+    else:
+        tl.static_assert(OBJECTIVE == "two_sided")
+        r = tl.exp(at_most(at_least(log_r, -log_most), log_most))
+        r = tl.where(advantage < 0, at_most(at_least(r, low), most), at_most(r, high))
+        loss = times(-r, advantage)
+        grad = tl.where(bounded, 0.0, loss)
     return loss, grad
 
 

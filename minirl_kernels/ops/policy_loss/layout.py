@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...common.checks import check_device, check_tensor
+from ...common.checks import check_device, check_tensor, require
 from ...common.library import register
 
 
@@ -129,14 +129,15 @@ def check_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.dev
 
 
 def require_offsets(good: Tensor, cu_seqlens: Tensor, num_tokens: int) -> None:
-    """Raise ValueError if not `good`, bool of one element. On a GPU the GPU stops, and the host does not wait."""
-    if cu_seqlens.is_cuda:  # the assertion comes before a read out of bounds
-        torch._assert_async(good, f"cu_seqlens must start at 0, never fall, and end at {num_tokens}")
-    elif not good:
-        raise ValueError(
+    """Raise ValueError if not `good`, bool of one element. A GPU stops before a read out of bounds."""
+    require(
+        good,
+        f"cu_seqlens must start at 0, never fall, and end at {num_tokens}",
+        lambda: (
             f"cu_seqlens is {cu_seqlens.tolist()[:8]}…: it must start at 0, never fall, and end at the number of "
             f"tokens, {num_tokens}"
-        )
+        ),
+    )
 
 
 def _check_offsets(cu_seqlens: Tensor, num_tokens: int) -> Tensor:

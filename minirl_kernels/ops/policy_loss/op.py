@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,13 +10,15 @@ from torch import Tensor
 from ...common.autograd import attach_gradient
 from ...common.checks import always_looks, check_finite, check_like
 from ...config import PolicyLossConfig
-from .by_kernels import sums_by_kernels
+from ...objectives import TokenRatios
+from .by_kernels import behaviour_by_kernels, ratios_by_kernels, response_sums, sums_by_kernels
 from .inputs import PolicyLossInputs, backend_of, prepare_inputs
-from .kernel_arguments import LossOptions, TokenResults, TokenValues, takes_kernel
+from .kernel_arguments import CorrectionOptions, LossOptions, ResponseSums, TokenResults, TokenValues
 from .layout import ordered_sum
-from .metrics import PolicyLossMetrics, bounds_met, collect_metrics
+from .metrics import PolicyLossMetrics, collect_metrics
+from .objective_kernels import ObjectiveOptions
 from .overflow import check_losses
-from .reference import token_losses
+from .reference import behaviour_log_probs, token_losses
 from .two_forms import takes_inputs
 
 
@@ -123,7 +125,10 @@ def policy_loss(
 
 @dataclass(frozen=True, eq=False)
 class LossValues:
-    """The fields of PolicyLossOutput, with a loss that has no gradient."""
+    """The fields of PolicyLossOutput, with a loss that has no gradient, and d loss / d entropy.
+
+    entropy_grad: None if the loss has no entropy term.
+    """
 
     loss: Tensor
     metrics: PolicyLossMetrics
@@ -131,6 +136,7 @@ class LossValues:
     entropy: Tensor | None
     token_loss: Tensor
     token_grad: Tensor
+    entropy_grad: Tensor | None
 
     def output(self, loss: Tensor) -> PolicyLossOutput:
         """The output with `loss`, which carries the gradient."""
@@ -144,29 +150,30 @@ def differentiable_loss(
     values = loss_of_log_probs(log_probs.detach(), entropy_values, inputs)
     loss = attach_gradient(values.loss, log_probs, values.token_grad)
     if inputs.config.entropy_coef:
-        loss = attach_gradient(loss, entropy, inputs.entropy_grad)
+        loss = attach_gradient(loss, entropy, values.entropy_grad)
     return values.output(loss)
 
 
 def loss_of_log_probs(log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs) -> LossValues:
     """The values of the loss, from detached log-probabilities. The fused losses call it too."""
-    if inputs.backend == "triton" and takes_kernel(inputs.config):
-        return _sums_by_kernels(TokenResults(log_probs, entropy, None, None), inputs)
+    if inputs.backend == "triton":
+        return _by_kernels(log_probs, entropy, inputs)
     log_probs = log_probs.float()
-    return assemble(log_probs, entropy, *token_losses(log_probs, inputs), inputs)
+    return assemble((log_probs, entropy, *token_losses(log_probs, inputs)), inputs, ResponseSums())
 
 
 def assemble(
-    log_probs: Tensor,
-    entropy: Tensor | None,
-    token_loss: Tensor,
-    token_grad: Tensor,
-    inputs: PolicyLossInputs,
+    results: tuple[Tensor, Tensor | None, Tensor, Tensor], inputs: PolicyLossInputs, sums: ResponseSums
 ) -> LossValues:
-    """The values from the token losses without entropy term: adds this term, checks, sums, collects the metrics."""
+    """The values from the results of each token: adds the entropy term, checks, sums, collects the metrics.
+
+    results: log_probs, entropy, and token_loss without the entropy term, and token_grad.
+    sums: of `corrected_behaviour`, if the kernels compute.
+    """
     if inputs.backend == "triton":
-        bounds = () if takes_kernel(inputs.config) else bounds_met(log_probs, inputs)
-        return _sums_by_kernels(TokenResults(log_probs, entropy, token_loss, token_grad, *bounds), inputs)
+        objective = ObjectiveOptions.of(inputs.config.policy_objective)
+        return _sums_by_kernels(TokenResults(*results), inputs, token_values(inputs), sums, objective)
+    log_probs, entropy, token_loss, token_grad = results
     metrics = collect_metrics(log_probs, entropy, token_loss.isnan() | token_grad.isnan(), inputs)
     log_probs = log_probs.where(inputs.mask, 0.0)
     if entropy is not None:
@@ -175,21 +182,59 @@ def assemble(
         token_loss = token_loss - inputs.config.entropy_coef * inputs.weights * entropy
     # in order and in float64, so that neither the threads nor the layout change the sum
     loss = ordered_sum(inputs.layout.response_sum(token_loss.double())).float()
-    return _checked(loss, metrics, TokenResults(log_probs, entropy, token_loss, token_grad), inputs)
+    return _checked(LossValues(loss, metrics, log_probs, entropy, token_loss, token_grad, inputs.entropy_grad), inputs)
 
 
-def _sums_by_kernels(results: TokenResults, inputs: PolicyLossInputs) -> LossValues:
-    """The same by the kernels over tokens, which compute the token losses too if results has none."""
+def token_values(inputs: PolicyLossInputs) -> TokenValues:
+    """The arguments of the kernels over tokens."""
     per_token = (inputs.old_log_probs, inputs.rollout_log_probs, inputs.ref_log_probs)
-    values = TokenValues(inputs.mask, inputs.weights, inputs.advantages, *per_token, inputs.layout.cu_seqlens)
-    options = LossOptions.of(inputs.config)
-    loss, sums, maxima, log_probs, entropy, token_loss, token_grad = sums_by_kernels(*results, *values, *options)
-    results = TokenResults(log_probs, None if results.entropy is None else entropy, token_loss, token_grad)
-    return _checked(loss, PolicyLossMetrics(sums, maxima), results, inputs)
+    return TokenValues(inputs.mask, inputs.weights, inputs.advantages, *per_token, inputs.layout.cu_seqlens)
 
 
-def _checked(loss: Tensor, metrics: PolicyLossMetrics, results: TokenResults, inputs: PolicyLossInputs) -> LossValues:
-    log_probs, entropy, token_loss, token_grad = results[:4]
-    if inputs.raises:
-        loss, token_loss, token_grad = check_losses(loss, token_loss, token_grad, log_probs, inputs)
-    return LossValues(loss, metrics, log_probs, entropy, token_loss, token_grad)
+def corrected_behaviour(inputs: PolicyLossInputs) -> tuple[Tensor | None, ResponseSums]:
+    """(log mu after the correction, None without one; the sums that it took), where old_log_probs is given."""
+    options = CorrectionOptions.of(inputs.config)
+    if options.correction == "none":
+        return None, ResponseSums()
+    if inputs.backend != "triton" or not options.changes_d:
+        return behaviour_log_probs(inputs.old_log_probs, inputs), ResponseSums()
+    values = token_values(inputs)
+    sums = response_sums(None, values, "token", options)
+    return behaviour_by_kernels(*values, *sums, *options), sums
+
+
+def _by_kernels(log_probs: Tensor, entropy: Tensor | None, inputs: PolicyLossInputs) -> LossValues:
+    """loss_of_log_probs by the kernels over tokens. Torch computes an objective that has no function in them."""
+    policy_objective, values = inputs.config.policy_objective, token_values(inputs)
+    objective, correction = ObjectiveOptions.of(policy_objective), CorrectionOptions.of(inputs.config)
+    sums = response_sums(log_probs, values, objective.level, correction)
+    results = TokenResults(log_probs, entropy)
+    if not objective.objective:
+        ratios = ratios_by_kernels(log_probs, objective.level, *values, *sums, *correction)
+        token = TokenRatios(*ratios, inputs.advantages, LossOptions.of(inputs.config).threshold)
+        results = TokenResults(log_probs, entropy, *policy_objective.loss(token), *policy_objective.bounds_met(token))
+    return _sums_by_kernels(results, inputs, values, sums, objective)
+
+
+def _sums_by_kernels(
+    results: TokenResults,
+    inputs: PolicyLossInputs,
+    values: TokenValues,
+    sums: ResponseSums,
+    objective: ObjectiveOptions,
+) -> LossValues:
+    options = CorrectionOptions.of(inputs.config), LossOptions.of(inputs.config)
+    loss, *metrics, log_probs, entropy, token_loss, token_grad, entropy_grad = sums_by_kernels(
+        *results, *values, *sums, *objective, *options[0], *options[1]
+    )
+    entropy = None if results.entropy is None else entropy
+    entropy_grad = entropy_grad if inputs.config.entropy_coef else None
+    out = LossValues(loss, PolicyLossMetrics(*metrics), log_probs, entropy, token_loss, token_grad, entropy_grad)
+    return _checked(out, inputs)
+
+
+def _checked(values: LossValues, inputs: PolicyLossInputs) -> LossValues:
+    if not inputs.raises:
+        return values
+    checked = check_losses(values.loss, values.token_loss, values.token_grad, values.log_probs, inputs)
+    return replace(values, **dict(zip(("loss", "token_loss", "token_grad"), checked, strict=True)))

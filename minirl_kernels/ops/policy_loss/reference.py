@@ -1,8 +1,7 @@
 """The loss of each token and its derivative by the log-probability, in eager torch.
 
 This file and `minirl_kernels/objectives` are the reference for the kernels. The kernels have `token_objective` in
-`csrc/common/objective.h` (C++) and in `ops/policy_loss/kernels_objective.py` (Triton). A property test compares the
-three.
+`csrc/common/objective.h` (C++) and in `ops/policy_loss/kernels_objective.py` (Triton). Tests compare the three.
 """
 
 from __future__ import annotations
