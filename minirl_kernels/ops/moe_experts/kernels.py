@@ -197,8 +197,8 @@ def experts_product_kernel(
         else:
             p_w += (first_n + o_n).to(tl.int64) * stride_o
             b_y = rows_by_columns(p_x, m_m, p_w, m_n, 1, D, BLOCK_M, BLOCK_N, BLOCK_D)
-    p_y = y + first_n + tl.load(pairs + o_m, mask=m_m, other=0) * N + o_n
-    tl.store(p_y, b_y, mask=m_m & m_n)
+    b_pairs = tl.load(pairs + o_m, mask=m_m, other=0).to(tl.int32)
+    tl.store(y + first_n + b_pairs.to(tl.int64) * N + o_n, b_y, mask=m_m & m_n)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
