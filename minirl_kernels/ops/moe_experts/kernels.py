@@ -239,17 +239,17 @@ def experts_activation_grad_kernel(
     H = multiple(H, ALIGN)
     o_m = first + tl.arange(0, BLOCK_M)[:, None]
     m_m = o_m < end
-    b_pairs = tl.load(pairs + o_m, mask=m_m, other=0)
+    b_pairs = tl.load(pairs + o_m, mask=m_m, other=0).to(tl.int32)
     if i_e == E:
         if parts is not None:
-            o_parts = b_pairs * tl.cdiv(I, BLOCK_N) + i_n
+            o_parts = b_pairs.to(tl.int64) * tl.cdiv(I, BLOCK_N) + i_n
             tl.store(parts + o_parts, tl.full([BLOCK_M, 1], float("nan"), tl.float32), mask=m_m)
         return
     first_n = i_n * BLOCK_N
     o_n = tl.arange(0, BLOCK_N)[None, :]
     m_n = o_n < I - first_n
     if gate_up_grad is not None or parts is not None:
-        p_x = grad_out + b_pairs // K * H
+        p_x = grad_out + (b_pairs // K).to(tl.int64) * H
         p_w = down_proj + i_e * multiple(stride_e, ALIGN) + first_n + o_n
         b_s = rows_by_columns(p_x, m_m, p_w, m_n, multiple(stride_o, ALIGN), H, BLOCK_M, BLOCK_N, BLOCK_D)
     o_row = first_n + o_m * (2 * I)
@@ -262,7 +262,7 @@ def experts_activation_grad_kernel(
     if weighted is not None:
         tl.store(weighted + first_n + o_m * I + o_n, round_to(b_silu * b_up * b_weight, dtype), mask=m_m & m_n)
     if parts is not None:
-        o_parts = b_pairs * tl.cdiv(I, BLOCK_N) + i_n
+        o_parts = b_pairs.to(tl.int64) * tl.cdiv(I, BLOCK_N) + i_n
         tl.store(parts + o_parts, tl.sum(b_silu * b_up * b_s, 1)[:, None], mask=m_m)
     if gate_up_grad is not None:
         b_s *= b_weight
