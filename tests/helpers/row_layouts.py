@@ -95,7 +95,7 @@ def _fused_policy_loss(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
 def _moe_routing(x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     x, grad = x.flatten(0, -2), grad.flatten(0, -2)
     bias = grad[0].float()
-    routing = moe_routing.forward(x, 4, None, None, True, "sigmoid", bias, 1, 1, 1.7)
+    *routing, _ = moe_routing.forward(x, 4, None, None, True, "sigmoid", bias, 1, 1, 1.7)
     weights, experts = routing[:2]
     out = same_layout(grad)
     moe_routing.backward(x, weights, experts, weights, True, "softmax", 1.7, out)

@@ -25,8 +25,8 @@ def _forward(
     routed = ((ids + torch.arange(top_k)) % num_experts).where(ids < num_experts, ids) if replay else None
     valid = rows.token_ids != IGNORE_INDEX if replay else None
     bias = torch.zeros(num_experts) if with_bias else None
-    found = triton.forward(rows.logits, top_k, routed, valid, norm, scoring, bias, *groups, 2.0)
-    return tuple(values for values in found if values.numel())
+    *found, natural = triton.forward(rows.logits, top_k, routed, valid, norm, scoring, bias, *groups, 2.0)
+    return (*found, *natural)
 
 
 def _backward(rows: LogitOperands, *, norm=False, scoring="softmax", top_k=4) -> tuple[Tensor, ...]:

@@ -12,6 +12,7 @@ Names: as in common/triton/row_tiles.py; D is the reduced dimension of a product
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ...common.triton.alignment import aligned
 from ...common.triton.config import TileConfig
+from ...common.triton.launch import Launch, prepared
 from ...common.triton.numbers import LOG2E, round_to
 from ...common.triton.products import add_products, sum_of_blocks, tile_of_program
 from ...common.triton.row_tiles import multiple
@@ -195,8 +197,8 @@ def experts_product_kernel(
         else:
             p_w += (first_n + o_n).to(tl.int64) * stride_o
             b_y = rows_by_columns(p_x, m_m, p_w, m_n, 1, D, BLOCK_M, BLOCK_N, BLOCK_D)
-    p_y = y + first_n + tl.load(pairs + o_m, mask=m_m, other=0) * N + o_n
-    tl.store(p_y, b_y, mask=m_m & m_n)
+    b_pairs = tl.load(pairs + o_m, mask=m_m, other=0).to(tl.int32)
+    tl.store(y + first_n + b_pairs.to(tl.int64) * N + o_n, b_y, mask=m_m & m_n)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=UNALIGNED)
@@ -237,17 +239,17 @@ def experts_activation_grad_kernel(
     H = multiple(H, ALIGN)
     o_m = first + tl.arange(0, BLOCK_M)[:, None]
     m_m = o_m < end
-    b_pairs = tl.load(pairs + o_m, mask=m_m, other=0)
+    b_pairs = tl.load(pairs + o_m, mask=m_m, other=0).to(tl.int32)
     if i_e == E:
         if parts is not None:
-            o_parts = b_pairs * tl.cdiv(I, BLOCK_N) + i_n
+            o_parts = b_pairs.to(tl.int64) * tl.cdiv(I, BLOCK_N) + i_n
             tl.store(parts + o_parts, tl.full([BLOCK_M, 1], float("nan"), tl.float32), mask=m_m)
         return
     first_n = i_n * BLOCK_N
     o_n = tl.arange(0, BLOCK_N)[None, :]
     m_n = o_n < I - first_n
     if gate_up_grad is not None or parts is not None:
-        p_x = grad_out + b_pairs // K * H
+        p_x = grad_out + (b_pairs // K).to(tl.int64) * H
         p_w = down_proj + i_e * multiple(stride_e, ALIGN) + first_n + o_n
         b_s = rows_by_columns(p_x, m_m, p_w, m_n, multiple(stride_o, ALIGN), H, BLOCK_M, BLOCK_N, BLOCK_D)
     o_row = first_n + o_m * (2 * I)
@@ -260,7 +262,7 @@ def experts_activation_grad_kernel(
     if weighted is not None:
         tl.store(weighted + first_n + o_m * I + o_n, round_to(b_silu * b_up * b_weight, dtype), mask=m_m & m_n)
     if parts is not None:
-        o_parts = b_pairs * tl.cdiv(I, BLOCK_N) + i_n
+        o_parts = b_pairs.to(tl.int64) * tl.cdiv(I, BLOCK_N) + i_n
         tl.store(parts + o_parts, tl.sum(b_silu * b_up * b_s, 1)[:, None], mask=m_m)
     if gate_up_grad is not None:
         b_s *= b_weight
@@ -342,30 +344,49 @@ class Rows(NamedTuple):
 
 def up(hidden: Tensor, gate_up_proj: Tensor, rows: Rows, activation: Tensor, gate_up: Tensor | None) -> None:
     """Writes activation [T K, I] and gate_up [T K, 2 I], both by row."""
-    sizes = (hidden.shape[1], activation.shape[1])
-    hidden, gate_up_proj = _laid_out(sizes, hidden, gate_up_proj)
-    _launch_over_rows(
+    hidden, gate_up_proj = _laid_out((hidden.shape[1], activation.shape[1]), hidden, gate_up_proj)
+    _up(hidden, gate_up_proj, rows.pairs, rows.begins, activation, gate_up, top_k=rows.top_k)
+
+
+@prepared
+def _up(
+    hidden: Tensor,
+    gate_up_proj: Tensor,
+    pairs: Tensor,
+    begins: Tensor,
+    activation: Tensor,
+    gate_up: Tensor | None,
+    *,
+    top_k: int,
+) -> Launch:
+    rows, sizes = Rows(pairs, begins, top_k), (hidden.shape[1], activation.shape[1])
+    return _over_rows(
         experts_up_kernel,
         rows,
-        (hidden, gate_up_proj, rows.pairs, rows.begins, activation, gate_up),
         sizes,
         (hidden.stride(0), *gate_up_proj.stride()[:2]),
         tiles(hidden, sizes, rows.mean).up,
-        K=rows.top_k,
+        hidden.dtype,
+        K=top_k,
     )
 
 
 def product(x: Tensor, matrix: Tensor, rows: Rows, y: Tensor, *, transposed: bool) -> None:
     """Writes y [T, K, N] float32. x [T K, D] is by row; matrix is [E, N, D], or [E, D, N] if transposed."""
-    sizes = (x.shape[1], y.shape[-1])
-    (matrix,) = _laid_out(sizes, matrix)
-    _launch_over_rows(
+    (matrix,) = _laid_out((x.shape[1], y.shape[-1]), matrix)
+    _product(x, matrix, rows.pairs, rows.begins, y, transposed=transposed)
+
+
+@prepared
+def _product(x: Tensor, matrix: Tensor, pairs: Tensor, begins: Tensor, y: Tensor, *, transposed: bool) -> Launch:
+    rows, sizes = Rows(pairs, begins, y.shape[1]), (x.shape[1], y.shape[-1])
+    return _over_rows(
         experts_product_kernel,
         rows,
-        (x, matrix, rows.pairs, rows.begins, y),
         sizes,
         matrix.stride()[:2],
         tiles(x, sizes, rows.mean).product,
+        x.dtype,
         TRANSPOSED=transposed,
     )
 
@@ -384,66 +405,88 @@ def activation_grad(
 
     grad_out must be contiguous.
     """
-    sizes = tuple(down_proj.shape[1:])
-    grad_out, down_proj = _laid_out(sizes, grad_out, down_proj)
-    _launch_over_rows(
+    grad_out, down_proj = _laid_out(down_proj.shape[1:], grad_out, down_proj)
+    _activation_grad(grad_out, down_proj, gate_up, weights, rows.pairs, rows.begins, gate_up_grad, weighted, parts)
+
+
+@prepared
+def _activation_grad(
+    grad_out: Tensor,
+    down_proj: Tensor,
+    gate_up: Tensor,
+    weights: Tensor,
+    pairs: Tensor,
+    begins: Tensor,
+    *_: Tensor | None,
+) -> Launch:
+    rows, sizes = Rows(pairs, begins, weights.shape[1]), down_proj.shape[1:]
+    return _over_rows(
         experts_activation_grad_kernel,
         rows,
-        (grad_out, down_proj, gate_up, weights, rows.pairs, rows.begins, gate_up_grad, weighted, parts),
         sizes,
         down_proj.stride()[:2],
         tiles(gate_up, sizes, rows.mean).activation_grad,
+        gate_up.dtype,
         K=rows.top_k,
     )
 
 
 def weight_grad(left: Tensor, right: Tensor, rows: Rows, out: Tensor, *, left_by_token: bool) -> None:
     """Writes out [E, M, N]. left_by_token: left [T, M] and right [T K, N]; else left [T K, M] and right [T, N]."""
+    left, right = _laid_out(out.shape[1:], left, right)
+    _weight_grad(left, right, rows.pairs, rows.begins, out, top_k=rows.top_k, left_by_token=left_by_token)
+
+
+@prepared
+def _weight_grad(
+    left: Tensor, right: Tensor, pairs: Tensor, begins: Tensor, out: Tensor, *, top_k: int, left_by_token: bool
+) -> Launch:
     num_experts, *sizes = out.shape
-    left, right = _laid_out(sizes, left, right)
-    of_shape = tiles(out, tuple(sizes), rows.mean)
+    of_shape = tiles(out, sizes, Rows(pairs, begins, top_k).mean)
     config = of_shape.down_grad if left_by_token else of_shape.gate_up_grad
-    _launch(
-        experts_weight_grad_kernel,
-        num_experts * cdiv(sizes[0], config.rows) * cdiv(sizes[1], config.columns),
-        (left, right, rows.pairs, rows.begins, out),
-        sizes,
-        (left.stride(0), right.stride(0)),
-        config,
-        K=rows.top_k,
-        LEFT_BY_TOKEN=left_by_token,
+    programs = num_experts * cdiv(sizes[0], config.rows) * cdiv(sizes[1], config.columns)
+    values = (*sizes, left.stride(0), right.stride(0))
+    constants = _tile(config, sizes, out.dtype)
+    return Launch(
+        experts_weight_grad_kernel, (programs,), values, {"K": top_k, "LEFT_BY_TOKEN": left_by_token, **constants}
     )
 
 
-def _laid_out(sizes, *operands: Tensor) -> tuple[Tensor, ...]:
+def _laid_out(sizes: Sequence[int], *operands: Tensor) -> tuple[Tensor, ...]:
     """The operands, each aligned if its rows can be."""
     if not are_whole(sizes, operands[0].dtype):
         return operands
     return tuple(aligned(x, 16 // x.element_size()) for x in operands)
 
 
-def _launch_over_rows(kernel, rows: Rows, tensors, sizes, strides, config: TileConfig, **constants) -> None:
+def _over_rows(
+    kernel,
+    rows: Rows,
+    sizes: Sequence[int],
+    strides: tuple[int, ...],
+    config: TileConfig,
+    dtype: torch.dtype,
+    **constants,
+) -> Launch:
+    """The launch of a kernel over blocks of rows and tiles of columns.
+
+    sizes, strides: of the contiguous dimensions, columns last, and of the others.
+    dtype: of the operands.
+    """
     programs = rows.blocks(config) * cdiv(sizes[1], config.columns)
+    values = (rows.num_experts, *sizes, *strides)
     e_block = next_power_of_2(rows.num_experts + 1)
-    _launch(kernel, programs, (*tensors, rows.num_experts), sizes, strides, config, E_BLOCK=e_block, **constants)
+    return Launch(kernel, (programs,), values, {**constants, "E_BLOCK": e_block, **_tile(config, sizes, dtype)})
 
 
-def _launch(kernel, programs: int, args: tuple, sizes, strides, config: TileConfig, **constants) -> None:
-    """sizes, strides: of the contiguous dimensions, and of the others."""
-    if not programs:
-        return
-    dtype = args[0].dtype
-    with torch.cuda.device_of(args[0]):
-        kernel[(programs,)](
-            *args,
-            *sizes,
-            *strides,
-            **constants,
-            BLOCK_M=config.rows,
-            BLOCK_N=config.columns,
-            BLOCK_D=config.depth,
-            BAND=8,
-            ALIGN=16 // dtype.itemsize if are_whole(sizes, dtype) else 1,
-            num_warps=config.num_warps,
-            num_stages=config.stages,
-        )
+def _tile(config: TileConfig, sizes: Sequence[int], dtype: torch.dtype) -> dict[str, int]:
+    """The constants of a kernel with products, and the options of Triton."""
+    return {
+        "BLOCK_M": config.rows,
+        "BLOCK_N": config.columns,
+        "BLOCK_D": config.depth,
+        "BAND": 8,
+        "ALIGN": 16 // dtype.itemsize if are_whole(sizes, dtype) else 1,
+        "num_warps": config.num_warps,
+        "num_stages": config.stages,
+    }

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.triton.config import LaunchConfig
+from ...common.triton.launch import Launch, prepared
 from ...common.triton.sizes import cdiv
 from .kernels import Rows
 
@@ -63,22 +64,20 @@ def sorted_rows(experts: Tensor, num_experts: int) -> Rows:
     count = experts.numel()
     pairs = experts.new_empty(count, dtype=torch.int64)
     begins = experts.new_empty(num_experts + 2, dtype=torch.int64)
+    _sort(experts, pairs, begins)
+    return Rows(pairs, begins, experts.shape[1])
+
+
+@prepared
+def _sort(experts: Tensor, pairs: Tensor, begins: Tensor) -> Launch:
+    count, num_experts = experts.numel(), begins.shape[0] - 2
     config = sort_config()
     groups = cdiv(num_experts + 2, GROUP.value)
     tiles = cdiv(cdiv(count, config.tile), max(PROGRAMS // groups, 1))
     segment = max(tiles, 1) * config.tile
-    with torch.cuda.device_of(experts):
-        experts_sort_kernel[(groups, max(cdiv(count, segment), 1))](
-            experts,
-            pairs,
-            begins,
-            count,
-            num_experts,
-            segment,
-            TILE=config.tile,
-            num_warps=config.num_warps,
-        )
-    return Rows(pairs, begins, experts.shape[1])
+    grid = (groups, max(cdiv(count, segment), 1))
+    constants = {"TILE": config.tile, "num_warps": config.num_warps}
+    return Launch(experts_sort_kernel, grid, (count, num_experts, segment), constants)
 
 
 def sort_config() -> LaunchConfig:

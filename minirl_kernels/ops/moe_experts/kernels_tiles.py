@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ FEW_ROWS_TILES = Tiles(NARROW_TILES.up, NARROW_TILES.product, *LARGE_TILES[2:])
 FEWEST_ROWS = 64
 
 
-def tiles(x: Tensor, sizes: tuple[int, ...], mean_rows: int) -> Tiles:
+def tiles(x: Tensor, sizes: Sequence[int], mean_rows: int) -> Tiles:
     """The tiles for operands like x. They are large on GPUs that were measured, if the sizes are whole.
 
     sizes: of the matrices.
@@ -60,9 +61,10 @@ def tiles(x: Tensor, sizes: tuple[int, ...], mean_rows: int) -> Tiles:
     return LARGE_TILES
 
 
-def are_whole(sizes: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Whether each size is a whole number of 128-bit accesses."""
-    return all(size * dtype.itemsize % 16 == 0 for size in sizes)
+def are_whole(sizes: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether each of two sizes is a whole number of 128-bit accesses."""
+    first, second = sizes
+    return (first | second) * dtype.itemsize % 16 == 0  # 16 / itemsize is a power of two
 
 
 def weight_parts(down_proj: Tensor) -> int:

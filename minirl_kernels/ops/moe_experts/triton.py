@@ -23,7 +23,7 @@ def forward(
     gate_up = hidden.new_empty((pairs, 2 * width)) if for_backward else None
     activation = hidden.new_empty((pairs, width))
     kernels.up(hidden, gate_up_proj, rows, activation, gate_up)
-    out = hidden.new_empty(hidden.shape)
+    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     combine(_product(activation, down_proj, rows, out, transposed=False), weights, out)
     return out, [gate_up, rows.pairs, rows.begins] if for_backward else []
 
@@ -47,7 +47,7 @@ def backward(
     rows = kernels.Rows(*sorted_pairs, experts.shape[1])
     pairs, width = experts.numel(), down_proj.shape[2]
     grads = [
-        tensor.new_empty(tensor.shape if needed else (0,))
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else tensor.new_empty(0)
         for tensor, needed in zip((hidden, weights, gate_up_proj, down_proj), needs, strict=True)
     ]
     hidden_grad, weights_grad, gate_up_proj_grad, down_proj_grad = grads

@@ -36,12 +36,12 @@ def forward(
     num_groups: int,
     top_k_groups: int,
     scale: float,
-) -> tuple[Tensor, ...]:
-    """The fields of Routing. natural_experts is empty without routed_experts: experts are the natural ones then."""
+) -> tuple[Tensor | list[Tensor], ...]:
+    """(weights, experts, agreement, mass, margin, [natural_experts]); [] without routed_experts."""
     tokens = router_logits.shape[0]
     weights = torch.empty(tokens, top_k, dtype=torch.float32)
     experts = torch.empty(tokens, top_k, dtype=torch.int64)
-    natural = experts.new_empty(0) if routed_experts is None else torch.empty_like(experts)
+    natural = [] if routed_experts is None else [torch.empty_like(experts)]
     agreement = torch.empty(tokens, dtype=torch.float32)
     mass, margin = torch.empty_like(agreement), torch.empty_like(agreement)
     ids = routed_experts
@@ -50,11 +50,11 @@ def forward(
     if valid is not None:
         valid = valid.contiguous()
     options = _Options(top_k, norm_topk_prob, scoring == "sigmoid", scale, num_groups, top_k_groups)
-    results = (weights, experts, natural, agreement, mass, margin)
+    results = (weights, experts, natural[0] if natural else experts.new_empty(0), agreement, mass, margin)
     bad_row = native().moe_routing(router_logits, correction_bias, ids, valid, options, *results)
     if bad_row >= 0:
         raise ValueError(routed_experts_message(bad_row, routed_experts, router_logits.shape[1]))
-    return results
+    return weights, experts, agreement, mass, margin, natural
 
 
 def backward(

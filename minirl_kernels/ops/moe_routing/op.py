@@ -99,12 +99,12 @@ def moe_routing(
     options = (norm_topk_prob, scoring, correction_bias, *groups, float(scale))
     if backend == "reference":
         return Routing(*moe_routing_reference(router_logits, top_k, routed_experts, valid, *options))
-    arguments = (router_logits, top_k, routed_experts, valid, *options, backend)
+    arguments = (top_k, routed_experts, valid, *options, backend)
     if torch.is_grad_enabled() and router_logits.requires_grad:
-        weights, experts, natural, *measures = _MoERouting.apply(*arguments)
+        weights, experts, agreement, mass, margin, *natural = _MoERouting.apply(router_logits, arguments)
     else:
-        weights, experts, natural, *measures = moe_routing_forward(*arguments)
-    return Routing(weights, experts, experts if routed_experts is None else natural, *measures)
+        weights, experts, agreement, mass, margin, natural = moe_routing_forward(router_logits, *arguments)
+    return Routing(weights, experts, natural[0] if natural else experts, agreement, mass, margin)
 
 
 def _check_logits(router_logits, top_k) -> int:
@@ -159,23 +159,22 @@ def _check_replay(router_logits, top_k, routed_experts, valid) -> tuple[Tensor |
 
 class _MoERouting(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, router_logits, top_k, routed_experts, valid, *options):
-        weights, experts, *others = moe_routing_forward(router_logits, top_k, routed_experts, valid, *options)
+    def forward(ctx, router_logits, arguments):  # a tuple, because autograd looks at each of its inputs
+        weights, experts, *measures, natural = moe_routing_forward(router_logits, *arguments)
         ctx.save_for_backward(router_logits, weights, experts)
-        norm_topk_prob, scoring, *_, scale, backend = options
+        _, _, _, norm_topk_prob, scoring, *_, scale, backend = arguments
         ctx.options = (norm_topk_prob, scoring, scale, backend)
-        ctx.mark_non_differentiable(experts, *others)
+        ctx.mark_non_differentiable(experts, *measures, *natural)
         ctx.set_materialize_grads(False)
-        return weights, experts, *others
+        return weights, experts, *measures, *natural
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_weights, *_):
-        none = [None] * 10
         if grad_weights is None:
-            return None, *none
+            return None, None
         router_logits, weights, experts = ctx.saved_tensors
-        return moe_routing_backward(router_logits, weights, experts, grad_weights.contiguous(), *ctx.options), *none
+        return moe_routing_backward(router_logits, weights, experts, grad_weights.contiguous(), *ctx.options), None
 
 
 def _forward(kernels, router_logits, top_k, routed_experts, valid, *options):
@@ -186,12 +185,12 @@ def _forward_fake(router_logits, top_k, routed_experts, *_):
     tokens = router_logits.shape[0]
     weights = router_logits.new_empty((tokens, top_k), dtype=torch.float32)
     experts = torch.empty_like(weights, dtype=torch.int64)
-    natural = experts.new_empty(0) if routed_experts is None else torch.empty_like(experts)
-    return weights, experts, natural, *(weights.new_empty(tokens) for _ in range(3))
+    natural = [] if routed_experts is None else [torch.empty_like(experts)]
+    return weights, experts, *(weights.new_empty(tokens) for _ in range(3)), natural
 
 
 def _backward(kernels, router_logits, weights, experts, grad_weights, norm_topk_prob, scoring, scale):
-    out = torch.empty(router_logits.shape, dtype=router_logits.dtype, device=router_logits.device)
+    out = torch.empty_like(router_logits, memory_format=torch.contiguous_format)
     kernels.backward(router_logits, weights, experts, grad_weights, norm_topk_prob, scoring, scale, out)
     return out
 
@@ -203,7 +202,7 @@ def _backward_fake(router_logits, *_):
 moe_routing_forward = OP.define(
     "moe_routing(Tensor router_logits, SymInt top_k, Tensor? routed_experts, Tensor? valid, bool norm_topk_prob, "
     "str scoring, Tensor? correction_bias, SymInt num_groups, SymInt top_k_groups, float scale, str backend) -> "
-    "(Tensor weights, Tensor experts, Tensor natural_experts, Tensor agreement, Tensor mass, Tensor margin)",
+    "(Tensor weights, Tensor experts, Tensor agreement, Tensor mass, Tensor margin, Tensor[] natural_experts)",
     _forward,
     _forward_fake,
 )

@@ -249,15 +249,15 @@ def forward(
     num_groups: int,
     top_k_groups: int,
     scale: float,
-) -> tuple[Tensor, ...]:
-    """The fields of Routing. natural_experts is empty without routed_experts: experts are the natural ones then."""
-    tokens, num_experts = router_logits.shape
-    config = launch_config(num_experts, router_logits.dtype)
-    router_logits = aligned(router_logits, config.vec)
+) -> tuple[Tensor | list[Tensor], ...]:
+    """(weights, experts, agreement, mass, margin, [natural_experts]); [] without routed_experts."""
+    tokens = router_logits.shape[0]
+    router_logits = aligned(router_logits, 16 // router_logits.element_size())
     weights = router_logits.new_empty((tokens, top_k), dtype=torch.float32)
     experts = torch.empty_like(weights, dtype=torch.int64)
-    natural = experts if routed_experts is None else torch.empty_like(experts)
-    agreement, mass, margin = (weights.new_empty(tokens) for _ in range(3))
+    agreement = weights.new_empty(tokens)
+    mass, margin = torch.empty_like(agreement), torch.empty_like(agreement)
+    natural = [] if routed_experts is None else [torch.empty_like(experts)]
     replayed = _replayed(routed_experts, valid, nothing=experts)
     _forward(
         router_logits,
@@ -266,7 +266,7 @@ def forward(
         replayed.valid,
         weights,
         experts,
-        natural,
+        natural[0] if natural else experts,
         agreement,
         mass,
         margin,
@@ -276,7 +276,7 @@ def forward(
         scoring=scoring,
         scale=scale,
     )
-    return weights, experts, experts.new_empty(0) if routed_experts is None else natural, agreement, mass, margin
+    return weights, experts, agreement, mass, margin, natural
 
 
 @prepared
@@ -344,8 +344,8 @@ def backward(
     out: Tensor,
 ) -> None:
     """Writes d router_logits into `out`."""
-    config = launch_config(router_logits.shape[1], router_logits.dtype)
-    router_logits, grad = aligned(router_logits, config.vec), memory_for(out, config.vec)
+    vec = 16 // router_logits.element_size()
+    router_logits, grad = aligned(router_logits, vec), memory_for(out, vec)
     options = {"norm_topk_prob": norm_topk_prob, "scoring": scoring, "scale": scale}
     _backward(router_logits, weights, experts, grad_weights, grad, **options)
     if grad is not out:
