@@ -25,7 +25,8 @@ def forward(
     batch, heads, queries, _ = q.shape
     out = q.new_empty(batch, queries, heads, v.shape[3])
     stats = q.new_empty((batch, queries, heads, 2) if for_backward else (0,), dtype=torch.float32)
-    attend(_operands(q, k, v, spans, key_offsets, causal, scale), out, stats if for_backward else None)
+    operands = _operands(q, k, v, spans, key_offsets)
+    attend(*operands, out, stats if for_backward else None, causal=causal, scale=scale)
     return out, stats
 
 
@@ -51,14 +52,14 @@ def backward(
         for x, needed in zip((q, k, v), needs, strict=True)
     ]
     grad_q, grad_k, grad_v = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    operands = _operands(q, k, v, spans, key_offsets, causal, scale)
-    grad_out = aligned(grad_out, 1)
-    deltas = backward_q(operands, out, stats, grad_out, grad_q)
+    operands = _operands(q, k, v, spans, key_offsets)
+    grad_out, deltas = aligned(grad_out, 1), stats.new_empty(stats.shape[:3])
+    backward_q(*operands, out, stats, grad_out, deltas, grad_q, causal=causal, scale=scale)
     if grad_k is not None or grad_v is not None:
-        backward_kv(operands, stats, grad_out, deltas, grad_k, grad_v)
+        backward_kv(*operands, stats, grad_out, deltas, grad_k, grad_v, causal=causal, scale=scale)
     return tuple(grads)
 
 
-def _operands(q, k, v, spans, key_offsets, causal, scale) -> Operands:
+def _operands(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, key_offsets: Tensor | None) -> Operands:
     vec = access(q, v)
-    return Operands(*(aligned(x, vec) for x in (q, k, v)), spans, key_offsets, causal, scale)
+    return Operands(aligned(q, vec), aligned(k, vec), aligned(v, vec), spans, key_offsets)
