@@ -20,6 +20,7 @@ from .kernels_shared import (
     TileConfig,
     add_products,
     block_of,
+    first_of_head,
     fits,
     load_rows,
     load_unless_split,
@@ -28,7 +29,6 @@ from .kernels_shared import (
     range_of_seen,
     row_products,
     rows_in,
-    rows_of_head,
     seen_by,
     span_at,
     stages,
@@ -101,8 +101,8 @@ def attention_bwd_q_kernel(
         b_shift = tl.load(stats + 2 * o_row, mask=m_r, other=0.0)
         b_sum = tl.load(stats + 2 * o_row + 1, mask=m_r, other=1.0)
         b_scale = 1.0 / tl.where(b_sum == 0, 1.0, b_sum)
-        p_keys, stride_kl = rows_of_head(k, batch, head, first_key, stride_kb, stride_kh, stride_kl, ALIGN)
-        p_values, stride_vl = rows_of_head(v, batch, head, first_key, stride_vb, stride_vh, stride_vl, ALIGN)
+        p_keys, stride_kl = first_of_head(k, batch, head, first_key, stride_kb, stride_kh, stride_kl, ALIGN)
+        p_values, stride_vl = first_of_head(v, batch, head, first_key, stride_vb, stride_vh, stride_vl, ALIGN)
         o_n = tl.arange(0, BLOCK_N)
         b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for MASKED in tl.static_range(2):  # first the blocks of keys that all rows see
@@ -177,8 +177,10 @@ def attention_bwd_kv_kernel(
     batch, first_query, queries, first_key, keys = span_at(spans, key_offsets, i_span)
     o_key = i_block * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     m_n = o_key < keys
-    p_k, _ = rows_of_head(k, batch, head, first_key + o_key, stride_kb, stride_kh, stride_kl, ALIGN)
-    p_v, _ = rows_of_head(v, batch, head, first_key + o_key, stride_vb, stride_vh, stride_vl, ALIGN)
+    p_k = k + batch * multiple(stride_kb, ALIGN) + head * multiple(stride_kh, ALIGN)
+    p_k += (first_key + o_key) * multiple(stride_kl, ALIGN)
+    p_v = v + batch * multiple(stride_vb, ALIGN) + head * multiple(stride_vh, ALIGN)
+    p_v += (first_key + o_key) * multiple(stride_vl, ALIGN)
     b_k = load_unless_split(p_k, m_n, D, BLOCK_D, DEPTH)
     b_v = load_unless_split(p_v, m_n, DV, BLOCK_DV, DEPTH)
     b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

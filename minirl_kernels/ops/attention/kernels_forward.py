@@ -20,6 +20,7 @@ from .kernels_shared import (
     add_products,
     assert_sound,
     block_of,
+    first_of_head,
     fits,
     load_rows,
     load_unless_split,
@@ -28,7 +29,6 @@ from .kernels_shared import (
     range_of_seen,
     row_products,
     rows_in,
-    rows_of_head,
     seen_by,
     span_at,
     stages,
@@ -94,8 +94,8 @@ def attention_fwd_kernel(
     b_q = load_unless_split(p_q, m_r, D, BLOCK_D, DEPTH)
     b_seen = seen_by(o_r, queries, keys, GROUP, CAUSAL)
     seen, seen_by_all = range_of_seen(b_seen, m_r, keys)
-    p_keys, stride_kl = rows_of_head(k, batch, head, first_key, stride_kb, stride_kh, stride_kl, ALIGN)
-    p_values, stride_vl = rows_of_head(v, batch, head, first_key, stride_vb, stride_vh, stride_vl, ALIGN)
+    p_keys, stride_kl = first_of_head(k, batch, head, first_key, stride_kb, stride_kh, stride_kl, ALIGN)
+    p_values, stride_vl = first_of_head(v, batch, head, first_key, stride_vb, stride_vh, stride_vl, ALIGN)
     o_n = tl.arange(0, BLOCK_N)
     b_shift = tl.full([BLOCK_M, 1], LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M, 1], tl.float32)

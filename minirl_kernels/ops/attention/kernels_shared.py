@@ -137,10 +137,10 @@ def rows_in(batch, first, o_r, head, GROUP: tl.constexpr, stride_b, stride_h, st
 
 
 @triton.jit
-def rows_of_head(x, batch, head, row, stride_b, stride_h, stride_l, ALIGN: tl.constexpr):
-    """(address of a row, or of several rows, in a head of a batch entry; the stride of rows)."""
+def first_of_head(x, batch, head, first, stride_b, stride_h, stride_l, ALIGN: tl.constexpr):
+    """(the address of row `first` of a head in a batch entry, the stride of rows)."""
     stride_l = multiple(stride_l, ALIGN)
-    return x + batch * multiple(stride_b, ALIGN) + head * multiple(stride_h, ALIGN) + row * stride_l, stride_l
+    return x + batch * multiple(stride_b, ALIGN) + head * multiple(stride_h, ALIGN) + first * stride_l, stride_l
 
 
 @triton.jit
