@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ...common.triton.config import is_whole
 from ...common.triton.launch import Launch, prepared
@@ -232,7 +233,7 @@ def attention_bwd_kv_kernel(
 
 
 @prepared
-def backward_q(*tensors: Tensor | None, causal: bool, scale: float) -> Launch:
+def backward_q(*tensors: Any, causal: bool, scale: float) -> Launch:
     """Writes deltas [B, Lq, Hq] for backward_kv, and d q.
 
     tensors: the Operands, out, stats, grad_out, deltas, and grad_q or None.
@@ -246,7 +247,7 @@ def backward_q(*tensors: Tensor | None, causal: bool, scale: float) -> Launch:
 
 
 @prepared
-def backward_kv(*tensors: Tensor | None, causal: bool, scale: float) -> Launch:
+def backward_kv(*tensors: Any, causal: bool, scale: float) -> Launch:
     """Writes d k and d v.
 
     tensors: the Operands, stats, grad_out, deltas, grad_k or None, and grad_v or None.

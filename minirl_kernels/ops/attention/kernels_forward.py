@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ...common.triton.config import is_whole
 from ...common.triton.launch import Launch, prepared
@@ -129,7 +130,7 @@ def attention_fwd_kernel(
 
 
 @prepared
-def attend(*tensors: Tensor | None, causal: bool, scale: float) -> Launch:
+def attend(*tensors: Any, causal: bool, scale: float) -> Launch:
     """Writes out [B, Lq, Hq, Dv] and the rows of all spans in stats [B, Lq, Hq, 2] float32; both are contiguous.
 
     tensors: the Operands, out, and stats or None.
