@@ -123,13 +123,12 @@ SCALE = 0.1
 
 
 def _forward(operands: Operands, *, causal: bool = True, for_backward: bool = True) -> tuple[Tensor, ...]:
-    read = (operands.q, operands.k, operands.v, operands.spans, None)
-    out, stats = triton.forward(*read, causal, SCALE, for_backward)
+    out, stats = triton.forward(*_read(operands), causal, SCALE, for_backward)
     return (out, stats) if for_backward else (out,)
 
 
-def _read(operands: Operands, causal: bool) -> kernels_shared.Operands:
-    return kernels_shared.Operands(operands.q, operands.k, operands.v, operands.spans, None, causal, SCALE)
+def _read(operands: Operands) -> kernels_shared.Operands:
+    return kernels_shared.Operands(operands.q, operands.k, operands.v, operands.spans, None)
 
 
 def _empty_grad(x: Tensor) -> Tensor:
@@ -137,8 +136,9 @@ def _empty_grad(x: Tensor) -> Tensor:
 
 
 def _backward_q(operands: Operands, *, causal: bool = True, needed: bool = True) -> tuple[Tensor, ...]:
-    grad = _empty_grad(operands.q) if needed else None
-    deltas = backward_q(_read(operands, causal), operands.out, operands.stats, operands.grad_out, grad)
+    grad, deltas = _empty_grad(operands.q) if needed else None, torch.empty_like(operands.deltas)
+    read = (*_read(operands), operands.out, operands.stats, operands.grad_out)
+    backward_q(*read, deltas, grad, causal=causal, scale=SCALE)
     return (deltas, grad) if needed else (deltas,)
 
 
@@ -146,7 +146,8 @@ def _backward_kv(
     operands: Operands, *, causal: bool = True, of_k: bool = True, of_v: bool = True
 ) -> tuple[Tensor, ...]:
     grads = (_empty_grad(operands.k) if of_k else None, _empty_grad(operands.v) if of_v else None)
-    backward_kv(_read(operands, causal), operands.stats, operands.grad_out, operands.deltas, *grads)
+    read = (*_read(operands), operands.stats, operands.grad_out, operands.deltas)
+    backward_kv(*read, *grads, causal=causal, scale=SCALE)
     return tuple(grad for grad in grads if grad is not None)
 
 

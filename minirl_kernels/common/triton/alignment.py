@@ -6,6 +6,8 @@ accesses and its addresses do not, a launcher copies it. The order is then a fun
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ def is_aligned(x: Tensor, vec: int) -> bool:
     """Whether every row of x [..., V] begins and ends at a multiple of 128 bits, which are `vec` elements or fewer."""
     if x.data_ptr() % 16 or x.shape[-1] % vec:
         return False
-    if x.is_contiguous():
+    if x.is_contiguous() or math.gcd(*x.stride()[:-1]) % vec == 0:
         return True
     return all(stride % vec == 0 for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1)
 
@@ -24,7 +26,8 @@ def aligned(x: Tensor, vec: int) -> Tensor:
 
     vec: number of elements of an access of the narrowest dtype. With 1 only the address of the whole tensor counts.
     """
-    if x.shape[-1] % vec or is_aligned(x, vec):
+    whole = x.is_contiguous() and x.data_ptr() % 16 == 0  # the common case first: it takes half the time
+    if whole or x.shape[-1] % vec or is_aligned(x, vec):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 

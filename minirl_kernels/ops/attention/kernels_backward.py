@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ...common.triton.config import is_whole
-from ...common.triton.numbers import round_to
+from ...common.triton.launch import Launch, prepared
+from ...common.triton.numbers import LOG2E, round_to
 from ...common.triton.row_tiles import multiple
 from .kernels_shared import (
     KEYS,
@@ -19,11 +21,12 @@ from .kernels_shared import (
     TileConfig,
     add_products,
     block_of,
+    first_of_head,
     fits,
-    launch,
     load_rows,
     load_unless_split,
     multiplies_from_shared_memory,
+    over_blocks,
     range_of_seen,
     row_products,
     rows_in,
@@ -99,10 +102,8 @@ def attention_bwd_q_kernel(
         b_shift = tl.load(stats + 2 * o_row, mask=m_r, other=0.0)
         b_sum = tl.load(stats + 2 * o_row + 1, mask=m_r, other=1.0)
         b_scale = 1.0 / tl.where(b_sum == 0, 1.0, b_sum)
-        stride_kl = multiple(stride_kl, ALIGN)
-        stride_vl = multiple(stride_vl, ALIGN)
-        p_keys = k + batch * multiple(stride_kb, ALIGN) + head * multiple(stride_kh, ALIGN) + first_key * stride_kl
-        p_values = v + batch * multiple(stride_vb, ALIGN) + head * multiple(stride_vh, ALIGN) + first_key * stride_vl
+        p_keys, stride_kl = first_of_head(k, batch, head, first_key, stride_kb, stride_kh, stride_kl, ALIGN)
+        p_values, stride_vl = first_of_head(v, batch, head, first_key, stride_vb, stride_vh, stride_vl, ALIGN)
         o_n = tl.arange(0, BLOCK_N)
         b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for MASKED in tl.static_range(2):  # first the blocks of keys that all rows see
@@ -231,28 +232,32 @@ def attention_bwd_kv_kernel(
         tl.store(grad_v + o_row * DV + o_v, round_to(b_dv, grad_v.dtype.element_ty), mask=m_stored & (o_v < DV))
 
 
-def backward_q(operands: Operands, out: Tensor, stats: Tensor, grad_out: Tensor, grad_q: Tensor | None) -> Tensor:
-    """Writes grad_q and returns the deltas [B, Lq, Hq] for backward_kv."""
-    deltas = stats.new_empty(stats.shape[:3])
+@prepared
+def backward_q(*tensors: Any, causal: bool, scale: float) -> Launch:
+    """Writes deltas [B, Lq, Hq] for backward_kv, and d q.
+
+    tensors: the Operands, out, stats, grad_out, deltas, and grad_q or None.
+    """
+    operands = Operands(*tensors[:5])
     config = backward_q_config(*operands.kind)
-    tensors = (out, stats, grad_out, deltas, grad_q)
-    floats = (operands.exponents, operands.scale)
-    launch(attention_bwd_q_kernel, operands, operands.rows, config.rows, tensors, floats, config)
-    return deltas
+    floats = scale * LOG2E.value, scale
+    return over_blocks(
+        attention_bwd_q_kernel, operands, operands.rows, config.rows, *floats, causal=causal, config=config
+    )
 
 
-def backward_kv(
-    operands: Operands,
-    stats: Tensor,
-    grad_out: Tensor,
-    deltas: Tensor,
-    grad_k: Tensor | None,
-    grad_v: Tensor | None,
-) -> None:
+@prepared
+def backward_kv(*tensors: Any, causal: bool, scale: float) -> Launch:
+    """Writes d k and d v.
+
+    tensors: the Operands, stats, grad_out, deltas, grad_k or None, and grad_v or None.
+    """
+    operands = Operands(*tensors[:5])
     config = backward_kv_config(*operands.kind)
-    tensors = (stats, grad_out, deltas, grad_k, grad_v)
-    floats = (operands.exponents, operands.scale)
-    launch(attention_bwd_kv_kernel, operands, operands.keys, config.keys, tensors, floats, config)
+    floats = scale * LOG2E.value, scale
+    return over_blocks(
+        attention_bwd_kv_kernel, operands, operands.keys, config.keys, *floats, causal=causal, config=config
+    )
 
 
 def backward_q_config(size: int, dtype: torch.dtype, arch: str) -> TileConfig:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ...common.triton.config import is_whole
-from ...common.triton.numbers import LOWEST, round_to
+from ...common.triton.launch import Launch, prepared
+from ...common.triton.numbers import LOG2E, LOWEST, round_to
 from ...common.triton.row_tiles import multiple
 from .kernels_shared import (
     QUERIES,
@@ -19,11 +21,12 @@ from .kernels_shared import (
     add_products,
     assert_sound,
     block_of,
+    first_of_head,
     fits,
-    launch,
     load_rows,
     load_unless_split,
     multiplies_from_shared_memory,
+    over_blocks,
     range_of_seen,
     row_products,
     rows_in,
@@ -92,10 +95,8 @@ def attention_fwd_kernel(
     b_q = load_unless_split(p_q, m_r, D, BLOCK_D, DEPTH)
     b_seen = seen_by(o_r, queries, keys, GROUP, CAUSAL)
     seen, seen_by_all = range_of_seen(b_seen, m_r, keys)
-    stride_kl = multiple(stride_kl, ALIGN)
-    stride_vl = multiple(stride_vl, ALIGN)
-    p_keys = k + batch * multiple(stride_kb, ALIGN) + head * multiple(stride_kh, ALIGN) + first_key * stride_kl
-    p_values = v + batch * multiple(stride_vb, ALIGN) + head * multiple(stride_vh, ALIGN) + first_key * stride_vl
+    p_keys, stride_kl = first_of_head(k, batch, head, first_key, stride_kb, stride_kh, stride_kl, ALIGN)
+    p_values, stride_vl = first_of_head(v, batch, head, first_key, stride_vb, stride_vh, stride_vl, ALIGN)
     o_n = tl.arange(0, BLOCK_N)
     b_shift = tl.full([BLOCK_M, 1], LOWEST, tl.float32)
     b_sum = tl.zeros([BLOCK_M, 1], tl.float32)
@@ -128,16 +129,27 @@ def attention_fwd_kernel(
         tl.store(stats + 2 * o_row + 1, b_sum, mask=m_r)
 
 
-def attend(operands: Operands, out: Tensor, stats: Tensor | None) -> None:
+@prepared
+def attend(*tensors: Any, causal: bool, scale: float) -> Launch:
     """Writes out [B, Lq, Hq, Dv] and the rows of all spans in stats [B, Lq, Hq, 2] float32; both are contiguous.
 
+    tensors: the Operands, out, and stats or None.
     Asserts on the device that the spans are sound.
     """
+    operands = Operands(*tensors[:5])
     config = attention_config(*operands.kind)
-    # without the other assertions that the option debug turns on
-    asserting = {"debug": True, "sanitize_overflow": False}
-    floats = (operands.exponents,)
-    launch(attention_fwd_kernel, operands, operands.rows, config.rows, (out, stats), floats, config, **asserting)
+    return over_blocks(
+        attention_fwd_kernel,
+        operands,
+        operands.rows,
+        config.rows,
+        scale * LOG2E.value,
+        causal=causal,
+        config=config,
+        # without the other assertions that the option debug turns on
+        debug=True,
+        sanitize_overflow=False,
+    )
 
 
 def attention_config(size: int, dtype: torch.dtype, arch: str) -> TileConfig:

@@ -13,7 +13,7 @@ Names: as in common/triton/row_tiles.py; M rows and N keys of a block; D is the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,8 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ...common.triton import architecture
-from ...common.triton.config import is_whole
-from ...common.triton.numbers import LOG2E, dot
+from ...common.triton.config import Threads, is_whole
+from ...common.triton.launch import Launch
+from ...common.triton.numbers import dot
+from ...common.triton.row_tiles import multiple
 from ...common.triton.sizes import next_power_of_2
 
 # not specialised, so that there is one binary per dtype, D, DV, group and ALIGN
@@ -135,6 +137,13 @@ def rows_in(batch, first, o_r, head, GROUP: tl.constexpr, stride_b, stride_h, st
 
 
 @triton.jit
+def first_of_head(x, batch, head, first, stride_b, stride_h, stride_l, ALIGN: tl.constexpr):
+    """(the address of row `first` of a head in a batch entry, the stride of rows)."""
+    stride_l = multiple(stride_l, ALIGN)
+    return x + batch * multiple(stride_b, ALIGN) + head * multiple(stride_h, ALIGN) + first * stride_l, stride_l
+
+
+@triton.jit
 def seen_by(o_r, queries, keys, GROUP: tl.constexpr, CAUSAL: tl.constexpr):
     """The number of keys that each row sees."""
     b_seen = keys - queries + o_r // GROUP + 1 if CAUSAL else keys + 0 * o_r
@@ -209,7 +218,7 @@ def add_products(b_a, b_b, b_sum, b_keep):
 
 
 class Operands(NamedTuple):
-    """The arguments that all kernels of a call read.
+    """The first arguments of all kernels.
 
     spans: [N, 5]; or [N + 1], the offsets of the queries, with key_offsets [N + 1].
     """
@@ -219,8 +228,6 @@ class Operands(NamedTuple):
     v: Tensor  # [B, Hkv, Lk, DV]
     spans: Tensor
     key_offsets: Tensor | None
-    causal: bool
-    scale: float
 
     @property
     def num_spans(self) -> int:
@@ -245,64 +252,48 @@ class Operands(NamedTuple):
         """The widest head, the dtype and the GPU, on which the block sizes depend."""
         return max(self.q.shape[3], self.v.shape[3]), self.q.dtype, architecture.of(self.q.device)
 
-    @property
-    def exponents(self) -> float:
-        """The factor of the scores for exp2."""
-        return self.scale * LOG2E.value
+
+def access(q: Tensor, v: Tensor) -> int:
+    """The elements of one access of 128 bits, if the rows of q and v are a whole number of them; else 1."""
+    vec = 16 // q.element_size()
+    return 1 if q.shape[3] % vec or v.shape[3] % vec else vec
 
 
-def access(*rows: Tensor) -> int:
-    """The elements of one access of 128 bits, if the rows [..., size] are a whole number of them; else 1."""
-    vec = 16 // rows[0].element_size()
-    return vec if all(x.shape[-1] % vec == 0 for x in rows) else 1
+def over_blocks(
+    kernel: Any, operands: Operands, count: int, block: int, *floats: float, causal: bool, config: TileConfig, **options
+) -> Launch:
+    """The launch of a kernel over the blocks of `count` rows or keys, for each key head.
 
-
-def launch(
-    kernel, operands: Operands, count: int, block: int, tensors: tuple, floats: tuple, config: TileConfig, **options
-) -> None:
-    """Run a kernel over the blocks of `count` rows or keys, for each key head."""
-    q, k, v, spans, key_offsets, causal, _ = operands
-    if count == 0:
-        return
+    floats: the values that the kernel takes before the sizes.
+    """
+    q, k, v, _, _ = operands
     if count >= 2**31:
         raise ValueError(
             f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}: a head of k must have fewer than 2**31 rows, and "
             "fewer than 2**31 rows of q"
         )
-    with torch.cuda.device_of(q):
-        kernel[count // block + operands.num_spans + 1, k.shape[1]](
-            q,
-            k,
-            v,
-            spans,
-            key_offsets,
-            *tensors,
-            *floats,
-            operands.num_spans,
-            q.shape[0],
-            q.shape[2],
-            k.shape[2],
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            CAUSAL=causal,
-            GROUP=operands.group,
-            D=q.shape[3],
-            DV=v.shape[3],
-            BLOCK_M=config.rows,
-            BLOCK_N=config.keys,
-            BLOCK_D=max(next_power_of_2(q.shape[3]), 16),
-            BLOCK_DV=max(next_power_of_2(v.shape[3]), 16),
-            DEPTH=config.depth,
-            ALIGN=access(q, v),
-            num_warps=config.num_warps,
-            num_stages=config.stages,
-            **options,
-        )
+    blocks = count // block + operands.num_spans + 1 if count else 0
+    sizes = operands.num_spans, q.shape[0], q.shape[2], k.shape[2]
+    constants = {
+        "CAUSAL": causal,
+        "GROUP": operands.group,
+        "D": q.shape[3],
+        "DV": v.shape[3],
+        "BLOCK_M": config.rows,
+        "BLOCK_N": config.keys,
+        "BLOCK_D": max(next_power_of_2(q.shape[3]), 16),
+        "BLOCK_DV": max(next_power_of_2(v.shape[3]), 16),
+        "DEPTH": config.depth,
+        "ALIGN": access(q, v),
+        "num_warps": config.num_warps,
+        "num_stages": config.stages,
+    }
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    return Launch(kernel, (blocks, k.shape[1]), (*floats, *sizes, *strides), {**constants, **options})
 
 
 @dataclass(frozen=True)
-class TileConfig:
+class TileConfig(Threads):
     """The block sizes of a span: a function of the head size, dtype and GPU alone, so that rows are batch-invariant.
 
     rows, keys: of a tile of scores.
@@ -320,10 +311,6 @@ class TileConfig:
     @property
     def tile(self) -> int:
         return self.rows * self.keys
-
-    @property
-    def num_warps(self) -> int:
-        return self.threads // (64 if torch.version.hip else 32)
 
 
 def fits(size: int, dtype: torch.dtype) -> bool:

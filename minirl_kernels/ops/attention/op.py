@@ -130,23 +130,25 @@ def _attention(q, k, v, spans, key_offsets, causal, scale, backend) -> Tensor:
 
 
 def _check_operands(q, k, v) -> None:
+    q_dtype, device = q.dtype, q.device
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name} has dtype {x.dtype}: it must be float32, bfloat16 or float16")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} has dtype {x.dtype}: it must be the dtype of q, {q.dtype}")
-        check_device(name, x, q.device)
-        if x.dim() != 4 or not 0 < x.shape[3] <= MAX_SIZE or x.shape[1] == 0:
+        dtype, shape = x.dtype, x.shape
+        if dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} has dtype {dtype}: it must be float32, bfloat16 or float16")
+        if dtype != q_dtype:
+            raise TypeError(f"{name} has dtype {dtype}: it must be the dtype of q, {q_dtype}")
+        check_device(name, x, device)
+        if len(shape) != 4 or not 0 < shape[3] <= MAX_SIZE or shape[1] == 0:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}: it must have heads, and as its last dimension a size of 1 to "
+                f"{name} has shape {tuple(shape)}: it must have heads, and as its last dimension a size of 1 to "
                 f"{MAX_SIZE}"
             )
-        if x.shape[3] > 1 and x.stride(3) != 1:
+        if shape[3] > 1 and x.stride(3) != 1:
             raise ValueError(
                 f"{name} has strides {tuple(x.stride())}: its last dimension must be contiguous (stride 1)"
             )
-    (batch, heads, _, size), (_, key_heads, keys, _) = q.shape, k.shape
-    if k.shape[0] != batch or k.shape[3] != size:
+    (batch, heads, _, size), (key_batch, key_heads, keys, key_size) = q.shape, k.shape
+    if key_batch != batch or key_size != size:
         raise ValueError(f"k has shape {tuple(k.shape)}: its batch and its last dimension must be {batch} and {size}")
     if heads % key_heads:
         raise ValueError(f"k has {key_heads} heads: the {heads} of q must be a multiple of them")

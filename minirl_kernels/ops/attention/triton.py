@@ -8,7 +8,7 @@ from torch import Tensor
 from ...common.triton.alignment import aligned
 from .kernels_backward import backward_kv, backward_q
 from .kernels_forward import attend
-from .kernels_shared import Operands, access
+from .kernels_shared import access
 
 
 def forward(
@@ -25,7 +25,8 @@ def forward(
     batch, heads, queries, _ = q.shape
     out = q.new_empty(batch, queries, heads, v.shape[3])
     stats = q.new_empty((batch, queries, heads, 2) if for_backward else (0,), dtype=torch.float32)
-    attend(_operands(q, k, v, spans, key_offsets, causal, scale), out, stats if for_backward else None)
+    rows = _aligned(q, k, v)
+    attend(*rows, spans, key_offsets, out, stats if for_backward else None, causal=causal, scale=scale)
     return out, stats
 
 
@@ -46,19 +47,21 @@ def backward(
 
     grad_out: [B, Lq, Hq, Dv], contiguous.
     """
-    grads = [
-        x.new_empty((x.shape[0], x.shape[2], x.shape[1], x.shape[3]) if needed else (0,))
-        for x, needed in zip((q, k, v), needs, strict=True)
-    ]
-    grad_q, grad_k, grad_v = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
-    operands = _operands(q, k, v, spans, key_offsets, causal, scale)
-    grad_out = aligned(grad_out, 1)
-    deltas = backward_q(operands, out, stats, grad_out, grad_q)
+    grads = [_empty_grad(x) if needed else None for x, needed in zip((q, k, v), needs, strict=True)]
+    grad_q, grad_k, grad_v = grads
+    operands = *_aligned(q, k, v), spans, key_offsets
+    grad_out, deltas = aligned(grad_out, 1), stats.new_empty(stats.shape[:3])
+    backward_q(*operands, out, stats, grad_out, deltas, grad_q, causal=causal, scale=scale)
     if grad_k is not None or grad_v is not None:
-        backward_kv(operands, stats, grad_out, deltas, grad_k, grad_v)
-    return tuple(grads)
+        backward_kv(*operands, stats, grad_out, deltas, grad_k, grad_v, causal=causal, scale=scale)
+    return tuple([q.new_empty(0) if grad is None else grad for grad in grads])
 
 
-def _operands(q, k, v, spans, key_offsets, causal, scale) -> Operands:
+def _empty_grad(x: Tensor) -> Tensor:
+    batch, heads, rows, size = x.shape
+    return x.new_empty(batch, rows, heads, size)
+
+
+def _aligned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     vec = access(q, v)
-    return Operands(*(aligned(x, vec) for x in (q, k, v)), spans, key_offsets, causal, scale)
+    return aligned(q, vec), aligned(k, vec), aligned(v, vec)

@@ -103,7 +103,7 @@ def token_logprobs(
             logits = kept_logits_reference(logits, *sets)
         log_probs, entropy = token_logprobs_reference(logits, token_ids, temperature)
     else:
-        rows = LogitRows(logits, token_ids.contiguous(), temperature.contiguous())
+        rows = logits, token_ids.contiguous(), temperature.contiguous()
         log_probs, entropy = _TokenLogprobs.apply(*rows, *sets, with_entropy, backend)
     return (log_probs, entropy) if with_entropy else log_probs
 
@@ -114,9 +114,9 @@ class _TokenLogprobs(torch.autograd.Function):
         if kept_ids is not None:
             # the gradient of a logit of -inf is exactly 0, so this gradient is the gradient of the original logits
             logits = kept_logits(logits, kept_ids, kept_offsets, backend)
-        rows = LogitRows(logits, token_ids, temperature)
-        log_probs, entropy, shift, log_sum = token_logprobs_forward(*rows, with_entropy, backend)
-        ctx.save_for_backward(*rows, shift, log_sum, entropy)
+        results = token_logprobs_forward(logits, token_ids, temperature, with_entropy, backend)
+        log_probs, entropy, shift, log_sum = results
+        ctx.save_for_backward(logits, token_ids, temperature, shift, log_sum, entropy)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
         return log_probs, entropy
@@ -124,22 +124,21 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_log_probs, grad_entropy):
-        rows, shift, log_sum, entropy = unpack(ctx.saved_tensors, LogitRows)
+        logits, token_ids, temperature, shift, log_sum, entropy = ctx.saved_tensors
         if grad_log_probs is None and grad_entropy is None:
             return (None,) * 7
         grad_log_probs = torch.zeros_like(log_sum) if grad_log_probs is None else grad_log_probs.contiguous()
         if grad_entropy is not None:
             grad_entropy = grad_entropy.contiguous()
-        gradients = RowGradients(shift, log_sum, entropy, grad_log_probs, grad_entropy)
-        return token_logprobs_backward(*rows, *gradients, ctx.backend), *(None,) * 6
+        gradients = shift, log_sum, entropy, grad_log_probs, grad_entropy
+        return token_logprobs_backward(logits, token_ids, temperature, *gradients, ctx.backend), *(None,) * 6
 
 
 _kernels = OP.kernels
 
 
-def _forward(*arguments):
-    rows, with_entropy, backend = unpack(arguments, LogitRows)
-    return _kernels(backend).forward(rows, with_entropy)
+def _forward(logits, token_ids, temperature, with_entropy, backend):
+    return _kernels(backend).forward(LogitRows(logits, token_ids, temperature), with_entropy)
 
 
 def _forward_fake(logits, token_ids, temperature, with_entropy, backend):

@@ -133,13 +133,13 @@ def token_logprobs_bwd_kernel(
 
 def forward(rows: LogitRows, with_entropy: bool, epilogue: Epilogue = NO_EPILOGUE) -> tuple[Tensor, ...]:
     """(log_probs, entropy or empty, shift, log_sum), each of token_ids' shape, from the output of the epilogue."""
-    log_probs, shift, log_sum = (torch.empty_like(rows.temperature) for _ in range(3))
-    entropy = torch.empty_like(rows.temperature) if with_entropy else rows.temperature.new_empty(0)
-    vocab_size = rows.logits.shape[-1]
-    logits = aligned(rows.logits, forward_config(vocab_size, rows.logits.dtype).vec)
+    logits, token_ids, temperature = rows
+    log_probs, shift, log_sum = (torch.empty_like(temperature) for _ in range(3))
+    entropy = torch.empty_like(temperature) if with_entropy else temperature.new_empty(0)
     results = log_probs, entropy, shift, log_sum
-    softcap = epilogue.softcap or None
-    _forward(logits, aligned_vector(epilogue.bias), rows.token_ids, rows.temperature, *results, softcap=softcap)
+    logits = aligned(logits, forward_config(logits.shape[-1], logits.dtype).vec)
+    bias = aligned_vector(epilogue.bias)
+    _forward(logits, bias, token_ids, temperature, *results, softcap=epilogue.softcap or None)
     return results
 
 
