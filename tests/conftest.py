@@ -23,6 +23,15 @@ def pytest_configure(config):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# Their longest tests each wait for a process that compiles, measures or runs a model.
+STARTED_FIRST = ("test_layout.py", "test_compile_matrix.py", "test_gpu.py", "test_transformers_wrappers.py")
+
+
+def pytest_collection_modifyitems(items):
+    """At the end of the run, no worker waits for a long test of the other."""
+    items.sort(key=lambda item: item.path.name not in STARTED_FIRST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreted_dot():
     """The interpreter's products have one order of summation for every element. BLAS for Haswell has several."""

@@ -23,25 +23,29 @@ FAULTS = {
     "XGLM": ("model.layers", "fc1"),
     "Mamba": ("backbone.layers", "mixer.in_proj"),
 }
-every_family = pytest.mark.parametrize("name", FAULTS)
-every_prompt = pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
 LARGEST = {"float32": 1e-5, "bfloat16": 0.1}  # relative difference caused by rounding
+
+
+def every_case(names):
+    """The family and the prompts decide how positions are marked, and the dtype decides how values round."""
+    cases = [(name, prompts, "float32") for name in names for prompts in PROMPTS]
+    cases += [(name, "unequal", "bfloat16") for name in names]
+    return pytest.mark.parametrize(("name", "prompts", "dtype"), cases)
 
 
 def report_on(mu, pi, prompts, dtype="float32", *, decode=True, **settings):
     settings = {"dtype": dtype, **settings}
-    options = {"prompts": prompts, "trace_sequences": 6, "seed": 7}
+    options = {"prompts": PROMPTS[prompts], "trace_sequences": 6, "seed": 7}
     return compared(mu, pi, mu_settings={**settings, "decode": decode}, pi_settings=settings, **options)
 
 
-@pytest.mark.parametrize("dtype", LARGEST)
-@every_prompt
-@every_family
+@every_case(FAULTS)
 def test_a_decode_differs_by_roundings_alone(name, prompts, dtype):
     model = enable_log_probs(family(name))
     report = report_on(model, model, prompts, dtype)
-    assert report.metrics["num_tokens"] >= 2 * len(prompts)  # some tokens were decoded
-    assert report.modules.tokens == sum(map(len, prompts)) + report.metrics["num_tokens"] - len(prompts)
+    assert report.metrics["num_tokens"] >= 2 * len(PROMPTS[prompts])  # some tokens were decoded
+    read = sum(map(len, PROMPTS[prompts])) - len(PROMPTS[prompts])
+    assert report.modules.tokens == read + report.metrics["num_tokens"]
     assert max(event.difference.relative for event in report.modules.modules) < LARGEST[dtype]
     assert [number for number, _ in report.modules.layers] == [0, 1, 2]
     for layer in report.routing or []:
@@ -49,9 +53,7 @@ def test_a_decode_differs_by_roundings_alone(name, prompts, dtype):
     assert report_on(model, model, prompts, dtype, decode=False).modules.first is None
 
 
-@pytest.mark.parametrize("dtype", LARGEST)
-@every_prompt
-@every_family
+@every_case(FAULTS)
 def test_a_fault_in_a_layer_is_named(name, prompts, dtype):
     layers, module = FAULTS[name]
     model = enable_log_probs(family(name))
@@ -68,9 +70,7 @@ def test_a_fault_in_a_layer_is_named(name, prompts, dtype):
     assert (first.module, first.layer, first.before) == (f"{layers}.1.{module}", 1, None)
 
 
-@pytest.mark.parametrize("dtype", LARGEST)
-@every_prompt
-@pytest.mark.parametrize("name", ["Llama", "Qwen3", "Qwen3Moe", "GPT2", "OPT"])
+@every_case(["Llama", "Qwen3", "Qwen3Moe", "GPT2", "OPT"])
 def test_equal_bits_have_no_difference(name, prompts, dtype):
     model = enable_log_probs(family(name))
     report = report_on(model, model, prompts, dtype, batch_invariant=True)

@@ -24,6 +24,10 @@ def run(call: str, backend: str = "cpu") -> None:
 
 
 def _check_rank(rank: int, call: str, backend: str) -> None:
+    if backend == "triton":
+        from verify import quick_interpreter
+
+        quick_interpreter.install()
     for sizes in SHARDS:
         _check_split(rank, call, backend, sizes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,6 +20,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import triton
 from triton.runtime import interpreter
+from verify import quick_interpreter
 
 
 def interpreter_only():
@@ -30,20 +30,9 @@ def interpreter_only():
     )
 
 
-# A launch prepares triton.language for the interpreter, and every call of a device function would repeat it. The
-# repetitions take three quarters of a small kernel's time. Once for each function is enough.
-_prepare_once = functools.cache(interpreter._patch_lang)
+quick_interpreter.install()
 
-
-def _call_device_function(self, *args, **kwargs):
-    _prepare_once(self.fn)
-    return self.rewrite()(*args, **kwargs)
-
-
-interpreter.InterpretedFunction.__call__ = _call_device_function
-
-
-# The search for integer overflow takes a third of the remaining time; the checks in tests/verify do it.
+# The search for integer overflow takes a third of the interpreter's time; the checks in tests/verify do it.
 interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
 
 

@@ -32,6 +32,7 @@ BF16 = torch.bfloat16
 
 
 def run(names: list[str], folder: Path) -> None:
+    """All in the same two processes, because a process needs far longer to start than to check a wrapper."""
     run_ranks(_check_rank, folder, names)
 
 
@@ -105,7 +106,10 @@ def _check_rank(rank: int, names: list[str]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="localhost")
     for name in names:
         for enable_first in (True, False):
-            _check(rank, name, enable_first)
+            try:
+                _check(rank, name, enable_first)
+            except Exception as error:
+                raise AssertionError(f"{name}, {enable_first=}") from error
 
 
 def _check(rank: int, name: str, enable_first: bool) -> None:

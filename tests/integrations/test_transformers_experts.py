@@ -1,6 +1,7 @@
 """experts_implementation="minirl" against each class of experts in transformers, and in training."""
 
 import copy
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -171,12 +172,17 @@ def trained(implementation, dtype, seed):
     return torch.cat(moved).detach()
 
 
+@functools.cache
+def trained_exactly(seed):
+    return trained("eager", torch.float64, seed)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_training_follows_float64_as_closely_as_with_experts_of_transformers(dtype):
     """Compares averages, since the end of training with rounded weights varies by some percent between seeds."""
     distances = dict.fromkeys(("minirl", "eager", "grouped_mm"), 0.0)
     for seed in range(24):
-        exact = trained("eager", torch.float64, seed)
+        exact = trained_exactly(seed)
         for implementation in distances:
             off = (trained(implementation, dtype, seed) - exact).norm() / exact.norm()
             distances[implementation] += off.item() / 24

@@ -14,7 +14,10 @@ import triton
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, interpreter_builder
 
+from verify import quick_interpreter
 from verify.case import Case
+
+quick_interpreter.install()
 
 
 class Access(NamedTuple):

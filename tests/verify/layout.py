@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from triton._C.libtriton import ir
+from triton.compiler import ASTSource, make_backend
 
 from verify.case import Case
 from verify.compile_matrix import PARTS, all_cases, on_all_cores, specialized
@@ -82,8 +83,24 @@ def faults(case: Case, found: dict[str, tuple[str, CapturedLaunch]]) -> list[str
 
 
 def _compiled_reductions(launch: CapturedLaunch) -> list[str]:
-    source, options = specialized(launch, PARTS[PART].target)
-    return reductions(triton.compile(source, target=PARTS[PART].target, options=options).asm["ttgir"])
+    return reductions(_with_layouts(*specialized(launch, PARTS[PART].target)))
+
+
+def _with_layouts(source: ASTSource, options: dict[str, Any]) -> str:
+    """The code in which the compiler has just chosen the layouts. The passes after it take most of the time."""
+    target = PARTS[PART].target
+    backend = make_backend(target)
+    chosen = backend.parse_options(options)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    stages: dict[str, Callable[..., Any]] = {}
+    backend.add_stages(stages, chosen, source.language)
+    generators = backend.get_codegen_implementation(chosen), backend.get_module_map()
+    code, metadata = source.make_ir(target, chosen, *generators, context), {}
+    for stage in ("ttir", "ttgir"):
+        code = stages[stage](code, metadata)
+    return str(code)
 
 
 def variants(case: Case) -> Iterator[tuple[str, Any, Callable[[Any], Any]]]:
