@@ -63,6 +63,7 @@ def share_of_token(sums, i_first, number, num_blocks, BLOCK: tl.constexpr):
 @triton.jit
 def corrected(
     log_d,
+    share,
     sums,
     log_mean,
     i_first,
@@ -77,12 +78,13 @@ def corrected(
 ):
     """(log of the weights that replace d, whether a bound changes them) of the tokens of a block.
 
-    log_d: log d of each token. i_first, number: the first block of the response and their number.
+    log_d: log d of each token. share: 1 / the tokens of the response, for a level of "sequence_mean".
+    i_first, number: the first block of the response and their number.
     """
     if CORRECTION == "sequence" or CORRECTION == "sequence_mean":
         log_d = tl.zeros_like(log_d) + sum_of_response(sums, LOG_D, i_first, number, num_blocks, BLOCK)
         if CORRECTION == "sequence_mean":
-            log_d *= share_of_token(sums, i_first, number, num_blocks, BLOCK)
+            log_d *= share
     log_weight, beyond = weight_of_d(log_d, lower, upper, BEYOND, WEIGHS)
     if BEYOND == "mask_response" and CORRECTION == "token":
         num_beyond = tl.zeros_like(log_d) + sum_of_response(sums, BEYOND_BOUNDS, i_first, number, num_blocks, BLOCK)
@@ -116,17 +118,20 @@ def ratios_of_loss(
     log_r, log_d, log_w: of each token; LEVEL is the level of the objective.
     """
     m_changed = log_r > float("inf")
+    share = 1.0
+    if LEVEL == "sequence_mean" or CORRECTION == "sequence_mean":
+        share = share_of_token(sums, i_first, number, num_blocks, BLOCK)
     if CORRECTION == "none":
         log_d, log_w = tl.zeros_like(log_d), log_r
     elif CORRECTION != "plain":
         log_d, m_changed = corrected(
-            log_d, sums, log_mean, i_first, number, num_blocks, lower, upper, CORRECTION, BEYOND, WEIGHS, BLOCK
+            log_d, share, sums, log_mean, i_first, number, num_blocks, lower, upper, CORRECTION, BEYOND, WEIGHS, BLOCK
         )
         log_w = log_r + log_d
     if LEVEL == "sequence" or LEVEL == "sequence_mean":
         log_r = tl.zeros_like(log_r) + sum_of_response(sums, LOG_R, i_first, number, num_blocks, BLOCK)
         if LEVEL == "sequence_mean":
-            log_r *= share_of_token(sums, i_first, number, num_blocks, BLOCK)
+            log_r *= share
         log_w = log_r + log_d
     return log_r, log_d, log_w, m_changed
 
@@ -229,8 +234,7 @@ def mean_weight_kernel(
         b_total += tl.where(m_counts, weight, 0.0)
         b_count += tl.where(m_counts, weighted, 0.0)
     total, count = tl.sum(b_total, 0), tl.sum(b_count, 0)
-    mean = tl.where(count > 0, total / at_least(count, 1.0), 1.0)
-    tl.store(log_mean, tl.log(mean))
+    tl.store(log_mean, tl.log(tl.where(count > 0, total * one_over(count), 1.0)))
 
 
 @unspecialized()
@@ -259,9 +263,11 @@ def behaviour_kernel(
     i_first, number = first_block(i_response, start, L, offsets is not None, BLOCK), tl.cdiv(end - start, BLOCK)
     m_loss = tl.load(mask + o, mask=o < end, other=0) != 0
     b_old = load_float64(old_log_probs, o, m_loss)
-    log_d = b_old - load_float64(rollout_log_probs, o, m_loss)
+    log_d, share = b_old - load_float64(rollout_log_probs, o, m_loss), 1.0
+    if CORRECTION == "sequence_mean":
+        share = share_of_token(sums, i_first, number, num_blocks, BLOCK)
     log_d, _ = corrected(
-        log_d, sums, log_mean, i_first, number, num_blocks, lower, upper, CORRECTION, BEYOND, WEIGHS, BLOCK
+        log_d, share, sums, log_mean, i_first, number, num_blocks, lower, upper, CORRECTION, BEYOND, WEIGHS, BLOCK
     )
     tl.store(out + o, tl.where(m_loss, b_old - log_d, 0.0).to(tl.float32), mask=o < end)
 
