@@ -44,7 +44,9 @@ class prepared:
         self._known: dict[tuple, tuple[Callable, tuple, int]] = {}
 
     def __call__(self, *tensors: Tensor | None, **options) -> None:
-        key = (*map(_layout, tensors), *options.items())
+        # all that a launch may depend on; an address counts for its alignment alone
+        layouts = [x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors]
+        key = (*layouts, *options.items())
         known = self._known.get(key)
         if known is None:
             launch, compiled = self.launch(tensors, options)
@@ -74,13 +76,6 @@ class prepared:
 def _first(tensors: tuple[Tensor | None, ...]) -> int:
     """The index of the first tensor that is not None."""
     return next(i for i, x in enumerate(tensors) if x is not None)
-
-
-def _layout(x: Tensor | None) -> tuple | None:
-    """All that a launch may depend on. The address counts for its alignment alone."""
-    if x is None:
-        return None
-    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15
 
 
 def over_rows(
