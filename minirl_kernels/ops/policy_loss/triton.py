@@ -195,6 +195,7 @@ def response_sums(log_probs: Tensor | None, values: TokenValues, options: Correc
         BEYOND=options.beyond,
         WEIGHS=options.weighs,
         device=device,
+        **_registers(),
     )
     return ResponseSums(sums, mean_weight(sums, blocks, options) if options.normalise else None)
 
@@ -216,6 +217,7 @@ def mean_weight(sums: Tensor, blocks: Blocks, options: CorrectionOptions) -> Ten
             LANES=MEAN_LANES.lanes,
             BLOCK=BLOCK.tile,
             num_warps=MEAN_LANES.num_warps,
+            **_registers(),
         )
     return log_mean
 
@@ -238,6 +240,7 @@ def behaviour(values: TokenValues, sums: ResponseSums, options: CorrectionOption
         BEYOND=options.beyond,
         WEIGHS=options.weighs,
         device=out.device,
+        **_registers(),
     )
     return out
 
@@ -263,6 +266,7 @@ def ratios(
         BEYOND=options.beyond,
         WEIGHS=options.weighs,
         device=log_probs.device,
+        **_registers(),
     )
     return out
 
@@ -329,6 +333,7 @@ def token_sums(
         WITH_KL=options.kl_coef != 0,
         KL_ESTIMATOR=options.kl_estimator,
         device=device,
+        **_registers(),
     )
     return out
 
@@ -357,6 +362,11 @@ def totals(sums: Tensor, maxima: Tensor, blocks: Blocks, with_rollout: bool) -> 
             num_warps=LANES.num_warps,
         )
     return loss, out_sums, out_maxima
+
+
+def _registers() -> dict[str, int]:
+    """An option of kernels in float64 on NVIDIA: with this bound ptxas spills nothing to run two programs at once."""
+    return {} if torch.version.hip else {"maxnreg": 128}
 
 
 def _sizes(blocks: Blocks) -> tuple[int, int, int, int]:
