@@ -1,5 +1,7 @@
 """Arguments for opcheck of policy_loss's ops, which Triton computes: here in its interpreter."""
 
+import math
+
 import torch
 
 from minirl_kernels.backends import unavailable_reason
@@ -18,8 +20,17 @@ def triton_arguments():
     ids, mask = torch.tensor([[0, 6, -100], [1, 2, 3]]), torch.tensor([[1, 1, 1], [0, 1, 1]], dtype=torch.bool)
     offsets, groups = torch.tensor([0, 4, 6], dtype=torch.int32), torch.tensor([7, 9])
     flat = VALUES.flatten()
-    options = ("minirl", True, 0.8, 1.27, 5.0, True, 0.1, "k3", 0.01)
-    no_bounds = (None, None, None)
+    plain, of_response = (
+        ("plain", 0.0, math.inf, "truncate", True, False),
+        ("sequence", 0.5, 2.0, "truncate", True, True),
+    )
+    objective, options = ("minirl", "token", True, 0.8, 1.27, math.inf, math.inf), ("w in loss", 5.0, 0.1, "k3", 0.01)
+    own = ("", "sequence", False, 0.0, math.inf, math.inf, math.inf)
+    values = (mask, VALUES, VALUES, VALUES, VALUES, VALUES, None)
+    packed = (mask.flatten(), flat, flat, None, flat, None, offsets)
+    corrected = (mask.flatten(), flat, flat, flat, flat, None, offsets)
+    sums, log_mean = torch.ones(6, 2, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    losses = (flat.double(), flat.double(), mask.flatten(), mask.flatten())
     return {
         "policy_loss_inputs": [
             (None, None, (2, 3), ids, mask.view(torch.uint8), VALUES, VALUES, None, torch.ones(2), None, 0.0, 1.0,
@@ -27,8 +38,14 @@ def triton_arguments():
             (offsets, groups, (6,), None, None, None, flat, flat, flat, torch.tensor(3), 0.0, 1.0, "group-token-mean"),
         ],
         "policy_loss_without_ignored": [(ids, mask, VALUES, None), (ids.flatten(), mask.flatten(), flat, offsets)],
+        "policy_loss_response_sums": [(VALUES, *values, *plain), (None, *corrected, *of_response)],
+        "policy_loss_behaviour": [(*corrected, sums, log_mean, *of_response)],
+        "policy_loss_ratios": [
+            (VALUES, "token", *values, None, None, *plain),
+            (flat, "sequence_mean", *corrected, sums, log_mean, *of_response),
+        ],
         "policy_loss_sums": [
-            (VALUES, VALUES, None, None, *no_bounds, mask, VALUES, VALUES, VALUES, VALUES, VALUES, None, *options),
-            (flat, None, flat, flat, *no_bounds, mask.flatten(), flat, flat, None, flat, None, offsets, *options),
+            (VALUES, VALUES, None, None, None, None, *values, None, None, *objective, *plain, *options),
+            (flat, None, *losses, *packed, sums, None, *own, "none", *plain[1:], *options[:-1], 0.0),
         ],
     }  # fmt: skip

@@ -115,6 +115,8 @@ def objective_kernel(
         tl.load(advantage + o),
         low,
         high,
+        0.0,
+        0.0,
         threshold,
         OBJECTIVE,
         CLIP,

@@ -198,6 +198,7 @@ def response_sums(log_probs: Tensor | None, values: TokenValues, options: Correc
         values=(options.lower, options.upper, *_sizes(blocks)),
         BEYOND=options.beyond,
         WEIGHS=options.weighs,
+        **_registers(),
     )
     return ResponseSums(sums, mean_weight(sums, blocks, options) if options.normalise else None)
 
@@ -215,6 +216,7 @@ def mean_weight(sums: Tensor, blocks: Blocks, options: CorrectionOptions) -> Ten
         BEYOND=options.beyond,
         WEIGHS=options.weighs,
         LANES=MEAN_LANES.lanes,
+        **_registers(),
     )
     return log_mean
 
@@ -233,6 +235,7 @@ def behaviour(values: TokenValues, sums: ResponseSums, options: CorrectionOption
         CORRECTION=options.correction,
         BEYOND=options.beyond,
         WEIGHS=options.weighs,
+        **_registers(),
     )
     return out
 
@@ -254,6 +257,7 @@ def ratios(
         CORRECTION=options.correction,
         BEYOND=options.beyond,
         WEIGHS=options.weighs,
+        **_registers(),
     )
     return out
 
@@ -320,6 +324,7 @@ def token_sums(
         WEIGHTING=options.weighting,
         WITH_KL=options.kl_coef != 0,
         KL_ESTIMATOR=options.kl_estimator,
+        **_registers(),
     )
     return out
 
@@ -344,6 +349,11 @@ def totals(sums: Tensor, maxima: Tensor, blocks: Blocks, with_rollout: bool) -> 
         LANES=LANES.lanes,
     )
     return loss, out_sums, out_maxima
+
+
+def _registers() -> dict[str, int]:
+    """An option of kernels in float64 on NVIDIA: with this bound ptxas spills nothing to run two programs at once."""
+    return {} if torch.version.hip else {"maxnreg": 128}
 
 
 def _sizes(blocks: Blocks) -> tuple[int, int, int, int]:
