@@ -19,6 +19,7 @@ from linear_head import random_head
 from linear_logprobs_cases import OPTIONS
 from policy_batches import random_batch
 from triton_cases import random_ids, random_logits
+from verify.launches import captured
 
 from minirl_kernels import PolicyLossConfig, SamplingMask, fused_linear_policy_loss, fused_policy_loss
 from minirl_kernels.ops.kept_logits import triton as kernels
@@ -143,9 +144,8 @@ def test_zero_tokens(shape):
     assert [tuple(values.shape) for values in results] == [shape, shape, (*shape, 7)]
 
 
-def test_more_rows_than_a_grid_has_on_its_other_axes(monkeypatch):
-    launches = []
-    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *_, **__: launches.append(grid))
+def test_more_rows_than_a_grid_has_on_its_other_axes():
     logits = torch.empty(1, 40).expand(70_000, 40)
-    kernels.keep_(logits, KeptRows.of(torch.zeros(0, dtype=torch.int32), torch.zeros(70_001, dtype=torch.int32)))
-    assert launches == [(70_000, 1)]
+    with captured() as launches:
+        kernels.keep_(logits, KeptRows.of(torch.zeros(0, dtype=torch.int32), torch.zeros(70_001, dtype=torch.int32)))
+    assert [launch.grid for launch in launches] == [(70_000, 1)]

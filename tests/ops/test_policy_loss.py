@@ -365,6 +365,7 @@ def test_bad_input(bad, error, named, was, must_be):
         (torch.tensor([0.0, 6.0]), ValueError, "torch.float32", r"int32 \[B \+ 1\]"),
         (torch.tensor([[0, 6]], dtype=torch.int32), ValueError, r"\(1, 2\)", r"int32 \[B \+ 1\]"),
         (torch.tensor([], dtype=torch.int32), ValueError, r"\(0,\)", r"int32 \[B \+ 1\]"),
+        (torch.tensor([0], dtype=torch.int32), ValueError, r"\(1,\) with 6 tokens", "at least one"),
         (torch.tensor([0, 2, 6], dtype=torch.int32, device=META), ValueError, "meta", "cpu"),
         ([0, 2, 6], TypeError, "list", "a tensor"),
     ],

@@ -125,6 +125,10 @@ def check_layout(shape: torch.Size, cu_seqlens: Tensor | None, device: torch.dev
         raise ValueError(
             f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: it must be int32 [B + 1]"
         )
+    if cu_seqlens.shape[0] == 1 and shape[0] > 0:
+        raise ValueError(
+            f"cu_seqlens has shape (1,) with {shape[0]} tokens: it must be int32 [B + 1] for B responses, at least one"
+        )
     check_device("cu_seqlens", cu_seqlens, device)
 
 
