@@ -13,6 +13,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 from unprepared import unprepared
 
+from minirl_kernels.common.triton.launch import prepared
 from verify import cases, layout
 
 
@@ -36,8 +37,18 @@ def described(args):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """(launches by Triton, repeated launches) as (kernel, grid, arguments, options of Triton)."""
-    by_triton, repeated = [], []
+    """(launches by Triton, repeated launches) as (kernel, grid, arguments, options of Triton).
+
+    Later tests forget the launches that are kept here, because these run no kernel.
+    """
+    by_triton, repeated, kept = [], [], {}
+    keep = prepared._keep
+
+    def keep_here(self, key, *arguments):
+        kept.setdefault(id(self), (self, {**self._known}))
+        keep(self, key, *arguments)
+
+    monkeypatch.setattr(prepared, "_keep", keep_here)
 
     def run(self, *args, grid, warmup, **constants):
         args += tuple(constants.pop(name) for name in self.arg_names[len(args) :])
@@ -46,7 +57,9 @@ def launched(monkeypatch):
 
     for kind in (JITFunction, InterpretedFunction):
         monkeypatch.setattr(kind, "run", run)
-    return by_triton, repeated
+    yield by_triton, repeated
+    for one, known in kept.values():
+        one._known = known
 
 
 def test_a_repeated_launch_has_the_arguments_of_a_new_one(launched):
