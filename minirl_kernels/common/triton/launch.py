@@ -90,7 +90,7 @@ def over_rows(
     return Launch(kernel, grid, values, {**constants, **tile, "num_warps": config.num_warps})
 
 
-def over_blocks(kernel: Any, block: int, config: Threads) -> prepared:
+def prepared_over_blocks(kernel: Any, block: int, config: Threads) -> prepared:
     """A function that launches `kernel` over blocks of `block` elements, with the threads of `config`.
 
     It takes the tensors, the number of programs, the values and the other constants.

@@ -8,7 +8,7 @@ from torch import Tensor
 from ...common.checks import require
 from ...common.records import with_values
 from ...common.triton.config import LaunchConfig
-from ...common.triton.launch import over_blocks
+from ...common.triton.launch import prepared_over_blocks
 from ...common.triton.sizes import cdiv
 from ..fused_policy_loss.loss_rows import LossRows
 from ..fused_policy_loss.triton import forward_backward as sweep_of_tile
@@ -20,9 +20,9 @@ from .tiles import ChosenRows, all_rows, gives_every_row_a_gradient
 __all__ = ["choose_rows", "head", "rows_with_gradient", "spread", "sweep_of_tile"]
 
 BLOCK = LaunchConfig(lanes=512, vec=1, threads=256)
-launch_count = over_blocks(count_rows_kernel, BLOCK.tile, BLOCK)
-launch_select = over_blocks(select_rows_kernel, BLOCK.tile, BLOCK)
-launch_spread = over_blocks(spread_rows_kernel, BLOCK.tile, BLOCK)
+launch_count = prepared_over_blocks(count_rows_kernel, BLOCK.tile, BLOCK)
+launch_select = prepared_over_blocks(select_rows_kernel, BLOCK.tile, BLOCK)
+launch_spread = prepared_over_blocks(spread_rows_kernel, BLOCK.tile, BLOCK)
 
 
 def choose_rows(head: HeadRows, loss: LossRows, max_rows: int | None) -> ChosenRows:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...common.triton import architecture
-from ...common.triton.config import TileConfig
+from ...common.triton.config import TileConfig, is_whole
 from ...common.triton.products import SAME_BITS_IN_ALL_TILES
 from ...common.triton.sizes import cdiv
 
@@ -64,7 +64,7 @@ def tiles(x: Tensor, sizes: Sequence[int], mean_rows: int) -> Tiles:
 def are_whole(sizes: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether each of two sizes is a whole number of 128-bit accesses."""
     first, second = sizes
-    return (first | second) * dtype.itemsize % 16 == 0  # 16 / itemsize is a power of two
+    return is_whole(first, dtype) and is_whole(second, dtype)
 
 
 def weight_parts(down_proj: Tensor) -> int:

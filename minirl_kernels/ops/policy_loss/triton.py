@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...common.triton.config import LaunchConfig
-from ...common.triton.launch import over_blocks
+from ...common.triton.launch import prepared_over_blocks
 from ...common.triton.sizes import cdiv, next_power_of_2
 from .kernel_arguments import (
     CorrectionOptions,
@@ -45,14 +45,14 @@ LANES = LaunchConfig(lanes=128, vec=next_power_of_2(NUM_BLOCK_SUMS), threads=256
 # a lane of mean_weight_kernel is one response
 MEAN_LANES = LaunchConfig(lanes=128, vec=1, threads=128)
 
-launch_count = over_blocks(count_kernel, BLOCK.tile, BLOCK)
-launch_inputs = over_blocks(inputs_kernel, BLOCK.tile, BLOCK)
-launch_response_sums = over_blocks(response_sums_kernel, BLOCK.tile, BLOCK)
-launch_behaviour = over_blocks(behaviour_kernel, BLOCK.tile, BLOCK)
-launch_ratios = over_blocks(ratios_kernel, BLOCK.tile, BLOCK)
-launch_token_sums = over_blocks(token_sums_kernel, BLOCK.tile, BLOCK)
-launch_mean_weight = over_blocks(mean_weight_kernel, BLOCK.tile, MEAN_LANES)
-launch_totals = over_blocks(totals_kernel, BLOCK.tile, LANES)
+launch_count = prepared_over_blocks(count_kernel, BLOCK.tile, BLOCK)
+launch_inputs = prepared_over_blocks(inputs_kernel, BLOCK.tile, BLOCK)
+launch_response_sums = prepared_over_blocks(response_sums_kernel, BLOCK.tile, BLOCK)
+launch_behaviour = prepared_over_blocks(behaviour_kernel, BLOCK.tile, BLOCK)
+launch_ratios = prepared_over_blocks(ratios_kernel, BLOCK.tile, BLOCK)
+launch_token_sums = prepared_over_blocks(token_sums_kernel, BLOCK.tile, BLOCK)
+launch_mean_weight = prepared_over_blocks(mean_weight_kernel, BLOCK.tile, MEAN_LANES)
+launch_totals = prepared_over_blocks(totals_kernel, BLOCK.tile, LANES)
 
 if (len(COUNTS) + len(SUMS), len(MAXIMA)) != (NUM_SUMS, NUM_MAXIMA):
     raise RuntimeError(
@@ -196,9 +196,7 @@ def response_sums(log_probs: Tensor | None, values: TokenValues, options: Correc
         sums,
         programs=blocks.number,
         values=(options.lower, options.upper, *_sizes(blocks)),
-        BEYOND=options.beyond,
-        WEIGHS=options.weighs,
-        **_registers(),
+        **_weighing(options),
     )
     return ResponseSums(sums, mean_weight(sums, blocks, options) if options.normalise else None)
 
@@ -213,10 +211,8 @@ def mean_weight(sums: Tensor, blocks: Blocks, options: CorrectionOptions) -> Ten
         programs=1,
         values=(options.lower, options.upper, *_sizes(blocks)[:3]),
         CORRECTION=options.correction,
-        BEYOND=options.beyond,
-        WEIGHS=options.weighs,
         LANES=MEAN_LANES.lanes,
-        **_registers(),
+        **_weighing(options),
     )
     return log_mean
 
@@ -233,9 +229,7 @@ def behaviour(values: TokenValues, sums: ResponseSums, options: CorrectionOption
         programs=blocks.number,
         values=(options.lower, options.upper, *_sizes(blocks)),
         CORRECTION=options.correction,
-        BEYOND=options.beyond,
-        WEIGHS=options.weighs,
-        **_registers(),
+        **_weighing(options),
     )
     return out
 
@@ -255,9 +249,7 @@ def ratios(
         values=(options.lower, options.upper, *_sizes(blocks)),
         LEVEL=level,
         CORRECTION=options.correction,
-        BEYOND=options.beyond,
-        WEIGHS=options.weighs,
-        **_registers(),
+        **_weighing(options),
     )
     return out
 
@@ -319,12 +311,10 @@ def token_sums(
         LEVEL=objective.level,
         CLIP=objective.clip,
         CORRECTION=correction.correction,
-        BEYOND=correction.beyond,
-        WEIGHS=correction.weighs,
         WEIGHTING=options.weighting,
         WITH_KL=options.kl_coef != 0,
         KL_ESTIMATOR=options.kl_estimator,
-        **_registers(),
+        **_weighing(correction),
     )
     return out
 
@@ -351,9 +341,12 @@ def totals(sums: Tensor, maxima: Tensor, blocks: Blocks, with_rollout: bool) -> 
     return loss, out_sums, out_maxima
 
 
-def _registers() -> dict[str, int]:
-    """An option of kernels in float64 on NVIDIA: with this bound ptxas spills nothing to run two programs at once."""
-    return {} if torch.version.hip else {"maxnreg": 128}
+def _weighing(options: CorrectionOptions) -> dict[str, Any]:
+    """The constants of a kernel that weighs tokens by d, and the options of Triton for its float64."""
+    constants = {"BEYOND": options.beyond, "WEIGHS": options.weighs}
+    if torch.version.hip:
+        return constants
+    return {**constants, "maxnreg": 128}  # ptxas else spills, to run two programs at once
 
 
 def _sizes(blocks: Blocks) -> tuple[int, int, int, int]:
